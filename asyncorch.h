@@ -27,7 +27,9 @@
 #ifndef ASYNCORCH_H
 #define ASYNCORCH_H
 
-//MANUAL//
+// ------------------------------------------------------------------------------------------------
+// >>manual
+
 // ------------------------------------------------------------------------------------------------
 // >>config
 //
@@ -49,10 +51,10 @@
 
 #if defined(__GNUC__) || defined(__clang__)
 #define ORCH_NODISCARD __attribute__((warn_unused_result))
-#define ORCH_PRINTF(format, first) __attribute__((format(printf, format, first)))
+#define ORCH_PRINTF(text, first) __attribute__((__format__(__printf__, text, first)))
 #else
 #define ORCH_NODISCARD
-#define ORCH_PRINTF(format, first)
+#define ORCH_PRINTF(text, first)
 #endif
 
 #ifdef __cplusplus
