@@ -1,0 +1,65 @@
+// refuse.h - the allocation-failure sweep of test.h.
+//
+// Each case runs with its Nth allocation refused, N = 1, 2, ... until none was, and again with all
+// from the Nth on refused. A failed CHECK is no failure then; a crash, a sanitizer's report, a leak
+// or a hang is. Cases of more than 10,000 allocations are swept at N = 1..200 and 200 points spread
+// over the rest; TEST_SWEEP=50 makes that 50 and 50 for cases of more than 100.
+//
+// It needs a linker with --wrap: build with -DTEST_WRAP and
+// -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=mmap; without them every case just runs.
+// Only calls of the test program itself are counted, not those inside the C library.
+
+static inline bool test_sweep(const test_case *c) {
+    long points = getenv("TEST_SWEEP") ? atol(getenv("TEST_SWEEP")) : 0;
+    long most = points > 0 ? 2 * points : 10000, head = points > 0 ? points : 200;
+    for (int and_later = 0; and_later < 2; and_later++) {
+        if (!test_run(c, 0, false)) return false;
+        long total = test_shared->count, far = total > most ? 1 + (total - head) / head : 1;
+        for (long n = 1; n == 1 || test_shared->refused; n += n < head ? 1 : far)
+            if (!test_run(c, n, and_later)) return false;
+    }
+    return true;
+}
+
+#ifdef TEST_WRAP
+#include <errno.h>
+
+static bool test_refuse(void) {
+    if (!test_shared || !test_shared->armed) return false;
+    long n = __atomic_add_fetch(&test_shared->count, 1, __ATOMIC_RELAXED);
+    long at = test_shared->fail_at;
+    if (at == 0 || n < at || (n > at && !test_shared->and_later)) return false;
+    test_shared->refused++;
+    errno = ENOMEM;
+    return true;
+}
+
+// The names are ld's: a call of malloc arrives at __wrap_malloc, the C library's is __real_malloc.
+void *__real_malloc(size_t size);
+void *__wrap_malloc(size_t size);
+void *__wrap_malloc(size_t size) { return test_refuse() ? NULL : __real_malloc(size); }
+
+void *__real_calloc(size_t count, size_t size);
+void *__wrap_calloc(size_t count, size_t size);
+void *__wrap_calloc(size_t count, size_t size) {
+    return test_refuse() ? NULL : __real_calloc(count, size);
+}
+
+void *__real_realloc(void *old, size_t size);
+void *__wrap_realloc(void *old, size_t size);
+void *__wrap_realloc(void *old, size_t size) {
+    return test_refuse() ? NULL : __real_realloc(old, size);
+}
+
+void *__real_mmap(void *at, size_t size, int access, int flags, int fd, off_t offset);
+void *__wrap_mmap(void *at, size_t size, int access, int flags, int fd, off_t offset);
+void *__wrap_mmap(void *at, size_t size, int access, int flags, int fd, off_t offset) {
+    return test_refuse() ? MAP_FAILED : __real_mmap(at, size, access, flags, fd, offset);
+}
+#endif
+
+// What the sanitizers' run times ask for: SIZE_MAX bytes are refused and not a bug of the caller.
+const char *__asan_default_options(void);
+const char *__asan_default_options(void) { return "allocator_may_return_null=1"; }
+const char *__ubsan_default_options(void);
+const char *__ubsan_default_options(void) { return "print_stacktrace=1"; }
