@@ -3,9 +3,9 @@
 //     TEST_DIES(name, "text on stderr") { ... }  passes when a signal or sanitizer ends it so
 //     TEST_SKIP(name, condition) { ... }         counted as skipped when the condition holds
 //     int main(int argc, char **argv) { return test_main(argc, argv); }
-// Compiled with -std=gnu99. program --list; program --sweep [name]: see refuse.h; program name: that
-// case in this process, for gdb: TEST_FAIL_AT=17 refuses the 17th allocation, TEST_FAIL_AT=17+ later
-// ones too. TEST_TIME=3 triples the time limit of 5 s.
+// Compiled with -std=gnu99. program --list; program --sweep [name]: see refuse.h; program name:
+// that case in this process, for gdb: TEST_FAIL_AT=17 refuses the 17th allocation, TEST_FAIL_AT=17+
+// later ones too. TEST_TIME=3 triples the time limit of 5 s.
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>
@@ -23,11 +23,9 @@ typedef struct test_case {
     bool (*skip)(void);
     struct test_case *next;
 } test_case;
-typedef struct test_page { // shared with the child
-    volatile long armed, count, fail_at, and_later, refused; // armed: while the case runs
-} test_page;
+typedef struct test_page { volatile long armed, count, fail_at, and_later, refused; } test_page;
 static test_case *test_first, **test_tail = &test_first;
-static test_page *test_shared;
+static test_page *test_shared;     // with the child; armed: while the case runs
 static volatile int test_failures; // volatile: tasks change it behind the compiler's back
 
 #define TEST_CASE(id, text, skip_if)                                                               \
