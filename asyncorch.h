@@ -42,6 +42,11 @@
 //
 // Neither changes a public struct. Run-time settings are fields of orch_loop_desc.
 
+// The implementation needs more of the system headers than strict ISO C shows.
+#if defined(ASYNCORCH_IMPLEMENTATION) && !defined(_GNU_SOURCE)
+#define _GNU_SOURCE 1
+#endif
+
 #include <errno.h>
 #include <stdbool.h>
 #include <stddef.h>
@@ -714,3 +719,3874 @@ static inline orch_result orch_run_with(const orch_loop_desc &desc, orch_task_fn
 #endif
 
 #endif // ASYNCORCH_H
+
+#ifdef ASYNCORCH_IMPLEMENTATION
+
+// ------------------------------------------------------------------------------------------------
+// >>implementation
+// ------------------------------------------------------------------------------------------------
+// >>platform
+//
+// What this file is compiled on, as 0/1 macros computed once; every choice below is between whole
+// blocks. Systems: Linux, the BSDs, macOS. Processors with an assembly switch: x86-64, aarch64,
+// riscv64; others use ucontext, which costs two system calls a switch. musl has no ucontext.
+
+#if defined(__linux__)
+#define ORCHI_OS_LINUX 1
+#else
+#define ORCHI_OS_LINUX 0
+#endif
+
+#if defined(__APPLE__)
+#define ORCHI_OS_MACOS 1
+#else
+#define ORCHI_OS_MACOS 0
+#endif
+
+#if defined(_WIN32)
+#error "asyncorch.h: Windows is not supported yet (it needs Fibers and WSAPoll)"
+#endif
+
+#if defined(__GLIBC__) && !defined(__USE_MISC)
+#error "asyncorch.h: include it before any system header, or compile with -D_GNU_SOURCE or -std=gnu99"
+#endif
+
+#include <fcntl.h>
+#include <limits.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdarg.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <time.h>
+#include <unistd.h>
+
+#if defined(__has_include)
+#define ORCHI_HAS_INCLUDE(file) __has_include(file)
+#else
+#define ORCHI_HAS_INCLUDE(file) 0
+#endif
+
+#if defined(__has_feature)
+#define ORCHI_HAS_FEATURE(name) __has_feature(name)
+#else
+#define ORCHI_HAS_FEATURE(name) 0
+#endif
+
+#if defined(__SANITIZE_ADDRESS__) || ORCHI_HAS_FEATURE(address_sanitizer)
+#define ORCHI_ASAN 1
+#include <sanitizer/asan_interface.h>
+#include <sanitizer/common_interface_defs.h>
+#else
+#define ORCHI_ASAN 0
+#endif
+
+#if defined(__SANITIZE_THREAD__) || ORCHI_HAS_FEATURE(thread_sanitizer)
+#define ORCHI_TSAN 1
+#include <sanitizer/tsan_interface.h>
+#else
+#define ORCHI_TSAN 0
+#endif
+
+#if ORCHI_HAS_INCLUDE(<valgrind/valgrind.h>)
+#include <valgrind/valgrind.h>
+#define ORCHI_VALGRIND 1
+#else
+#define ORCHI_VALGRIND 0
+#endif
+
+#if ORCHI_HAS_INCLUDE(<execinfo.h>)
+#include <execinfo.h>
+#define ORCHI_BACKTRACE 1
+#else
+#define ORCHI_BACKTRACE 0
+#endif
+
+// Shadow stacks (Intel CET): whether they are on is known only at run time, see >>context.
+#if defined(__CET__) && (__CET__ & 2)
+#define ORCHI_CET 1
+#else
+#define ORCHI_CET 0
+#endif
+
+#if (defined(__x86_64__) && !defined(__ILP32__)) || defined(__aarch64__) ||                        \
+    (defined(__riscv) && __riscv_xlen == 64)
+#define ORCHI_HAS_ASSEMBLY 1
+#else
+#define ORCHI_HAS_ASSEMBLY 0
+#endif
+
+#if !ORCHI_HAS_ASSEMBLY || (defined(ORCH_USE_UCONTEXT) && ORCH_USE_UCONTEXT)
+#define ORCHI_ASSEMBLY 0
+#else
+#define ORCHI_ASSEMBLY 1
+#endif
+
+#if !ORCHI_ASSEMBLY || ORCHI_CET
+#define ORCHI_UCONTEXT 1
+#include <ucontext.h>
+#else
+#define ORCHI_UCONTEXT 0
+#endif
+
+#ifdef NDEBUG
+#define ORCHI_DEBUG 0
+#else
+#define ORCHI_DEBUG 1
+#endif
+
+#define ORCHI_LIKELY(condition) __builtin_expect(!!(condition), 1)
+#define ORCHI_UNLIKELY(condition) __builtin_expect(!!(condition), 0)
+#define ORCHI_COLD __attribute__((cold, noinline))
+#define ORCHI_NO_INLINE __attribute__((noinline))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+static uint64_t orchi_clock(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (uint64_t)now.tv_sec * 1000000000u + (uint64_t)now.tv_nsec;
+}
+
+#if ORCHI_BACKTRACE
+static void orchi_print_backtrace(void) {
+    void *frames[32];
+    fflush(stderr);
+    backtrace_symbols_fd(frames, backtrace(frames, 32), 2);
+}
+#else
+static void orchi_print_backtrace(void) {}
+#endif
+
+// ------------------------------------------------------------------------------------------------
+// >>base
+//
+// Errors and misuse, the allocator, the objects every layer shares, slots for futures and the ready
+// ring. Invariants:
+//   - A slot's first word is its generation, odd while it is live; else a free-list link, which is even.
+//     So a ticket or a consumed handle can be checked against a freed slot; slabs live as long as the loop.
+//   - A slot is 64 bytes in a 4 KiB page, whose head names the loop; frees go back to their own page,
+//     because one list over all pages, scrambled by random frees, costs a cache miss per allocation.
+//   - The ring holds pointers to futures that have something to run, each at most once (QUEUED). It grows
+//     with the slots, so that pushing never allocates. A queued slot is not reused before it was popped.
+//   - Settled means kind >= ORCHI_DONE. What a kind does is in one table, orchi_kinds, at the end of the
+//     file: the function pointers by which lower layers reach upper ones.
+
+typedef enum orchi_kind_id {
+    ORCHI_PROMISE, // settled by a ticket
+    ORCHI_THEN,    // a callback on a source
+    ORCHI_FOLLOW,  // locked in to a source
+    ORCHI_PROXY,   // one consumer's registration at a shared future
+    ORCHI_TIMER,
+    ORCHI_TIMEOUT,
+    ORCHI_COMBINE,
+    ORCHI_TASK,
+    ORCHI_READY,
+    ORCHI_HUB, // the consumer of an as-completed iteration's inputs
+    ORCHI_DONE,  // settled
+    ORCHI_ON,    // settled, with an orch_on callback to run
+    ORCHI_EXTRA, // not a future: 48 bytes of memory for a layer
+    ORCHI_KINDS
+} orchi_kind_id;
+
+enum orchi_flag { // uint16_t
+    ORCHI_QUEUED = 1,      // in the ready ring
+    ORCHI_WAITED = 2,      // consumed; waiter.one is valid while pending
+    ORCHI_LISTED = 4,      // waiter.list has proxies
+    ORCHI_ENDS_ON = 8,     // consumed by orch_on; waiter.on is valid
+    ORCHI_DETACHED = 16,   // nobody has to hold it
+    ORCHI_CANCEL = 32,     // was asked to end
+    ORCHI_DECIDED = 64,    // the outcome is final, its delivery may still take a moment
+    ORCHI_DECIDED_OK = 128,
+    ORCHI_HOOKED = 256,    // promise: has an on_cancel hook
+    ORCHI_OWNING = 512,    // then: context is an extra slot with the context and its release
+    ORCHI_FINALLY = 1024,  // then: on_ok is a finaliser
+    ORCHI_BOXED = 2048,    // a box points here: the slot must stay
+    ORCHI_IMMORTAL = 4096, // static: never written
+    ORCHI_LOOKING = 8192,  // proxy of orch_wait: never cancels its source
+    ORCHI_LOSERS = 16384,  // combine: the losers were cancelled
+    ORCHI_ASKED = 16384,   // promise: the hook was queued
+    ORCHI_LOOKED = 32768   // somebody has seen the outcome
+};
+
+#define ORCHI_CONSUMED (ORCHI_WAITED | ORCHI_ENDS_ON)
+
+typedef struct orchi_list orchi_list;
+typedef struct orchi_page orchi_page;
+typedef struct orchi_stack orchi_stack;
+
+// 64 bytes. Pending: what its kind needs, and who waits. Settled: the result.
+struct orch_future {
+    uint64_t generation;
+    uint32_t references; // handles and consumers; pending work lives on without, until it settles
+    uint8_t kind;
+    uint8_t unused;
+    uint16_t flags;
+    union {
+        orch_result result; // first, so that static futures can be initialised in C++
+        struct {
+            orch_cancel_fn fn;
+            void *context;
+            int reason;
+        } promise;
+        struct {
+            orch_future *source;
+            orch_then_fn on_ok, on_error;
+            void *context;
+        } then;
+        struct {
+            orch_future *source;
+            void (*fn)(void *context);
+            void *context;
+        } finally;
+        struct {
+            orch_future *source, *link; // link: see orchi_announce
+            orch_future *previous, *next; // proxy: in the list of its source
+        } follow;
+        struct {
+            orch_future *source, *link;
+            uint64_t ms;
+            uint32_t position; // in the timer heap
+        } timed; // timer, timeout
+        struct {
+            orchi_list *list;
+            orch_future *link;
+            uint32_t unended;   // inputs that have not settled
+            uint32_t ok_left;   // successes until it is decided
+            uint32_t fail_left; // failures until it is decided; afterwards the cancel reason
+            uint32_t winner;
+        } combine;
+        struct {
+            orch_task *task;
+        } task;
+        struct {
+            int fd, events;
+        } ready;
+        struct {
+            orch_completion *iteration;
+        } hub;
+    } as;
+    union {
+        struct {
+            orch_future *target;
+            uint32_t index;
+        } one;
+        struct {
+            orch_future *first, *last;
+        } list;
+        struct {
+            orch_on_fn fn;
+            void *context;
+        } on;
+    } waiter;
+};
+
+// What a layer does for its kind of future; NULL where nothing special is needed.
+typedef struct orchi_kind {
+    const char *name;
+    void (*run)(orch_future *f);                                  // popped from the ready ring
+    orch_future *(*cancel)(orch_future *f, int reason);           // returns what to ask next
+    bool (*decided)(orch_future *f, uint32_t input, bool *ok);    // an input's outcome is final; whether
+                                                                  // that decides f, and how
+    void (*ended)(orch_future *f, uint32_t input);                // an input has settled; NULL: queue f
+    void (*retarget)(orch_future *f, uint32_t input, orch_future *to); // an input was replaced
+    void (*fire)(orch_future *f, int events);                     // its timer or descriptor is due
+    orch_future *(*source)(const orch_future *f);                 // what it waits for, for reports
+    const char *(*label)(const orch_future *f);                   // its name, for reports
+} orchi_kind;
+
+// >>forward: the one declaration before its definition. Kinds belong to layers further down; the table
+// at the end of the file is how the loop and settle reach them.
+extern const orchi_kind orchi_kinds[ORCHI_KINDS];
+
+struct orchi_page { // 4 KiB, aligned to 4 KiB
+    orch_loop *loop;
+    orchi_page *next;  // in the list of pages with free slots
+    orch_future *free; // slots given back
+    uint32_t fresh;    // slots never used start here
+    bool listed;
+};
+
+enum { ORCHI_PAGE = 4096, ORCHI_SLOT = 64, ORCHI_PAGE_SLOTS = ORCHI_PAGE / ORCHI_SLOT - 1 };
+
+typedef struct orchi_region { // memory for pages, from the allocator
+    struct orchi_region *next;
+    char *pages;
+    size_t count, used; // pages
+    size_t bytes;
+} orchi_region;
+
+typedef struct orchi_ring { // a queue of pointers; capacity is a power of two, positions wrap
+    orch_future **items;
+    uint32_t capacity, head, tail;
+} orchi_ring;
+
+typedef struct orchi_timer {
+    uint64_t deadline; // ns; not stamped yet: the duration
+    uint64_t sequence;
+    orch_future *future;
+} orchi_timer;
+
+typedef struct orchi_timers { // entries[0 .. stamped) is a heap; the rest was armed in this round
+    orchi_timer *entries;
+    uint32_t stamped, count, capacity;
+    uint64_t sequence;
+} orchi_timers;
+
+typedef struct orchi_watch { // who waits for a descriptor
+    orch_future *reader, *writer;
+    uint32_t position; // in the poll array, plus one
+} orchi_watch;
+
+typedef struct orchi_poller {
+    const struct orchi_poller_ops *ops;
+    orchi_watch *watches; // by descriptor
+    size_t watch_count;
+    struct pollfd *fds; // poll(2)
+    uint32_t count, capacity;
+} orchi_poller;
+
+typedef struct orchi_context { // a point of execution that was left and can be entered again
+    void *sp;                  // stack pointer, or the ucontext_t
+    void *fake;                // ASan
+    const void *bottom;        // ASan
+    size_t size;               // ASan
+    void *fiber;               // TSan
+} orchi_context;
+
+enum { ORCHI_STACK_MIN_LOG = 14, ORCHI_STACK_MAX_LOG = 30, ORCHI_STACK_POOLS = 17 };
+
+typedef struct orchi_stack_pool {
+    orchi_stack *hot;   // last in, first out
+    orchi_stack *clean; // without memory behind them
+    uint32_t hot_count;
+    uint32_t low; // the lowest hot_count since the last trim
+    uint32_t made;
+} orchi_stack_pool;
+
+enum { ORCHI_QUARANTINE = 256, ORCHI_BUDGET = 128 };
+
+struct orch_loop {
+    orch_task *current;     // NULL: the thread's main stack
+    orchi_ring ready;
+    int32_t budget;         // resumptions left in this round
+    uint32_t streak;        // calls in a row that needed no wait
+    orchi_page *page;       // slots come from here
+    orchi_page *pages_free; // then from here
+    uint64_t generation;
+    orchi_region *regions;
+    size_t slots;           // in all pages
+    orch_future *trash;     // see orchi_retire
+    bool freeing;
+    bool stopping;
+    bool running;           // inside a turn
+    orchi_timers timers;
+    orchi_poller poller;
+    orchi_context main;
+    struct orchi_stack_map *maps;
+    orchi_stack_pool pools[ORCHI_STACK_POOLS];
+    void *alternate; // signal stack
+    uint64_t looked;    // when the poller was last asked
+    uint64_t look_cost; // ns
+    uint64_t trimmed;   // when idle stacks were last given back
+    void (*join)(orch_future *f); // cancels, and in a task waits for the end; set by >>task
+    struct {
+        void *(*fn)(void *arg);
+        void *arg;
+        orch_task *task;
+    } call; // orch_on_main_stack
+    orch_loop_desc desc;
+    orch_loop_stats stats;
+    orch_result outcome; // orch_run: what keeps the loop alive
+    uint32_t failed_iterations; // as-completed iterations whose error was not read yet
+    int failed_error;
+    orch_future *quarantine[ORCHI_QUARANTINE];
+    uint32_t quarantined;
+};
+
+static __thread orch_loop *orchi_loop; // this thread's; the only state outside of loops but >>context's
+
+// ---- errors
+
+typedef struct orchi_error {
+    int code;
+    const char *name, *text;
+} orchi_error;
+
+#define ORCHI_ERROR_ROW(name, value, text) {name, #name, text},
+static const orchi_error orchi_errors[] = {ORCH_ERRORS(ORCHI_ERROR_ROW)};
+#undef ORCHI_ERROR_ROW
+
+// Rejected futures for when there is no memory, no loop, or no sense: one per code, never written.
+#define ORCHI_STATIC_FUTURE(name, value, text)                                                     \
+    {1, 0, ORCHI_DONE, 0, ORCHI_IMMORTAL, {{name, 0, NULL, NULL, NULL}}, {{NULL, 0}}},
+static const orch_future orchi_static_futures[] = {ORCH_ERRORS(ORCHI_STATIC_FUTURE)};
+#undef ORCHI_STATIC_FUTURE
+
+static const orch_result orchi_no_element = {ORCH_ERANGE, 0, NULL, NULL, NULL};
+orch_future orch_end_mark;
+
+enum { ORCHI_ERROR_COUNT = sizeof orchi_errors / sizeof orchi_errors[0] };
+
+static const orchi_error *orchi_find_error(int code) {
+    for (size_t i = 0; i < ORCHI_ERROR_COUNT; i++) {
+        if (orchi_errors[i].code == code) return &orchi_errors[i];
+    }
+    return NULL;
+}
+
+const char *orch_error_text(int error) {
+    const orchi_error *known = orchi_find_error(error);
+    if (known != NULL) return known->text;
+    if (error == 0) return "ok";
+    if (error > 0) return "application error";
+    return strerror(error > INT_MIN ? -error : INT_MAX);
+}
+
+const char *orch_error_name(int error) {
+    const orchi_error *known = orchi_find_error(error);
+    return known != NULL ? known->name : NULL;
+}
+
+/* The immortal future of a code. It is const, and only ever read: every write is behind a check of
+ * references or of ORCHI_IMMORTAL. */
+static orch_future *orchi_rejected(int error) {
+    const orchi_error *known = orchi_find_error(error);
+    return (orch_future *)(uintptr_t)&orchi_static_futures[known - orchi_errors];
+}
+
+/* Says what was done wrong. Debug builds stop there; release builds go on, and the caller returns the
+ * error that its contract names. */
+ORCHI_COLD static int orchi_misuse(const char *function, int error) {
+    if (!ORCHI_DEBUG) return error;
+    fprintf(stderr, "asyncorch: %s: %s\n", function, orch_error_text(error));
+    orchi_print_backtrace();
+    abort();
+}
+
+// ---- memory
+
+static void *orchi_default_resize(void *user, void *old, size_t old_size, size_t size) {
+    (void)user;
+    (void)old_size;
+    if (size > 0) return realloc(old, size);
+    free(old);
+    return NULL;
+}
+
+static void *orchi_resize(orch_loop *loop, void *old, size_t old_size, size_t size) {
+    return loop->desc.allocator.resize(loop->desc.allocator.user, old, old_size, size);
+}
+
+static void *orchi_allocate(orch_loop *loop, size_t size) { return orchi_resize(loop, NULL, 0, size); }
+
+static void orchi_free(orch_loop *loop, void *memory, size_t size) {
+    if (memory != NULL) orchi_resize(loop, memory, size, 0);
+}
+
+/* Doubles an array until it has room for `wanted` elements. */
+static bool orchi_grow(orch_loop *loop, void **array, uint32_t *capacity, size_t wanted, size_t size) {
+    size_t next = *capacity > 0 ? *capacity : 16;
+    while (next < wanted) next *= 2;
+    if (next == *capacity) return true;
+    if (next > UINT32_MAX / 2) return false;
+    void *grown = orchi_resize(loop, *array, *capacity * size, next * size);
+    if (grown == NULL) return false;
+    *array = grown;
+    *capacity = (uint32_t)next;
+    return true;
+}
+
+// ---- ready ring
+
+/* Makes room for `wanted` futures. Positions are taken modulo the capacity, so what is queued moves. */
+static bool orchi_ring_reserve(orch_loop *loop, size_t wanted) {
+    orchi_ring *ring = &loop->ready;
+    if (wanted <= ring->capacity) return true;
+    size_t capacity = ring->capacity > 0 ? ring->capacity : 512;
+    while (capacity < wanted) capacity *= 2;
+    if (capacity > UINT32_MAX / 2) return false;
+    orch_future **items = (orch_future **)orchi_allocate(loop, capacity * sizeof *items);
+    if (items == NULL) return false;
+    uint32_t count = ring->tail - ring->head;
+    for (uint32_t i = 0; i < count; i++) {
+        items[i] = ring->items[(ring->head + i) & (ring->capacity - 1)];
+    }
+    orchi_free(loop, ring->items, ring->capacity * sizeof *items);
+    ring->items = items;
+    ring->capacity = (uint32_t)capacity;
+    ring->head = 0;
+    ring->tail = count;
+    return true;
+}
+
+static bool orchi_ring_empty(const orch_loop *loop) { return loop->ready.head == loop->ready.tail; }
+
+static void orchi_push(orch_loop *loop, orch_future *f) {
+    if (f->flags & ORCHI_QUEUED) return;
+    f->flags |= ORCHI_QUEUED;
+    orchi_ring *ring = &loop->ready;
+    ring->items[ring->tail++ & (ring->capacity - 1)] = f;
+}
+
+static orch_future *orchi_front(const orch_loop *loop) {
+    return loop->ready.items[loop->ready.head & (loop->ready.capacity - 1)];
+}
+
+/* Pops the front. The one after next is fetched, as a million ready futures are not in the cache. */
+static orch_future *orchi_pop(orch_loop *loop) {
+    orchi_ring *ring = &loop->ready;
+    orch_future *f = ring->items[ring->head++ & (ring->capacity - 1)];
+    if (ring->tail - ring->head > 4) {
+        __builtin_prefetch(ring->items[(ring->head + 4) & (ring->capacity - 1)], 1);
+    }
+    f->flags &= (uint16_t)~ORCHI_QUEUED;
+    return f;
+}
+
+// ---- slots
+
+static orchi_page *orchi_page_of(const void *slot) {
+    return (orchi_page *)((uintptr_t)slot & ~(uintptr_t)(ORCHI_PAGE - 1));
+}
+
+static orch_future *orchi_page_slot(orchi_page *page, uint32_t i) {
+    return (orch_future *)((char *)page + ORCHI_SLOT * (i + 1));
+}
+
+#if ORCHI_ASAN
+// The first word stays readable: tickets and consumed handles look at it by design.
+static void orchi_poison(orch_future *f) { __asan_poison_memory_region((char *)f + 8, ORCHI_SLOT - 8); }
+static void orchi_unpoison(orch_future *f) { __asan_unpoison_memory_region(f, ORCHI_SLOT); }
+static void orchi_unpoison_range(void *p, size_t n) { __asan_unpoison_memory_region(p, n); }
+#else
+static void orchi_poison(orch_future *f) { (void)f; }
+static void orchi_unpoison(orch_future *f) { (void)f; }
+static void orchi_unpoison_range(void *p, size_t n) {
+    (void)p;
+    (void)n;
+}
+#endif
+
+/* Regions double from 16 pages to 256, so that small programs stay small. */
+static orchi_region *orchi_region_new(orch_loop *loop) {
+    size_t count = loop->regions == NULL ? 16 : loop->regions->count * 2;
+    if (count > 256) count = 256;
+    if (!orchi_ring_reserve(loop, loop->slots + count * ORCHI_PAGE_SLOTS)) return NULL;
+    size_t bytes = sizeof(orchi_region) + (count + 1) * ORCHI_PAGE;
+    orchi_region *region = (orchi_region *)orchi_allocate(loop, bytes);
+    if (region == NULL) return NULL;
+    uintptr_t start = (uintptr_t)(region + 1) + ORCHI_PAGE - 1;
+    region->pages = (char *)(start & ~(uintptr_t)(ORCHI_PAGE - 1));
+    region->count = count;
+    region->used = 0;
+    region->bytes = bytes;
+    region->next = loop->regions;
+    loop->regions = region;
+    loop->slots += count * ORCHI_PAGE_SLOTS;
+    return region;
+}
+
+/* A page with a free slot, or NULL. */
+ORCHI_COLD static orchi_page *orchi_page_next(orch_loop *loop) {
+    orchi_page *page = loop->pages_free;
+    if (page != NULL) {
+        loop->pages_free = page->next;
+        page->listed = false;
+        return loop->page = page;
+    }
+    orchi_region *region = loop->regions;
+    if (region == NULL || region->used == region->count) region = orchi_region_new(loop);
+    if (region == NULL) return NULL;
+    page = (orchi_page *)(void *)(region->pages + ORCHI_PAGE * region->used++);
+    page->loop = loop;
+    page->next = NULL;
+    page->free = NULL;
+    page->fresh = 0;
+    page->listed = false;
+    return loop->page = page;
+}
+
+static orch_future *orchi_page_take(orchi_page *page) {
+    orch_future *f = page->free;
+    if (ORCHI_LIKELY(f != NULL)) {
+        page->free = (orch_future *)(uintptr_t)f->generation;
+        return f;
+    }
+    return page->fresh < ORCHI_PAGE_SLOTS ? orchi_page_slot(page, page->fresh++) : NULL;
+}
+
+/* A live slot with one reference, or NULL when out of memory. The kind's part is the caller's to fill. */
+static orch_future *orchi_slot_new(orch_loop *loop, orchi_kind_id kind) {
+    orch_future *f = loop->page != NULL ? orchi_page_take(loop->page) : NULL;
+    if (ORCHI_UNLIKELY(f == NULL)) {
+        if (orchi_page_next(loop) == NULL) return NULL;
+        f = orchi_page_take(loop->page);
+    }
+    orchi_unpoison(f);
+    f->generation = loop->generation;
+    loop->generation += 2;
+    f->references = 1;
+    f->kind = (uint8_t)kind;
+    f->flags = 0;
+    loop->stats.futures++;
+    return f;
+}
+
+static void orchi_slot_recycle(orch_loop *loop, orch_future *f) {
+    orchi_page *page = orchi_page_of(f);
+    f->generation = (uint64_t)(uintptr_t)page->free;
+    page->free = f;
+    if (page->listed || page == loop->page) return;
+    page->listed = true;
+    page->next = loop->pages_free;
+    loop->pages_free = page;
+}
+
+/* Debug builds keep freed slots back for a while, so that a use after consumption finds an even
+ * generation and not somebody else's future. */
+static void orchi_slot_quarantine(orch_loop *loop, orch_future *f) {
+    orch_future **place = &loop->quarantine[loop->quarantined++ % ORCHI_QUARANTINE];
+    orch_future *oldest = *place;
+    *place = f;
+    f->generation = 0;
+    if (oldest != NULL) orchi_slot_recycle(loop, oldest);
+}
+
+/* Gives a slot back, unless the ring or a box still points to it: then the last of these does. */
+static void orchi_slot_free(orch_loop *loop, orch_future *f) {
+    if (f->flags & (ORCHI_QUEUED | ORCHI_BOXED)) {
+        f->kind = ORCHI_DONE;
+        f->references = 0;
+        f->as.result.release = NULL;
+        return;
+    }
+    loop->stats.futures--;
+    orchi_poison(f);
+    if (ORCHI_DEBUG) orchi_slot_quarantine(loop, f);
+    else orchi_slot_recycle(loop, f);
+}
+
+// 48 bytes for a layer, inside a slot of kind EXTRA.
+static void *orchi_extra_new(orch_loop *loop) {
+    orch_future *slot = orchi_slot_new(loop, ORCHI_EXTRA);
+    return slot != NULL ? (void *)&slot->as : NULL;
+}
+
+static void orchi_extra_free(orch_loop *loop, void *extra) {
+    orchi_slot_free(loop, (orch_future *)(void *)((char *)extra - offsetof(orch_future, as)));
+}
+
+/* Calls visit for every live slot. Futures may be settled or freed, but not made, meanwhile. */
+static void orchi_each_slot(orch_loop *loop, void (*visit)(orch_future *f, void *context),
+                            void *context) {
+    for (orchi_region *region = loop->regions; region != NULL; region = region->next) {
+        for (size_t p = 0; p < region->used; p++) {
+            orchi_page *page = (orchi_page *)(void *)(region->pages + ORCHI_PAGE * p);
+            for (uint32_t i = 0; i < page->fresh; i++) {
+                orch_future *f = orchi_page_slot(page, i);
+                if (f->generation & 1) visit(f, context);
+            }
+        }
+    }
+}
+
+static bool orchi_settled(const orch_future *f) { return f->kind >= ORCHI_DONE; }
+
+static void orchi_report(orch_loop *loop, const char *format, ...) ORCH_PRINTF(2, 3);
+
+static void orchi_report(orch_loop *loop, const char *format, ...) {
+    char line[512];
+    va_list arguments;
+    va_start(arguments, format);
+    vsnprintf(line, sizeof line, format, arguments);
+    va_end(arguments);
+    loop->desc.on_report(line, loop->desc.context);
+}
+
+// ---- results
+
+orch_result orch_ok(void *value, void (*release)(void *value)) {
+    orch_result r = {0, 0, value, value, release};
+    return r;
+}
+
+orch_result orch_ok_int(intptr_t value) { return orch_ok((void *)value, NULL); }
+
+orch_result orch_fail(int error) {
+    orch_result r = {error != 0 ? error : ORCH_EINVAL, 0, NULL, NULL, NULL};
+    return r;
+}
+
+/* Messages come from malloc and not from a loop's allocator: a result may outlive every loop. */
+static void orchi_message_release(void *text) { free(text); }
+
+orch_result orch_failf(int error, const char *format, ...) {
+    orch_result r = orch_fail(error);
+    va_list arguments, again;
+    va_start(arguments, format);
+    va_copy(again, arguments);
+    int length = vsnprintf(NULL, 0, format, arguments);
+    char *text = length < 0 ? NULL : (char *)malloc((size_t)length + 1);
+    if (text != NULL) {
+        vsnprintf(text, (size_t)length + 1, format, again);
+        r.value = r.owner = text;
+        r.release = orchi_message_release;
+    }
+    va_end(again);
+    va_end(arguments);
+    return r;
+}
+
+void *orch_take(orch_result *r) {
+    if (r == NULL || r->owner != r->value) return NULL;
+    void *value = r->value;
+    r->value = r->owner = NULL;
+    r->release = NULL;
+    return value;
+}
+
+void orch_result_free(orch_result *r) {
+    if (r == NULL) return;
+    void (*release)(void *) = r->release;
+    void *owner = r->owner;
+    r->release = NULL;
+    r->owner = r->value = NULL;
+    if (release != NULL) release(owner);
+}
+
+intptr_t orch_int(const orch_result *r) {
+    return r != NULL && r->error == 0 ? (intptr_t)r->value : 0;
+}
+
+// ------------------------------------------------------------------------------------------------
+// >>context
+//
+// The switch and the stacks. Invariants:
+//   - orchi_switch is assembly at file scope, a function the compiler cannot see into. gcc takes inline
+//     assembly, even with a memory clobber, never to change a non-escaping static; a task's change to one
+//     was then read stale. It keeps callee-saved registers, MXCSR and x87 control word (FPCR, fcsr), and
+//     leaves through a register jump: a `ret` into another stack mispredicts, 8.7 ns against 1.7.
+//   - Built for shadow stacks (CET) the assembly is used only while they are off; else ucontext, which
+//     glibc makes right. So an object marked SHSTK never lies.
+//   - Stacks are cut from maps. Under each lies a guard of 16 KiB: one page is jumped over by a large
+//     frame. Linux 6.13 guards without a mapping of its own; qemu-user says it does and does not, so each
+//     map's guard is tried. Tops are coloured, or all would fight for one cache set.
+//   - What is idle for a second is given back to the system, all but 64 stacks of each size.
+
+#define ORCHI_GUARD_BYTES ((size_t)16384)
+#define ORCHI_CANARY 0x6f726368u
+
+enum { ORCHI_STACK_HEAD = 256 }; // above top, for the task's control block
+
+#if ORCHI_OS_LINUX
+#define ORCHI_MINCORE(vector) (vector)
+#else
+#define ORCHI_MINCORE(vector) ((char *)(vector))
+#endif
+
+struct orchi_stack {
+    struct orchi_stack *next;
+    char *bottom; // lowest usable byte
+    char *top;    // coloured
+    void *fiber;  // TSan
+    uint32_t size_log;
+    bool used;
+};
+
+typedef struct orchi_stack_map {
+    struct orchi_stack_map *next;
+    char *base;
+    size_t bytes;
+    uint32_t count, size_log;
+    bool canary;
+} orchi_stack_map; // followed by count orchi_stack
+
+#if ORCHI_OS_MACOS
+#define ORCHI_SYMBOL(name) "_" name
+#define ORCHI_FUNCTION(name) ".globl _" name "\n.private_extern _" name "\n.p2align 4\n_" name ":\n"
+#define ORCHI_FUNCTION_END(name) ""
+#else
+#define ORCHI_SYMBOL(name) name
+#define ORCHI_FUNCTION(name)                                                                       \
+    ".globl " name "\n.hidden " name "\n.type " name ", %function\n.p2align 4\n" name ":\n"
+#define ORCHI_FUNCTION_END(name) ".size " name ", .-" name "\n"
+#endif
+
+#if ORCHI_ASSEMBLY
+/* Saves this point of execution in *save and enters `load`. */
+extern void orchi_switch(void **save, void *load);
+/* Where a new stack starts: calls its function with its argument, both put into registers. The call
+ * frame information says that there is nothing above, so a backtrace ends here. */
+extern void orchi_switch_entry(void);
+#endif
+
+// clang-format off
+#if ORCHI_ASSEMBLY && defined(__x86_64__)
+__asm__(
+    ".text\n"
+    ORCHI_FUNCTION("orchi_switch")
+    ".cfi_startproc\n"
+    "    pushq %rbp\n    pushq %rbx\n    pushq %r12\n    pushq %r13\n    pushq %r14\n    pushq %r15\n"
+    "    subq $8, %rsp\n"
+    "    stmxcsr (%rsp)\n"
+    "    fnstcw 4(%rsp)\n"
+    "    movq %rsp, (%rdi)\n"
+    "    movl (%rsp), %eax\n"
+    "    movzwl 4(%rsp), %edx\n"
+    "    movq %rsi, %rsp\n"
+    "    cmpl (%rsp), %eax\n"              // loading them is dear, and they seldom differ
+    "    jne 1f\n"
+    "    cmpw 4(%rsp), %dx\n"
+    "    jne 1f\n"
+    "2:  addq $8, %rsp\n"
+    "    popq %r15\n    popq %r14\n    popq %r13\n    popq %r12\n    popq %rbx\n    popq %rbp\n"
+    "    popq %rcx\n"
+    "    jmp *%rcx\n"
+    "1:  ldmxcsr (%rsp)\n"
+    "    fldcw 4(%rsp)\n"
+    "    jmp 2b\n"
+    ".cfi_endproc\n"
+    ORCHI_FUNCTION_END("orchi_switch")
+    ORCHI_FUNCTION("orchi_switch_entry")
+    ".cfi_startproc\n"
+    ".cfi_undefined rip\n"
+    "    movq %r12, %rdi\n"
+    "    callq *%r13\n"
+    "    ud2\n"
+    ".cfi_endproc\n"
+    ORCHI_FUNCTION_END("orchi_switch_entry")
+);
+
+typedef struct orchi_frame { // what orchi_switch finds on a stack
+    uint32_t mxcsr;
+    uint16_t x87, unused;
+    void *r15, *r14;
+    void (*r13)(void *);
+    void *r12, *rbx, *rbp;
+    void (*jump)(void);
+    void *end[2]; // keeps the stack aligned at the entry; zero ends a walk by frame pointers
+} orchi_frame;
+
+static void orchi_frame_fill(orchi_frame *frame, void (*fn)(void *), void *arg) {
+    __asm__ volatile("stmxcsr %0\n\tfnstcw %1" : "=m"(frame->mxcsr), "=m"(frame->x87));
+    frame->r13 = fn;
+    frame->r12 = arg;
+    frame->jump = orchi_switch_entry;
+}
+
+#elif ORCHI_ASSEMBLY && defined(__aarch64__)
+#if defined(__ARM_FEATURE_BTI_DEFAULT)
+#define ORCHI_LEAVE "    ret x16\n" // a plain jump would need a landing pad
+#else
+#define ORCHI_LEAVE "    br x16\n"
+#endif
+__asm__(
+    ".text\n"
+    ORCHI_FUNCTION("orchi_switch")
+    ".cfi_startproc\n"
+    "    hint #34\n"                       // bti c
+    "    sub sp, sp, #176\n"
+    "    stp x19, x20, [sp]\n    stp x21, x22, [sp, #16]\n    stp x23, x24, [sp, #32]\n"
+    "    stp x25, x26, [sp, #48]\n    stp x27, x28, [sp, #64]\n    stp x29, x30, [sp, #80]\n"
+    "    stp d8, d9, [sp, #96]\n    stp d10, d11, [sp, #112]\n"
+    "    stp d12, d13, [sp, #128]\n    stp d14, d15, [sp, #144]\n"
+    "    mrs x9, fpcr\n"
+    "    str x9, [sp, #160]\n"
+    "    mov x10, sp\n"
+    "    str x10, [x0]\n"
+    "    mov sp, x1\n"
+    "    ldr x10, [sp, #160]\n"
+    "    cmp x9, x10\n"
+    "    b.eq 1f\n"
+    "    msr fpcr, x10\n"
+    "1:  ldp x19, x20, [sp]\n    ldp x21, x22, [sp, #16]\n    ldp x23, x24, [sp, #32]\n"
+    "    ldp x25, x26, [sp, #48]\n    ldp x27, x28, [sp, #64]\n    ldp x29, x30, [sp, #80]\n"
+    "    ldp d8, d9, [sp, #96]\n    ldp d10, d11, [sp, #112]\n"
+    "    ldp d12, d13, [sp, #128]\n    ldp d14, d15, [sp, #144]\n"
+    "    add sp, sp, #176\n"
+    "    mov x16, x30\n"
+    ORCHI_LEAVE
+    ".cfi_endproc\n"
+    ORCHI_FUNCTION_END("orchi_switch")
+    ORCHI_FUNCTION("orchi_switch_entry")
+    ".cfi_startproc\n"
+    ".cfi_undefined x30\n"
+    "    hint #36\n"                       // bti j
+    "    mov x0, x19\n"
+    "    blr x20\n"
+    "    brk #1\n"
+    ".cfi_endproc\n"
+    ORCHI_FUNCTION_END("orchi_switch_entry")
+);
+
+typedef struct orchi_frame {
+    void *x19;
+    void (*x20)(void *);
+    void *x21_29[9];
+    void (*x30)(void);
+    uint64_t d8_15[8], fpcr, unused;
+} orchi_frame;
+
+static void orchi_frame_fill(orchi_frame *frame, void (*fn)(void *), void *arg) {
+    __asm__ volatile("mrs %0, fpcr" : "=r"(frame->fpcr));
+    frame->x19 = arg;
+    frame->x20 = fn;
+    frame->x30 = orchi_switch_entry;
+}
+
+#elif ORCHI_ASSEMBLY
+#if defined(__riscv_flen) && __riscv_flen >= 64
+#define ORCHI_SAVE_FLOATS                                                                          \
+    "    fsd fs0, 104(sp)\n    fsd fs1, 112(sp)\n    fsd fs2, 120(sp)\n    fsd fs3, 128(sp)\n"     \
+    "    fsd fs4, 136(sp)\n    fsd fs5, 144(sp)\n    fsd fs6, 152(sp)\n    fsd fs7, 160(sp)\n"     \
+    "    fsd fs8, 168(sp)\n    fsd fs9, 176(sp)\n    fsd fs10, 184(sp)\n    fsd fs11, 192(sp)\n"   \
+    "    frcsr t0\n    sd t0, 200(sp)\n"
+#define ORCHI_LOAD_FLOATS                                                                          \
+    "    fld fs0, 104(sp)\n    fld fs1, 112(sp)\n    fld fs2, 120(sp)\n    fld fs3, 128(sp)\n"     \
+    "    fld fs4, 136(sp)\n    fld fs5, 144(sp)\n    fld fs6, 152(sp)\n    fld fs7, 160(sp)\n"     \
+    "    fld fs8, 168(sp)\n    fld fs9, 176(sp)\n    fld fs10, 184(sp)\n    fld fs11, 192(sp)\n"   \
+    "    ld t0, 200(sp)\n    fscsr t0\n"
+#define ORCHI_READ_FCSR(target) __asm__ volatile("frcsr %0" : "=r"(target))
+#else
+#define ORCHI_SAVE_FLOATS ""
+#define ORCHI_LOAD_FLOATS ""
+#define ORCHI_READ_FCSR(target) (void)0
+#endif
+__asm__(
+    ".text\n"
+    ORCHI_FUNCTION("orchi_switch")
+    ".cfi_startproc\n"
+    "    addi sp, sp, -208\n"
+    "    sd ra, 0(sp)\n    sd s0, 8(sp)\n    sd s1, 16(sp)\n    sd s2, 24(sp)\n    sd s3, 32(sp)\n"
+    "    sd s4, 40(sp)\n    sd s5, 48(sp)\n    sd s6, 56(sp)\n    sd s7, 64(sp)\n    sd s8, 72(sp)\n"
+    "    sd s9, 80(sp)\n    sd s10, 88(sp)\n    sd s11, 96(sp)\n"
+    ORCHI_SAVE_FLOATS
+    "    sd sp, 0(a0)\n"
+    "    mv sp, a1\n"
+    ORCHI_LOAD_FLOATS
+    "    ld ra, 0(sp)\n    ld s0, 8(sp)\n    ld s1, 16(sp)\n    ld s2, 24(sp)\n    ld s3, 32(sp)\n"
+    "    ld s4, 40(sp)\n    ld s5, 48(sp)\n    ld s6, 56(sp)\n    ld s7, 64(sp)\n    ld s8, 72(sp)\n"
+    "    ld s9, 80(sp)\n    ld s10, 88(sp)\n    ld s11, 96(sp)\n"
+    "    addi sp, sp, 208\n"
+    "    mv t1, ra\n"
+    "    jr t1\n"                          // not ra: that would pop the return predictor
+    ".cfi_endproc\n"
+    ORCHI_FUNCTION_END("orchi_switch")
+    ORCHI_FUNCTION("orchi_switch_entry")
+    ".cfi_startproc\n"
+    ".cfi_undefined ra\n"
+    "    mv a0, s0\n"
+    "    jalr s1\n"
+    "    ebreak\n"
+    ".cfi_endproc\n"
+    ORCHI_FUNCTION_END("orchi_switch_entry")
+);
+
+typedef struct orchi_frame {
+    void (*ra)(void);
+    void *s0;
+    void (*s1)(void *);
+    void *s2_11[10];
+    uint64_t fs0_11[12], fcsr;
+} orchi_frame;
+
+static void orchi_frame_fill(orchi_frame *frame, void (*fn)(void *), void *arg) {
+    ORCHI_READ_FCSR(frame->fcsr);
+    frame->s0 = arg;
+    frame->s1 = fn;
+    frame->ra = orchi_switch_entry;
+}
+#endif
+// clang-format on
+
+#if ORCHI_ASSEMBLY
+static void *orchi_assembly_start(void *top, void (*fn)(void *), void *arg) {
+    orchi_frame *frame = (orchi_frame *)(void *)((char *)top - (sizeof(orchi_frame) + 15) / 16 * 16);
+    memset(frame, 0, sizeof *frame);
+    orchi_frame_fill(frame, fn, arg);
+    return frame;
+}
+#endif
+
+#if ORCHI_UCONTEXT
+typedef struct orchi_start { // at the top of a new stack
+    ucontext_t context;
+    void (*fn)(void *);
+    void *arg;
+} orchi_start;
+
+static __thread orchi_start *orchi_starting; // makecontext passes only ints
+
+static void orchi_ucontext_entry(void) { orchi_starting->fn(orchi_starting->arg); }
+
+/* The start record lies on the new stack; the context of a running stack is a local of the switch. */
+static void *orchi_ucontext_start(void *bottom, void *top, void (*fn)(void *), void *arg) {
+    orchi_start *start = (orchi_start *)(void *)((char *)top - (sizeof(orchi_start) + 63) / 64 * 64);
+    start->fn = fn;
+    start->arg = arg;
+    getcontext(&start->context);
+    start->context.uc_stack.ss_sp = bottom;
+    start->context.uc_stack.ss_size = (size_t)((char *)start - (char *)bottom);
+    start->context.uc_link = NULL;
+    makecontext(&start->context, orchi_ucontext_entry, 0);
+    return start;
+}
+
+static void orchi_ucontext_switch(void **save, void *load) {
+    ucontext_t here;
+    *save = &here;
+    orchi_starting = (orchi_start *)load; // only read by a stack that starts
+    swapcontext(&here, (ucontext_t *)load);
+}
+#endif
+
+#if ORCHI_CET && ORCHI_ASSEMBLY
+static bool orchi_shadow_stack(void) { // rdssp is a no-op where shadow stacks are off
+    uint64_t pointer = 0;
+    __asm__ volatile("rdsspq %0" : "+r"(pointer));
+    return pointer != 0;
+}
+static void *orchi_start_raw(void *bottom, void *top, void (*fn)(void *), void *arg) {
+    if (orchi_shadow_stack()) return orchi_ucontext_start(bottom, top, fn, arg);
+    return orchi_assembly_start(top, fn, arg);
+}
+static void orchi_switch_raw(void **save, void *load) {
+    if (orchi_shadow_stack()) orchi_ucontext_switch(save, load);
+    else orchi_switch(save, load);
+}
+#elif ORCHI_ASSEMBLY
+static void *orchi_start_raw(void *bottom, void *top, void (*fn)(void *), void *arg) {
+    (void)bottom;
+    return orchi_assembly_start(top, fn, arg);
+}
+static inline void orchi_switch_raw(void **save, void *load) { orchi_switch(save, load); }
+#else
+static void *orchi_start_raw(void *bottom, void *top, void (*fn)(void *), void *arg) {
+    return orchi_ucontext_start(bottom, top, fn, arg);
+}
+static void orchi_switch_raw(void **save, void *load) { orchi_ucontext_switch(save, load); }
+#endif
+
+// ---- tools are told of every switch
+
+#if ORCHI_ASAN
+static void orchi_tool_leave(orchi_context *from, orchi_context *to, bool ends) {
+    __sanitizer_start_switch_fiber(ends ? NULL : &from->fake, to->bottom, to->size);
+}
+static void orchi_tool_enter(orchi_context *self) {
+    __sanitizer_finish_switch_fiber(self->fake, NULL, NULL);
+}
+/* The first arrival on a stack; the main stack's bounds become known here. */
+static void orchi_tool_begin(orchi_context *main) {
+    const void *bottom = NULL;
+    size_t size = 0;
+    __sanitizer_finish_switch_fiber(NULL, &bottom, &size);
+    if (main->bottom == NULL) {
+        main->bottom = bottom;
+        main->size = size;
+    }
+}
+#elif ORCHI_TSAN
+static void orchi_tool_leave(orchi_context *from, orchi_context *to, bool ends) {
+    (void)from;
+    (void)ends;
+    __tsan_switch_to_fiber(to->fiber, 0);
+}
+static void orchi_tool_enter(orchi_context *self) { (void)self; }
+static void orchi_tool_begin(orchi_context *main) { (void)main; }
+#else
+static inline void orchi_tool_leave(orchi_context *from, orchi_context *to, bool ends) {
+    (void)from;
+    (void)to;
+    (void)ends;
+}
+static inline void orchi_tool_enter(orchi_context *self) { (void)self; }
+static inline void orchi_tool_begin(orchi_context *main) { (void)main; }
+#endif
+
+#if ORCHI_TSAN
+static void *orchi_fiber_self(void) { return __tsan_get_current_fiber(); }
+static void *orchi_fiber_new(void) { return __tsan_create_fiber(0); }
+static void orchi_fiber_free(void *fiber) { __tsan_destroy_fiber(fiber); }
+#else
+static void *orchi_fiber_self(void) { return NULL; }
+static void *orchi_fiber_new(void) { return NULL; }
+static void orchi_fiber_free(void *fiber) { (void)fiber; }
+#endif
+
+#if ORCHI_VALGRIND
+static void orchi_valgrind_stack(char *bottom, char *top) {
+    unsigned id = VALGRIND_STACK_REGISTER(bottom, top);
+    (void)id; // the registration ends with the mapping
+    (void)bottom;
+    (void)top;
+}
+#else
+static void orchi_valgrind_stack(char *bottom, char *top) {
+    (void)bottom;
+    (void)top;
+}
+#endif
+
+/* Leaves `from`, which ends for good when `ends`, and enters `to`. Returns when somebody enters `from`. */
+static inline void orchi_context_switch(orchi_context *from, orchi_context *to, bool ends) {
+    orchi_tool_leave(from, to, ends);
+    orchi_switch_raw(&from->sp, to->sp);
+    orchi_tool_enter(from);
+}
+
+static void orchi_context_start(orchi_context *c, orchi_stack *stack, char *top, void (*fn)(void *),
+                                void *arg) {
+    c->sp = orchi_start_raw(stack->bottom, top, fn, arg);
+    c->fake = NULL;
+    c->bottom = stack->bottom;
+    c->size = (size_t)(top - stack->bottom);
+    c->fiber = stack->fiber;
+}
+
+// ---- stacks
+
+#if ORCHI_OS_LINUX
+enum { ORCHI_MADV_GUARD_INSTALL = 102 };
+static bool orchi_guard_madvise(char *start) {
+    return madvise(start, ORCHI_GUARD_BYTES, ORCHI_MADV_GUARD_INSTALL) == 0;
+}
+#else
+static bool orchi_guard_madvise(char *start) {
+    (void)start;
+    return false;
+}
+#endif
+
+/* Whether a page is really out of bounds: the kernel refuses to read a path from it. An emulator that
+ * swallows the request answers ENOENT for the empty string there. */
+static bool orchi_guard_holds(const char *start) {
+    int before = errno;
+    bool holds = access(start, F_OK) != 0 && errno == EFAULT;
+    errno = before;
+    return holds;
+}
+
+/* Guards one stack as well as the loop has seen it can be done; the first of a map is tried. */
+static orch_guard orchi_guard_install(orch_loop *loop, char *start, bool try_it) {
+    bool hope = loop->stats.guard == ORCH_GUARD_UNKNOWN || loop->stats.guard == ORCH_GUARD_MADVISE;
+    if (hope && orchi_guard_madvise(start) && (!try_it || orchi_guard_holds(start))) {
+        return ORCH_GUARD_MADVISE;
+    }
+    if (mprotect(start, ORCHI_GUARD_BYTES, PROT_NONE) == 0) return ORCH_GUARD_MPROTECT;
+    return ORCH_GUARD_CANARY;
+}
+
+static void orchi_guard_note(orch_loop *loop, orch_guard level) {
+    if (loop->stats.guard == ORCH_GUARD_UNKNOWN || level < loop->stats.guard) {
+        loop->stats.guard = level;
+    }
+}
+
+static orchi_stack *orchi_map_stacks(orchi_stack_map *map) { return (orchi_stack *)(void *)(map + 1); }
+
+static size_t orchi_map_stride(const orchi_stack_map *map) {
+    return ((size_t)1 << map->size_log) + ORCHI_GUARD_BYTES;
+}
+
+static size_t orchi_map_record(uint32_t count) {
+    return sizeof(orchi_stack_map) + count * sizeof(orchi_stack);
+}
+
+/* 16 stacks at first, then maps of up to 256 or 16 MiB. */
+static uint32_t orchi_map_count(const orchi_stack_pool *pool, uint32_t size_log) {
+    uint32_t count = pool->made == 0 ? 16 : 256;
+    while (count > 1 && ((uint64_t)count << size_log) > ((uint64_t)16 << 20)) count /= 2;
+    return count;
+}
+
+static void orchi_map_cut(orch_loop *loop, orchi_stack_map *map, orchi_stack_pool *pool) {
+    size_t stride = orchi_map_stride(map);
+    for (uint32_t i = map->count; i-- > 0;) {
+        orchi_stack *stack = orchi_map_stacks(map) + i;
+        char *start = map->base + i * stride;
+        size_t colour = (size_t)(i % 16) * 128;
+        stack->bottom = start + ORCHI_GUARD_BYTES;
+        stack->top = start + stride - ORCHI_STACK_HEAD - colour;
+        stack->size_log = map->size_log;
+        stack->used = false;
+        stack->fiber = orchi_fiber_new();
+        stack->next = pool->clean;
+        pool->clean = stack;
+        orch_guard level = orchi_guard_install(loop, start, i + 1 == map->count);
+        orchi_guard_note(loop, level);
+        map->canary = map->canary || level == ORCH_GUARD_CANARY;
+        orchi_valgrind_stack(stack->bottom, start + stride);
+    }
+}
+
+static bool orchi_map_new(orch_loop *loop, orchi_stack_pool *pool, uint32_t size_log) {
+    uint32_t count = orchi_map_count(pool, size_log);
+    orchi_stack_map *map = (orchi_stack_map *)orchi_allocate(loop, orchi_map_record(count));
+    if (map == NULL) return false;
+    map->count = count;
+    map->size_log = size_log;
+    map->canary = false;
+    map->bytes = count * orchi_map_stride(map);
+    void *base = mmap(NULL, map->bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (base == MAP_FAILED) {
+        orchi_free(loop, map, orchi_map_record(count));
+        return false;
+    }
+    map->base = (char *)base;
+    map->next = loop->maps;
+    loop->maps = map;
+    pool->made += count;
+    loop->stats.stacks += count;
+    orchi_map_cut(loop, map, pool);
+    return true;
+}
+
+static void orchi_maps_free(orch_loop *loop) {
+    while (loop->maps != NULL) {
+        orchi_stack_map *map = loop->maps;
+        loop->maps = map->next;
+        for (uint32_t i = 0; i < map->count; i++) orchi_fiber_free(orchi_map_stacks(map)[i].fiber);
+        munmap(map->base, map->bytes);
+        orchi_free(loop, map, orchi_map_record(map->count));
+    }
+}
+
+/* The exponent of a stack size, 0 when it is out of range. */
+static uint32_t orchi_stack_log(size_t size) {
+    if (size < (size_t)1 << ORCHI_STACK_MIN_LOG || size > (size_t)1 << ORCHI_STACK_MAX_LOG) return 0;
+    uint32_t size_log = ORCHI_STACK_MIN_LOG;
+    while (((size_t)1 << size_log) < size) size_log++;
+    return size_log;
+}
+
+/* A stack of 2^size_log bytes, the hottest first; NULL when out of memory. */
+static orchi_stack *orchi_stack_take(orch_loop *loop, uint32_t size_log) {
+    orchi_stack_pool *pool = &loop->pools[size_log - ORCHI_STACK_MIN_LOG];
+    orchi_stack *stack = pool->hot;
+    if (ORCHI_LIKELY(stack != NULL)) {
+        pool->hot = stack->next;
+        if (--pool->hot_count < pool->low) pool->low = pool->hot_count;
+    } else {
+        if (pool->clean == NULL && !orchi_map_new(loop, pool, size_log)) return NULL;
+        stack = pool->clean;
+        pool->clean = stack->next;
+    }
+    stack->used = true;
+    orchi_unpoison_range(stack->bottom, (size_t)1 << size_log);
+    return stack;
+}
+
+static void orchi_stack_give(orch_loop *loop, orchi_stack *stack) {
+    orchi_stack_pool *pool = &loop->pools[stack->size_log - ORCHI_STACK_MIN_LOG];
+    stack->used = false;
+    stack->next = pool->hot;
+    pool->hot = stack;
+    pool->hot_count++;
+}
+
+enum { ORCHI_HOT_STACKS = 64 };
+static const uint64_t ORCHI_TRIM_NS = 1000000000u;
+
+/* Gives `count` stacks' memory back to the system. The coldest are at the list's end. */
+static void orchi_pool_trim(orchi_stack_pool *pool, uint32_t count) {
+    orchi_stack **place = &pool->hot;
+    for (uint32_t keep = pool->hot_count - count; keep > 0; keep--) place = &(*place)->next;
+    orchi_stack *stack = *place;
+    *place = NULL;
+    pool->hot_count -= count;
+    while (stack != NULL) {
+        orchi_stack *next = stack->next;
+        madvise(stack->bottom, (size_t)1 << stack->size_log, MADV_DONTNEED);
+        stack->next = pool->clean;
+        pool->clean = stack;
+        stack = next;
+    }
+}
+
+/* Before the loop sleeps: what no task has used for a second is given back. Returns how long the loop
+ * may sleep at most, so that this is not forgotten. */
+static uint64_t orchi_stacks_idle(orch_loop *loop, uint64_t now) {
+    bool due = now - loop->trimmed >= ORCHI_TRIM_NS;
+    bool more = false;
+    for (int i = 0; i < ORCHI_STACK_POOLS; i++) {
+        orchi_stack_pool *pool = &loop->pools[i];
+        if (due && pool->low > ORCHI_HOT_STACKS) {
+            orchi_pool_trim(pool, pool->low - ORCHI_HOT_STACKS);
+        }
+        if (due) pool->low = pool->hot_count;
+        more = more || pool->hot_count > ORCHI_HOT_STACKS;
+    }
+    if (due) loop->trimmed = now;
+    return more ? ORCHI_TRIM_NS : UINT64_MAX;
+}
+
+/* Bytes of a stack that have memory behind them, from its top. */
+static size_t orchi_stack_touched(const orchi_stack *stack) {
+    size_t page = (size_t)sysconf(_SC_PAGESIZE);
+    size_t size = (size_t)1 << stack->size_log;
+    for (size_t offset = 0; offset < size; offset += page) {
+        unsigned char resident = 0;
+        if (mincore(stack->bottom + offset, page, ORCHI_MINCORE(&resident)) != 0 || (resident & 1)) {
+            return size - offset;
+        }
+    }
+    return 0;
+}
+
+static void orchi_canary_set(orchi_stack *stack) {
+    *(uint32_t *)(void *)stack->bottom = ORCHI_CANARY;
+}
+
+static bool orchi_canary_lives(const orchi_stack *stack) {
+    return *(const uint32_t *)(const void *)stack->bottom == ORCHI_CANARY;
+}
+
+// ------------------------------------------------------------------------------------------------
+// >>poller
+//
+// One contract for every way to ask the system which descriptors are ready:
+//   open, close   make and free what the poller needs
+//   update        from now on wait for `events` of a descriptor; 0: forget it; an error code or 0
+//   wait          sleep for at most `ns` (UINT64_MAX: without limit) and pass each descriptor that has
+//                 events to `ready`; an interruption by a signal counts as nothing ready
+// Events are ORCH_READABLE and ORCH_WRITABLE, and ORCHI_BAD_FD for a descriptor that is none. Readiness is
+// level-triggered; whoever does not wait any more has said so by update. `ready` only queues: nothing of
+// the user's runs inside wait. poll(2) is the reference: arming costs no system call.
+
+enum { ORCHI_BAD_FD = 4 };
+
+typedef struct orchi_poller_ops {
+    const char *name;
+    int (*open)(orch_loop *loop);
+    void (*close)(orch_loop *loop);
+    int (*update)(orch_loop *loop, int fd, int events);
+    int (*wait)(orch_loop *loop, uint64_t ns, void (*ready)(orch_loop *loop, int fd, int events));
+} orchi_poller_ops;
+
+#if ORCHI_OS_LINUX
+static int orchi_poll_call(struct pollfd *fds, nfds_t count, uint64_t ns) {
+    struct timespec timeout = {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)};
+    return ppoll(fds, count, ns == UINT64_MAX ? NULL : &timeout, NULL);
+}
+#else
+static int orchi_poll_call(struct pollfd *fds, nfds_t count, uint64_t ns) {
+    uint64_t ms = ns / 1000000u + (ns % 1000000u != 0);
+    return poll(fds, count, ns == UINT64_MAX ? -1 : ms > INT_MAX ? INT_MAX : (int)ms);
+}
+#endif
+
+static int orchi_poll_open(orch_loop *loop) {
+    loop->poller.fds = NULL;
+    return 0;
+}
+
+static void orchi_poll_close(orch_loop *loop) {
+    orchi_free(loop, loop->poller.fds, loop->poller.capacity * sizeof *loop->poller.fds);
+}
+
+static void orchi_poll_remove(orchi_poller *p, orchi_watch *watch) {
+    struct pollfd last = p->fds[--p->count];
+    p->fds[watch->position - 1] = last;
+    p->watches[last.fd].position = watch->position;
+    watch->position = 0;
+}
+
+static int orchi_poll_update(orch_loop *loop, int fd, int events) {
+    orchi_poller *p = &loop->poller;
+    orchi_watch *watch = &p->watches[fd];
+    if (events == 0) {
+        if (watch->position != 0) orchi_poll_remove(p, watch);
+        return 0;
+    }
+    if (watch->position == 0) {
+        void *fds = p->fds;
+        if (!orchi_grow(loop, &fds, &p->capacity, p->count + 1u, sizeof *p->fds)) return ORCH_ENOMEM;
+        p->fds = (struct pollfd *)fds;
+        p->fds[p->count].fd = fd;
+        p->fds[p->count].revents = 0;
+        watch->position = ++p->count;
+    }
+    p->fds[watch->position - 1].events =
+        (short)((events & ORCH_READABLE ? POLLIN : 0) | (events & ORCH_WRITABLE ? POLLOUT : 0));
+    return 0;
+}
+
+static int orchi_poll_events(short revents) {
+    if (revents & POLLNVAL) return ORCHI_BAD_FD;
+    int both = revents & (POLLERR | POLLHUP) ? ORCH_READABLE | ORCH_WRITABLE : 0;
+    return both | (revents & (POLLIN | POLLPRI) ? ORCH_READABLE : 0) |
+           (revents & POLLOUT ? ORCH_WRITABLE : 0);
+}
+
+/* From the end, because whoever is ready is removed and the last one takes its place. */
+static int orchi_poll_wait(orch_loop *loop, uint64_t ns,
+                           void (*ready)(orch_loop *loop, int fd, int events)) {
+    orchi_poller *p = &loop->poller;
+    int found = orchi_poll_call(p->fds, p->count, ns);
+    if (found < 0) return errno == EINTR ? 0 : -errno;
+    for (uint32_t i = p->count; i-- > 0 && found > 0;) {
+        short revents = p->fds[i].revents;
+        if (revents == 0) continue;
+        found--;
+        p->fds[i].revents = 0;
+        ready(loop, p->fds[i].fd, orchi_poll_events(revents));
+    }
+    return 0;
+}
+
+static const orchi_poller_ops orchi_poll_ops = {"poll", orchi_poll_open, orchi_poll_close,
+                                                orchi_poll_update, orchi_poll_wait};
+
+// ------------------------------------------------------------------------------------------------
+// >>timer
+//
+// A 4-ary heap of deadlines, ordered by (deadline, sequence), so that equal ones fire in the order set.
+// A timer armed in a round has no deadline yet, only a duration: it waits behind the heap, in the same
+// array, and is stamped at the round's end with the one clock read of that round. So arming costs no
+// clock read, a timer is never early, and late by at most the round. Arming and cancelling within a round
+// never touches the heap. A future knows its position (as.timed.position).
+// Left out: a timer wheel. It fires a million timers faster, but needs cascades and per-level state; for
+// the common case, equal time-outs that are cancelled, the heap's push and remove are a few compares.
+
+static bool orchi_timer_before(const orchi_timer *a, const orchi_timer *b) {
+    return a->deadline != b->deadline ? a->deadline < b->deadline : a->sequence < b->sequence;
+}
+
+static void orchi_timer_put(orchi_timers *t, uint32_t position, orchi_timer entry) {
+    t->entries[position] = entry;
+    entry.future->as.timed.position = position;
+}
+
+static void orchi_timer_up(orchi_timers *t, uint32_t position, orchi_timer entry) {
+    while (position > 0) {
+        uint32_t parent = (position - 1) / 4;
+        if (!orchi_timer_before(&entry, &t->entries[parent])) break;
+        orchi_timer_put(t, position, t->entries[parent]);
+        position = parent;
+    }
+    orchi_timer_put(t, position, entry);
+}
+
+static void orchi_timer_down(orchi_timers *t, uint32_t position, orchi_timer entry) {
+    for (;;) {
+        uint32_t first = position * 4 + 1, best = first;
+        if (first >= t->stamped) break;
+        for (uint32_t child = first + 1; child < first + 4 && child < t->stamped; child++) {
+            if (orchi_timer_before(&t->entries[child], &t->entries[best])) best = child;
+        }
+        if (!orchi_timer_before(&t->entries[best], &entry)) break;
+        orchi_timer_put(t, position, t->entries[best]);
+        position = best;
+    }
+    orchi_timer_put(t, position, entry);
+}
+
+/* Arms the timer of f (as.timed.ms). False when out of memory. */
+static bool orchi_timer_arm(orch_loop *loop, orch_future *f) {
+    orchi_timers *t = &loop->timers;
+    void *entries = t->entries;
+    if (ORCHI_UNLIKELY(t->count == t->capacity)) {
+        if (!orchi_grow(loop, &entries, &t->capacity, t->count + 1u, sizeof *t->entries)) return false;
+        t->entries = (orchi_timer *)entries;
+    }
+    uint64_t ms = f->as.timed.ms;
+    uint64_t ns = ms < UINT64_MAX / 1000000u ? ms * 1000000u : UINT64_MAX;
+    orchi_timer entry = {ns, t->sequence++, f};
+    orchi_timer_put(t, t->count++, entry);
+    return true;
+}
+
+/* Takes an entry out of the heap; the last unstamped one fills the gap at the heap's end. */
+static void orchi_timer_remove(orchi_timers *t, uint32_t position) {
+    uint32_t last = --t->stamped;
+    orchi_timer entry = t->entries[last];
+    if (position != last) {
+        if (position > 0 && orchi_timer_before(&entry, &t->entries[(position - 1) / 4])) {
+            orchi_timer_up(t, position, entry);
+        } else {
+            orchi_timer_down(t, position, entry);
+        }
+    }
+    if (--t->count != last) orchi_timer_put(t, last, t->entries[t->count]);
+}
+
+static void orchi_timer_disarm(orch_loop *loop, orch_future *f) {
+    orchi_timers *t = &loop->timers;
+    uint32_t position = f->as.timed.position;
+    if (position < t->stamped) {
+        orchi_timer_remove(t, position);
+    } else if (position != --t->count) {
+        orchi_timer_put(t, position, t->entries[t->count]);
+    }
+}
+
+/* The end of a round: gives what was armed in it its deadline. */
+static void orchi_timers_stamp(orchi_timers *t, uint64_t now) {
+    while (t->stamped < t->count) {
+        orchi_timer entry = t->entries[t->stamped];
+        entry.deadline = entry.deadline < UINT64_MAX - now ? now + entry.deadline : UINT64_MAX;
+        orchi_timer_up(t, t->stamped++, entry);
+    }
+}
+
+/* Fires what is due. Firing only queues and disarms. */
+static void orchi_timers_fire(orch_loop *loop, uint64_t now) {
+    orchi_timers *t = &loop->timers;
+    while (t->stamped > 0 && t->entries[0].deadline <= now) {
+        orch_future *f = t->entries[0].future;
+        orchi_timer_remove(t, 0);
+        orchi_kinds[f->kind].fire(f, 0);
+    }
+}
+
+// ------------------------------------------------------------------------------------------------
+// >>loop
+//
+// A turn is a round of ready work, then a look: stamp new timers, ask the poller, fire what is due.
+// Invariants:
+//   - A round runs at most 128 things. Descriptors and timers are looked at when nothing is ready, and
+//     otherwise after a round, unless the last look was less than ten times its own cost ago: so nothing
+//     starves, and looking costs at most a tenth where it is dear.
+//   - The clock is read once per look, and twice when the poller was asked while work was ready.
+//   - Asleep means asleep in the poller: with nothing ready there is no turn without an event.
+//   - Everything runs on this thread's main stack, or on a task's that it switched to; only turns run it.
+
+static void orchi_dispatch(orch_loop *loop, orch_future *f) {
+    loop->stats.resumes++;
+    orchi_kinds[f->kind].run(f);
+}
+
+/* Runs what is ready, in order. Tasks take from the same ring and budget when they switch directly. */
+static void orchi_round(orch_loop *loop) {
+    loop->budget = ORCHI_BUDGET;
+    while (!orchi_ring_empty(loop) && loop->budget-- > 0) orchi_dispatch(loop, orchi_pop(loop));
+}
+
+static int orchi_watch_events(const orchi_watch *watch) {
+    return (watch->reader != NULL ? ORCH_READABLE : 0) | (watch->writer != NULL ? ORCH_WRITABLE : 0);
+}
+
+/* Takes a waiting future out of the table. */
+static void orchi_unwatch(orch_loop *loop, orch_future *f) {
+    int fd = f->as.ready.fd;
+    orchi_watch *watch = &loop->poller.watches[fd];
+    if (watch->reader == f) watch->reader = NULL;
+    if (watch->writer == f) watch->writer = NULL;
+    loop->stats.watched--;
+    loop->poller.ops->update(loop, fd, orchi_watch_events(watch));
+}
+
+/* What the poller calls: tells the waiters of a descriptor. */
+static void orchi_fd_ready(orch_loop *loop, int fd, int events) {
+    orchi_watch watch = loop->poller.watches[fd];
+    bool same = watch.reader == watch.writer;
+    if (watch.reader != NULL && (same || (events & (ORCH_READABLE | ORCHI_BAD_FD)))) {
+        orchi_kinds[ORCHI_READY].fire(watch.reader, events);
+    }
+    if (watch.writer != NULL && !same && (events & (ORCH_WRITABLE | ORCHI_BAD_FD))) {
+        orchi_kinds[ORCHI_READY].fire(watch.writer, events);
+    }
+}
+
+static int orchi_poll(orch_loop *loop, uint64_t ns) {
+    loop->stats.polls++;
+    return loop->poller.ops->wait(loop, ns, orchi_fd_ready);
+}
+
+/* What a look costs. It may at most double from one to the next, as one that was interrupted by another
+ * program would keep the loop from looking for ten times as long. */
+static uint64_t orchi_look_cost(const orch_loop *loop, uint64_t measured) {
+    uint64_t most = 2 * loop->look_cost + 1000;
+    return measured < most ? measured : most;
+}
+
+/* A look while work is ready: not sooner than ten times its cost after the last one. */
+static int orchi_look_busy(orch_loop *loop) {
+    if (loop->timers.count == 0 && loop->poller.count == 0) return 0;
+    uint64_t now = orchi_clock();
+    orchi_timers_stamp(&loop->timers, now);
+    int error = 0;
+    if (loop->poller.count > 0 && now - loop->looked >= 10 * loop->look_cost) {
+        error = orchi_poll(loop, 0);
+        loop->looked = orchi_clock();
+        loop->look_cost = orchi_look_cost(loop, loop->looked - now);
+    }
+    orchi_timers_fire(loop, now);
+    return error;
+}
+
+/* A look with nothing ready: sleeps until an event, the next deadline, or the limit. */
+static int orchi_look_idle(orch_loop *loop, uint64_t limit) {
+    uint64_t now = orchi_clock();
+    orchi_timers_stamp(&loop->timers, now);
+    uint64_t next = loop->timers.count > 0 ? loop->timers.entries[0].deadline : UINT64_MAX;
+    uint64_t sleep = next == UINT64_MAX ? UINT64_MAX : next > now ? next - now : 0;
+    if (sleep > limit) sleep = limit;
+    if (sleep > 0) {
+        uint64_t trim = orchi_stacks_idle(loop, now);
+        if (sleep > trim) sleep = trim;
+    }
+    int error = 0;
+    if (sleep > 0 || loop->poller.count > 0) error = orchi_poll(loop, sleep);
+    if (sleep > 0) now = orchi_clock();
+    orchi_timers_fire(loop, now);
+    return error;
+}
+
+static bool orchi_can_wake(const orch_loop *loop) {
+    return !orchi_ring_empty(loop) || loop->timers.count > 0 || loop->poller.count > 0;
+}
+
+/* One turn. Returns 1 when there is more to do, 0 when nothing can wake the loop, or an error. */
+static int orchi_turn(orch_loop *loop, uint64_t limit) {
+    loop->running = true;
+    loop->stats.turns++;
+    orchi_round(loop);
+    int error = 0;
+    if (!orchi_ring_empty(loop)) error = orchi_look_busy(loop);
+    else if (orchi_can_wake(loop)) error = orchi_look_idle(loop, limit);
+    loop->running = false;
+    return error != 0 ? error : orchi_can_wake(loop);
+}
+
+// ---- who awaits what
+
+static void orchi_describe(const orch_future *f, char *buffer, size_t size) {
+    const orchi_kind *kind = &orchi_kinds[f->kind];
+    unsigned long long id = (unsigned long long)f->generation / 2;
+    const char *label = kind->label != NULL ? kind->label(f) : "";
+    const char *quote = label[0] != '\0' ? "'" : "";
+    snprintf(buffer, size, "%s %s%s%s#%llu", kind->name, quote, label, quote, id);
+}
+
+static bool orchi_awaits(const orch_future *f) {
+    return !orchi_settled(f) && (orchi_kinds[f->kind].source != NULL || (f->flags & ORCHI_ENDS_ON));
+}
+
+static void orchi_dump_visit(orch_future *f, void *context) {
+    if (!orchi_awaits(f)) return;
+    orch_loop *loop = (orch_loop *)context;
+    const orchi_kind *kind = &orchi_kinds[f->kind];
+    char who[160], what[160] = "nothing: it is ready to run";
+    orch_future *source = kind->source != NULL ? kind->source(f) : NULL;
+    orchi_describe(f, who, sizeof who);
+    if (source != NULL) orchi_describe(source, what, sizeof what);
+    if (kind->source == NULL) snprintf(what, sizeof what, "its producer");
+    orchi_report(loop, "asyncorch:   %s awaits %s\n", who, what);
+}
+
+static void orchi_blocked_visit(orch_future *f, void *context) {
+    if (orchi_awaits(f)) ++*(size_t *)context;
+}
+
+/* How many tasks and callbacks wait for something. */
+static size_t orchi_blocked(orch_loop *loop) {
+    size_t count = 0;
+    orchi_each_slot(loop, orchi_blocked_visit, &count);
+    return count;
+}
+
+void orch_loop_dump(orch_loop *loop) {
+    if (loop != NULL) orchi_each_slot(loop, orchi_dump_visit, loop);
+}
+
+static int orchi_deadlock(orch_loop *loop) {
+    orchi_report(loop, "asyncorch: deadlock: all is blocked, with no timer and no descriptor\n");
+    orch_loop_dump(loop);
+    return ORCH_EDEADLK;
+}
+
+// ---- running it
+
+static bool orchi_inside(const orch_loop *loop) { return loop->running || loop->current != NULL; }
+
+/* Checks what every public call on a loop checks. */
+static int orchi_loop_check(const orch_loop *loop, const char *function) {
+    if (loop == NULL) return orchi_misuse(function, ORCH_EINVAL);
+    if (loop != orchi_loop) return orchi_misuse(function, ORCH_ETHREAD);
+    return orchi_inside(loop) ? orchi_misuse(function, ORCH_ENESTED) : 0;
+}
+
+int orch_loop_step(orch_loop *loop, uint64_t ms) {
+    int error = orchi_loop_check(loop, "orch_loop_step");
+    if (error != 0) return error;
+    return orchi_turn(loop, ms < UINT64_MAX / 1000000u ? ms * 1000000u : UINT64_MAX);
+}
+
+int orch_loop_run(orch_loop *loop) {
+    int more = orchi_loop_check(loop, "orch_loop_run");
+    if (more != 0) return more;
+    loop->stopping = false;
+    do more = orchi_turn(loop, UINT64_MAX);
+    while (more == 1 && !loop->stopping);
+    if (more != 0 || loop->stopping) return more < 0 ? more : 0;
+    return orchi_blocked(loop) > 0 ? orchi_deadlock(loop) : 0;
+}
+
+void orch_loop_stop(orch_loop *loop) {
+    if (loop != NULL) loop->stopping = true;
+}
+
+orch_loop *orch_loop_current(void) { return orchi_loop; }
+
+const orch_loop_desc *orch_loop_settings(const orch_loop *loop) { return &loop->desc; }
+
+orch_loop_stats orch_loop_statistics(const orch_loop *loop) {
+    orch_loop_stats stats = loop->stats;
+    stats.timers = loop->timers.count;
+    return stats;
+}
+
+uint64_t orch_now(void) { return orchi_clock() / 1000000u; }
+
+// ------------------------------------------------------------------------------------------------
+// >>future
+//
+// Who owns what. Invariants:
+//   - references counts handles and consumers. Pending work needs none: it lives until it settles.
+//     Settled and without references it is freed.
+//   - Every consumer holds its input exclusively. A future with one reference is consumed itself: the
+//     consumer's address goes into waiter.one, for ever, as nobody else has a handle. One with more gets a
+//     proxy per consumer: a slot in its list that is settled with a share of it. So each input has one
+//     consumer, cancelling walks up one chain, and a second consumption of one handle is seen.
+//   - Settling and cancelling only queue: no callback, hook or wake-up runs inside them, and nothing
+//     recurses, however long a chain or deep a nesting.
+//   - Cancelling walks from consumer to source: what passes results on asks its source and stays, until
+//     that has ended; only the source at the end of the walk settles. A proxy whose source others hold too
+//     lets go of it instead.
+//   - A follower with a single holder is bypassed: its consumer moves to its source. So a loop of follows
+//     stays flat.
+//   - A decision (outcome final, losers still ending) climbs at once through followers, proxies and
+//     combinators: see orchi_announce.
+//   - A result is freed iteratively: see orchi_retire.
+
+static void orchi_release(orch_future *f);
+
+static orch_loop *orchi_loop_of(const orch_future *f) { return orchi_page_of(f)->loop; }
+
+// ---- sharing and freeing results
+
+/* The release of a share: its owner is the future. */
+static void orchi_share_release(void *future) { orchi_release((orch_future *)future); }
+
+/* The release of a lent result: nothing to give back. */
+static void orchi_lent_release(void *future) { (void)future; }
+
+/* The release of a chain: what orch_chain returns, unless somebody settles with it. */
+static void orchi_chain_release(void *future) { orchi_release((orch_future *)future); }
+
+/* Frees a settled future without references. Releasing its result may retire others, and so on: then the
+ * outermost call does the work, from a list. */
+static void orchi_retire(orch_loop *loop, orch_future *f) {
+    if (f->as.result.release == NULL) {
+        orchi_slot_free(loop, f);
+        return;
+    }
+    f->kind = ORCHI_EXTRA; // a pop or an unboxing meanwhile leaves it alone
+    f->waiter.list.first = loop->trash;
+    loop->trash = f;
+    if (loop->freeing) return;
+    loop->freeing = true;
+    while (loop->trash != NULL) {
+        f = loop->trash;
+        loop->trash = f->waiter.list.first;
+        orch_result r = f->as.result;
+        orchi_slot_free(loop, f);
+        r.release(r.owner);
+    }
+    loop->freeing = false;
+}
+
+/* Consumes a reference to a settled future: its outcome, moved out of it or as a share. */
+static orch_result orchi_take_result(orch_future *f) {
+    orch_result r = f->as.result;
+    if (ORCHI_LIKELY(f->references == 1)) {
+        orchi_slot_free(orchi_loop_of(f), f);
+        return r;
+    }
+    if (f->flags & ORCHI_IMMORTAL) return r;
+    if (r.release == NULL) {
+        f->references--; // nothing to own
+        f->flags |= ORCHI_LOOKED;
+        return r;
+    }
+    f->flags |= ORCHI_LOOKED;
+    r.owner = f;
+    r.release = orchi_share_release;
+    return r;
+}
+
+/* The outcome of a settled future that stays its own. */
+static orch_result orchi_lend(orch_future *f) {
+    orch_result r = f->as.result;
+    if (f->flags & ORCHI_IMMORTAL) return r;
+    f->flags |= ORCHI_LOOKED;
+    r.owner = f;
+    r.release = orchi_lent_release;
+    return r;
+}
+
+static void orchi_unhandled(orch_loop *loop, const orch_result *r) {
+    loop->desc.on_unhandled(r, loop->desc.context);
+}
+
+/* A future has settled and nobody holds it. */
+static void orchi_abandon(orch_loop *loop, orch_future *f) {
+    if (f->as.result.error != 0 && !(f->flags & (ORCHI_CANCEL | ORCHI_LOOKED))) {
+        orchi_unhandled(loop, &f->as.result);
+    }
+    orchi_retire(loop, f);
+}
+
+// ---- decisions
+
+/* Follows a decision upwards until somebody is not decided by it. What is shared on the way goes on a
+ * worklist, linked through `link`. */
+static void orchi_climb(orch_future *f, bool ok, orch_future **shared) {
+    for (;;) {
+        f->flags |= (uint16_t)(ORCHI_DECIDED | (ok ? ORCHI_DECIDED_OK : 0));
+        if (f->flags & ORCHI_LISTED) {
+            f->as.follow.link = *shared;
+            *shared = f;
+        }
+        if (!(f->flags & ORCHI_WAITED)) return;
+        orch_future *target = f->waiter.one.target;
+        bool (*decided)(orch_future *, uint32_t, bool *) = orchi_kinds[target->kind].decided;
+        if (decided == NULL || !decided(target, f->waiter.one.index, &ok)) return;
+        f = target;
+    }
+}
+
+/* Tells everything that encloses f, whose outcome is final from now on though it may not be settled. */
+static void orchi_announce(orch_future *f, bool ok) {
+    orch_future *shared = NULL;
+    orchi_climb(f, ok, &shared);
+    while (shared != NULL) {
+        orch_future *from = shared, *next = NULL;
+        shared = from->as.follow.link;
+        ok = (from->flags & ORCHI_DECIDED_OK) != 0;
+        for (orch_future *proxy = from->waiter.list.first; proxy != NULL; proxy = next) {
+            next = proxy->as.follow.next;
+            if (!(proxy->flags & ORCHI_DECIDED)) orchi_climb(proxy, ok, &shared);
+        }
+    }
+}
+
+// ---- settling
+
+/* An input of target has settled: queues it, or lets it count. */
+static inline void orchi_notify(orch_loop *loop, orch_future *f, bool ok) {
+    orch_future *target = f->waiter.one.target;
+    uint32_t index = f->waiter.one.index;
+    const orchi_kind *kind = &orchi_kinds[target->kind];
+    if (kind->decided != NULL && !(f->flags & ORCHI_DECIDED)) {
+        if (kind->decided(target, index, &ok)) orchi_announce(target, ok);
+    }
+    if (kind->ended != NULL) kind->ended(target, index);
+    else orchi_push(loop, target);
+}
+
+static void orchi_deliver(orch_loop *loop, orch_future *f, bool ok) {
+    if (f->flags & ORCHI_WAITED) {
+        orchi_notify(loop, f, ok);
+    } else {
+        f->kind = ORCHI_ON;
+        orchi_push(loop, f);
+    }
+}
+
+/* Settles every proxy of a settled future with a share of it, in the order in which they registered. */
+static void orchi_settle_proxies(orch_loop *loop, orch_future *f) {
+    orch_future *proxy = f->waiter.list.first;
+    f->flags &= (uint16_t)~ORCHI_LISTED;
+    while (proxy != NULL) {
+        orch_future *next = proxy->as.follow.next;
+        bool last = f->references == 1;
+        proxy->as.result = orchi_take_result(f);
+        proxy->kind = ORCHI_DONE;
+        if (proxy->flags & ORCHI_CONSUMED) orchi_deliver(loop, proxy, proxy->as.result.error == 0);
+        if (last) return;
+        proxy = next;
+    }
+}
+
+/* Settles a pending future with a plain result. */
+static void orchi_settle(orch_loop *loop, orch_future *f, orch_result r) {
+    f->as.result = r;
+    f->kind = ORCHI_DONE;
+    if (f->flags & ORCHI_CONSUMED) orchi_deliver(loop, f, r.error == 0);
+    else if (f->flags & ORCHI_LISTED) orchi_settle_proxies(loop, f);
+    else if (f->references == 0) orchi_abandon(loop, f);
+}
+
+// ---- cancelling and giving up
+
+/* Asks pending work to end: from what was asked up to where the work is done. */
+static void orchi_cancel(orch_future *f, int reason) {
+    while (f != NULL && !orchi_settled(f)) f = orchi_kinds[f->kind].cancel(f, reason);
+}
+
+/* Gives up a reference without waiting. */
+static void orchi_release(orch_future *f) {
+    if (f->references == 0) return; // immortal
+    if (--f->references > 0) return;
+    if (orchi_settled(f)) {
+        orchi_retire(orchi_loop_of(f), f);
+    } else if (!(f->flags & ORCHI_DETACHED)) {
+        f->flags |= ORCHI_CANCEL;
+        orchi_cancel(f, ORCH_ECANCELED);
+    }
+}
+
+// ---- consuming
+
+/* What is wrong with a handle, or 0. Immortal futures are right everywhere. */
+static int orchi_handle_error(const orch_future *f) {
+    if (f == NULL) return ORCH_EINVAL;
+    if (!(f->generation & 1)) return ORCH_ECONSUMED;
+    if (f->flags & ORCHI_IMMORTAL) return 0;
+    if (f->flags & ORCHI_CONSUMED) return ORCH_ECONSUMED;
+    return orchi_loop_of(f) != orchi_loop ? ORCH_ETHREAD : 0;
+}
+
+/* The end mark's first word is 0, as a freed slot's is even: it is no future. */
+static int orchi_check(const orch_future *f, const char *function) {
+    int error = orchi_handle_error(f);
+    return ORCHI_UNLIKELY(error != 0) ? orchi_misuse(function, error) : 0;
+}
+
+/* Gives up an array of futures that was handed over, when it cannot be used. All are asked to end before
+ * any is waited for. */
+static void orchi_give_up(size_t count, orch_future *const *futures) {
+    for (size_t i = 0; i < count; i++) {
+        orch_future *f = futures[i];
+        if (orchi_handle_error(f) == 0 && f->references == 1) orchi_cancel(f, ORCH_ECANCELED);
+    }
+    for (size_t i = 0; i < count; i++) orch_drop(futures[i]);
+}
+
+static void orchi_list_append(orch_future *f, orch_future *proxy) {
+    orch_future *last = f->flags & ORCHI_LISTED ? f->waiter.list.last : NULL;
+    proxy->as.follow.previous = last;
+    proxy->as.follow.next = NULL;
+    if (last != NULL) last->as.follow.next = proxy;
+    else f->waiter.list.first = proxy;
+    f->waiter.list.last = proxy;
+    f->flags |= ORCHI_LISTED;
+}
+
+static void orchi_list_remove(orch_future *f, orch_future *proxy) {
+    orch_future *previous = proxy->as.follow.previous, *next = proxy->as.follow.next;
+    if (previous != NULL) previous->as.follow.next = next;
+    else f->waiter.list.first = next;
+    if (next != NULL) next->as.follow.previous = previous;
+    else f->waiter.list.last = previous;
+    if (f->waiter.list.first == NULL) f->flags &= (uint16_t)~ORCHI_LISTED;
+}
+
+/* One consumer's registration at a pending future; it takes over one reference. */
+static orch_future *orchi_proxy_new(orch_future *f, unsigned flags) {
+    orch_future *proxy = orchi_slot_new(orchi_loop, ORCHI_PROXY);
+    if (proxy == NULL) return NULL;
+    proxy->flags = (uint16_t)(flags | (f->flags & (ORCHI_DECIDED | ORCHI_DECIDED_OK)));
+    proxy->as.follow.source = f;
+    orchi_list_append(f, proxy);
+    return proxy;
+}
+
+static orch_future *orchi_claim_shared(orch_future *f) {
+    orch_future *proxy = orchi_proxy_new(f, 0);
+    if (proxy != NULL) return proxy;
+    f->references--;
+    return orchi_rejected(ORCH_ENOMEM);
+}
+
+/* What every consuming function does first with a handle. Returns a future that the caller now holds
+ * exclusively if it is pending: f, a proxy of it, or, where f only follows, what it follows. An unusable
+ * handle gives an immortal rejected future. */
+static orch_future *orchi_claim(orch_future *f, const char *function) {
+    int error = orchi_check(f, function);
+    if (ORCHI_UNLIKELY(error != 0)) return orchi_rejected(error);
+    if (ORCHI_UNLIKELY(f->references != 1)) {
+        return orchi_settled(f) ? f : orchi_claim_shared(f);
+    }
+    if (f->kind == ORCHI_FOLLOW && !(f->flags & ORCHI_QUEUED)) {
+        orch_future *source = f->as.follow.source;
+        if (!orchi_settled(source)) {
+            source->flags &= (uint16_t)~ORCHI_WAITED;
+            source->flags |= f->flags & (ORCHI_CANCEL | ORCHI_DETACHED);
+            orchi_slot_free(orchi_loop_of(f), f);
+            f = source;
+        }
+    }
+    return f;
+}
+
+/* Makes target the consumer of a claimed pending future. */
+static inline void orchi_attach(orch_future *f, orch_future *target, uint32_t index) {
+    f->flags |= ORCHI_WAITED;
+    f->waiter.one.target = target;
+    f->waiter.one.index = index;
+}
+
+/* The same for a consumer that is queued as soon as f has settled. */
+static inline void orchi_attach_or_push(orch_future *f, orch_future *target) {
+    if (orchi_settled(f)) {
+        if (!(f->flags & ORCHI_IMMORTAL) && f->references == 1) f->flags |= ORCHI_WAITED;
+        orchi_push(orchi_loop, target);
+    } else {
+        orchi_attach(f, target, 0);
+    }
+}
+
+/* The loop that a constructor works on, NULL outside of one. */
+static orch_loop *orchi_here(const char *function) {
+    if (ORCHI_UNLIKELY(orchi_loop == NULL)) orchi_misuse(function, ORCH_ENOLOOP);
+    return orchi_loop;
+}
+
+// ---- following
+
+/* What f follows in the end. */
+static orch_future *orchi_root(orch_future *f) {
+    while (f->kind == ORCHI_FOLLOW || f->kind == ORCHI_PROXY) f = f->as.follow.source;
+    return f;
+}
+
+/* Whether a has at most one holder, and that one is a consumer or nobody. */
+static bool orchi_can_bypass(const orch_future *a) {
+    return a->references == 0 || (a->references == 1 && (a->flags & ORCHI_CONSUMED));
+}
+
+/* Puts f in the place of a, which locks in to it and has a single holder: a's consumer becomes f's. */
+static void orchi_bypass(orch_loop *loop, orch_future *a, orch_future *f) {
+    bool asked = (a->flags & ORCHI_CANCEL) != 0, decided = (f->flags & ORCHI_DECIDED) != 0;
+    f->references = a->references;
+    f->flags |= a->flags & (ORCHI_CONSUMED | ORCHI_DETACHED);
+    f->waiter = a->waiter;
+    if (f->flags & ORCHI_WAITED) {
+        orch_future *target = f->waiter.one.target;
+        orchi_kinds[target->kind].retarget(target, f->waiter.one.index, f);
+    }
+    orchi_slot_free(loop, a);
+    if (decided) orchi_announce(f, (f->flags & ORCHI_DECIDED_OK) != 0);
+    if (asked) {
+        f->flags |= ORCHI_CANCEL;
+        orchi_cancel(f, ORCH_ECANCELED);
+    }
+}
+
+/* Locks the pending future a in to a claimed f. */
+static void orchi_lock_in(orch_loop *loop, orch_future *a, orch_future *f) {
+    if (orchi_root(f) == a) {
+        orchi_settle(loop, a, orch_fail(ORCH_ECYCLE));
+        orchi_release(f);
+    } else if (orchi_settled(f)) {
+        orchi_settle(loop, a, orchi_take_result(f));
+    } else if (orchi_can_bypass(a)) {
+        orchi_bypass(loop, a, f);
+    } else {
+        a->kind = ORCHI_FOLLOW;
+        a->as.follow.source = f;
+        a->as.follow.link = NULL;
+        orchi_attach(f, a, 0);
+        if (f->flags & ORCHI_DECIDED) orchi_announce(f, (f->flags & ORCHI_DECIDED_OK) != 0);
+        if (a->flags & ORCHI_CANCEL) orchi_cancel(f, ORCH_ECANCELED);
+    }
+}
+
+/* What orch_wait lent becomes a share when it is given away. */
+static void orchi_own(orch_result *r) {
+    if (r->release != orchi_lent_release) return;
+    ((orch_future *)r->owner)->references++;
+    r->release = orchi_share_release;
+}
+
+/* Settles a pending future with a result that may be a chain. */
+static inline void orchi_resolve(orch_loop *loop, orch_future *f, orch_result r) {
+    if (r.release == orchi_chain_release) {
+        orchi_lock_in(loop, f, (orch_future *)r.owner);
+        return;
+    }
+    if (r.release != NULL) orchi_own(&r);
+    orchi_settle(loop, f, r);
+}
+
+/* A promise whose cancel hook was queued may have locked in meanwhile: then there is nothing to do yet. */
+static void orchi_follow_run(orch_future *f) {
+    if (!orchi_settled(f->as.follow.source)) return;
+    orchi_settle(orchi_loop_of(f), f, orchi_take_result(f->as.follow.source));
+}
+
+static orch_future *orchi_follow_cancel(orch_future *f, int reason) {
+    (void)reason;
+    f->flags |= ORCHI_CANCEL;
+    return f->as.follow.source;
+}
+
+static bool orchi_follow_decided(orch_future *f, uint32_t input, bool *ok) {
+    (void)input;
+    (void)ok;
+    return !(f->flags & ORCHI_DECIDED);
+}
+
+static void orchi_follow_retarget(orch_future *f, uint32_t input, orch_future *to) {
+    (void)input;
+    f->as.follow.source = to; // for every kind whose source stands first
+}
+
+static orch_future *orchi_follow_source(const orch_future *f) { return f->as.follow.source; }
+
+/* Asks the source when nobody else holds it; lets go of it otherwise. */
+static orch_future *orchi_proxy_cancel(orch_future *f, int reason) {
+    (void)reason;
+    orch_future *source = f->as.follow.source;
+    f->flags |= ORCHI_CANCEL;
+    if (source->references == 1 && !(f->flags & ORCHI_LOOKING)) return source;
+    orchi_list_remove(source, f);
+    source->references--;
+    orchi_settle(orchi_loop_of(f), f, orch_fail(ORCH_ECANCELED));
+    return NULL;
+}
+
+// ---- promises
+
+orch_future *orch_future_new(orch_promise *promise) {
+    if (promise == NULL) return orchi_rejected(orchi_misuse("orch_future_new", ORCH_EINVAL));
+    orch_loop *loop = orchi_here("orch_future_new");
+    orch_future *f = loop != NULL ? orchi_slot_new(loop, ORCHI_PROMISE) : NULL;
+    if (f == NULL) f = orchi_rejected(loop != NULL ? ORCH_ENOMEM : ORCH_ENOLOOP);
+    promise->future = f;
+    promise->generation = f->generation;
+    return f;
+}
+
+bool orch_promise_pending(orch_promise p) {
+    return p.future != NULL && p.future->generation == p.generation &&
+           p.future->kind == ORCHI_PROMISE;
+}
+
+/* Whether this thread may settle with a ticket that is still good. */
+static bool orchi_may_settle(orch_promise p, const char *function) {
+    if (!orch_promise_pending(p)) return false;
+    if (ORCHI_LIKELY(orchi_loop_of(p.future) == orchi_loop)) return true;
+    orchi_misuse(function, ORCH_ETHREAD);
+    return false;
+}
+
+bool orch_settle(orch_promise p, orch_result r) {
+    if (!orchi_may_settle(p, "orch_settle")) {
+        orch_result_free(&r);
+        return false;
+    }
+    orchi_resolve(orchi_loop, p.future, r);
+    return true;
+}
+
+bool orch_follow(orch_promise p, orch_future *f) {
+    if (!orchi_may_settle(p, "orch_follow")) {
+        orch_drop(f);
+        return false;
+    }
+    orchi_lock_in(orchi_loop, p.future, orchi_claim(f, "orch_follow"));
+    return true;
+}
+
+bool orch_promise_on_cancel(orch_promise p, orch_cancel_fn fn, void *context) {
+    if (!orchi_may_settle(p, "orch_promise_on_cancel")) return false;
+    if (fn == NULL) return orchi_misuse("orch_promise_on_cancel", ORCH_EINVAL) == 0;
+    p.future->as.promise.fn = fn;
+    p.future->as.promise.context = context;
+    p.future->flags |= ORCHI_HOOKED;
+    return true;
+}
+
+static orch_future *orchi_promise_cancel(orch_future *f, int reason) {
+    f->flags |= ORCHI_CANCEL;
+    if (!(f->flags & ORCHI_HOOKED)) {
+        orchi_settle(orchi_loop_of(f), f, orch_fail(ORCH_ECANCELED));
+    } else if (!(f->flags & ORCHI_ASKED)) {
+        f->flags |= ORCHI_ASKED;
+        f->as.promise.reason = reason;
+        orchi_push(orchi_loop_of(f), f);
+    }
+    return NULL;
+}
+
+/* Runs the cancel hook. QUEUED keeps the slot from being reused if the hook settles. */
+static void orchi_promise_run(orch_future *f) {
+    orch_loop *loop = orchi_loop_of(f);
+    f->flags |= ORCHI_QUEUED;
+    bool ended = f->as.promise.fn(f->as.promise.context, f->as.promise.reason);
+    f->flags &= (uint16_t)~ORCHI_QUEUED;
+    if (f->kind == ORCHI_PROMISE) {
+        if (ended) orchi_settle(loop, f, orch_fail(ORCH_ECANCELED));
+    } else {
+        orchi_kinds[f->kind].run(f);
+    }
+}
+
+/* What the ring points to after it was settled: nothing is left to do but to give the slot back. */
+static void orchi_done_run(orch_future *f) {
+    if (f->references == 0) orchi_slot_free(orchi_loop_of(f), f);
+}
+
+void *orch_promise_box(orch_promise p) {
+    if (!orchi_may_settle(p, "orch_promise_box")) return &orch_end_mark;
+    if (p.future->flags & ORCHI_BOXED) orchi_misuse("orch_promise_box", ORCH_EBUSY);
+    p.future->flags |= ORCHI_BOXED;
+    return p.future;
+}
+
+orch_promise orch_promise_unbox(void *box) {
+    orch_promise dead = {NULL, 0};
+    orch_future *f = (orch_future *)box;
+    if (f == NULL) orchi_misuse("orch_promise_unbox", ORCH_EINVAL);
+    if (f == NULL || f == ORCH_END || !(f->generation & 1) || !(f->flags & ORCHI_BOXED)) return dead;
+    f->flags &= (uint16_t)~ORCHI_BOXED;
+    if (f->kind == ORCHI_DONE && f->references == 0) orchi_slot_free(orchi_loop_of(f), f);
+    if (f->kind != ORCHI_PROMISE || !(f->generation & 1)) return dead;
+    orch_promise p = {f, f->generation};
+    return p;
+}
+
+orch_future *orch_settled(orch_result r) {
+    orch_loop *loop = orchi_here("orch_settled");
+    if (r.release == orchi_chain_release) return (orch_future *)r.owner;
+    orch_future *f = loop != NULL ? orchi_slot_new(loop, ORCHI_DONE) : NULL;
+    if (f == NULL) {
+        orch_result_free(&r);
+        return orchi_rejected(loop != NULL ? ORCH_ENOMEM : ORCH_ENOLOOP);
+    }
+    orchi_own(&r);
+    f->as.result = r;
+    return f;
+}
+
+// ---- references
+
+orch_future *orch_ref(orch_future *f) {
+    int error = orchi_check(f, "orch_ref");
+    if (error != 0) return orchi_rejected(error);
+    if (!(f->flags & ORCHI_IMMORTAL)) f->references++;
+    return f;
+}
+
+void orch_drop(orch_future *f) {
+    if (f == NULL || orchi_check(f, "orch_drop") != 0) return;
+    orch_loop *loop = orchi_loop;
+    bool ends = f->references == 1 && !orchi_settled(f) && !(f->flags & ORCHI_DETACHED);
+    if (ends && loop->current != NULL) loop->join(f);
+    else orchi_release(f);
+}
+
+void orch_detach(orch_future *f) {
+    if (f == NULL || orchi_check(f, "orch_detach") != 0 || (f->flags & ORCHI_IMMORTAL)) return;
+    f->flags |= ORCHI_DETACHED;
+    if (--f->references == 0 && orchi_settled(f)) orchi_abandon(orchi_loop, f);
+}
+
+void orch_cancel(orch_future *f, int reason) {
+    if (orchi_check(f, "orch_cancel") != 0 || orchi_settled(f)) return;
+    f->flags |= ORCHI_CANCEL;
+    orchi_cancel(f, reason != 0 ? reason : ORCH_ECANCELED);
+}
+
+bool orch_is_settled(const orch_future *f) {
+    return orchi_check(f, "orch_is_settled") == 0 && orchi_settled(f);
+}
+
+const orch_result *orch_peek(orch_future *f) {
+    int error = orchi_check(f, "orch_peek");
+    if (error != 0) return &orchi_rejected(error)->as.result;
+    if (!orchi_settled(f)) return NULL;
+    if (!(f->flags & ORCHI_IMMORTAL)) f->flags |= ORCHI_LOOKED;
+    return &f->as.result;
+}
+
+// ---- then
+
+typedef struct orchi_owned { // in an extra slot
+    void *context;
+    void (*release)(void *context);
+} orchi_owned;
+
+/* A pending slot that consumes a claimed f and is queued when it has settled; NULL when out of memory,
+ * and f is given up. */
+static orch_future *orchi_consumer(orch_future *f, orchi_kind_id kind) {
+    orch_future *t = orchi_slot_new(orchi_loop, kind);
+    if (t == NULL) {
+        orch_drop(f);
+        return NULL;
+    }
+    t->as.follow.source = f;
+    t->as.follow.link = NULL;
+    orchi_attach_or_push(f, t);
+    return t;
+}
+
+orch_future *orch_then(orch_future *f, orch_then_fn on_ok, orch_then_fn on_error, void *context) {
+    if (orchi_here("orch_then") == NULL) return orchi_rejected(ORCH_ENOLOOP);
+    orch_future *t = orchi_consumer(orchi_claim(f, "orch_then"), ORCHI_THEN);
+    if (t == NULL) return orchi_rejected(ORCH_ENOMEM);
+    t->as.then.on_ok = on_ok;
+    t->as.then.on_error = on_error;
+    t->as.then.context = context;
+    return t;
+}
+
+static void orchi_owned_release(const orchi_owned *owned) {
+    if (owned->release != NULL) owned->release(owned->context);
+}
+
+static orch_future *orchi_then_owning(orch_future *f, const orch_then_desc *desc) {
+    orchi_owned *owned = (orchi_owned *)orchi_extra_new(orchi_loop);
+    if (owned == NULL) {
+        orch_drop(f);
+        return orchi_rejected(ORCH_ENOMEM);
+    }
+    owned->context = desc->context;
+    owned->release = desc->release;
+    orch_future *t = orch_then(f, desc->on_ok, desc->on_error, owned);
+    if (t->flags & ORCHI_IMMORTAL) orchi_extra_free(orchi_loop, owned);
+    else t->flags |= ORCHI_OWNING;
+    return t;
+}
+
+orch_future *orch_then_with(orch_future *f, const orch_then_desc *desc) {
+    if (desc == NULL || orchi_here("orch_then_with") == NULL) {
+        orch_drop(f);
+        return orchi_rejected(desc != NULL ? ORCH_ENOLOOP
+                                           : orchi_misuse("orch_then_with", ORCH_EINVAL));
+    }
+    if (desc->release == NULL) return orch_then(f, desc->on_ok, desc->on_error, desc->context);
+    orch_future *t = orchi_then_owning(f, desc);
+    if (t->flags & ORCHI_IMMORTAL) desc->release(desc->context);
+    return t;
+}
+
+static bool orchi_same_owner(const orch_result *a, const orch_result *b) {
+    return a->release != NULL && a->release == b->release && a->owner == b->owner;
+}
+
+/* Calls a callback with a lent result. It may have returned *in: then that is not freed but moved. */
+static orch_result orchi_call(orch_then_fn fn, orch_result in, void *context) {
+    orch_result r = fn(&in, context);
+    if (!orchi_same_owner(&r, &in)) orch_result_free(&in);
+    return r;
+}
+
+static orch_result orchi_finalise(orch_future *t, orch_result in) {
+    t->as.finally.fn(t->as.finally.context);
+    return in;
+}
+
+/* The source has settled. While the callback runs there is no source, so that cancelling t does nothing. */
+static void orchi_then_run(orch_future *t) {
+    orch_loop *loop = orchi_loop_of(t);
+    orch_result in = orchi_take_result(t->as.then.source);
+    orch_then_fn fn = in.error == 0 ? t->as.then.on_ok : t->as.then.on_error;
+    void *context = t->as.then.context;
+    orchi_owned owned = {NULL, NULL};
+    if (t->flags & ORCHI_OWNING) {
+        owned = *(orchi_owned *)context;
+        orchi_extra_free(loop, context);
+        context = owned.context;
+    }
+    t->as.then.source = NULL;
+    if (t->flags & ORCHI_FINALLY) in = orchi_finalise(t, in);
+    else if (fn != NULL) in = orchi_call(fn, in, context);
+    orchi_owned_release(&owned);
+    orchi_resolve(loop, t, in);
+}
+
+orch_future *orch_finally(orch_future *f, void (*fn)(void *context), void *context) {
+    if (fn == NULL) orchi_misuse("orch_finally", ORCH_EINVAL);
+    orch_future *t = orch_then(f, NULL, NULL, NULL);
+    if (fn == NULL || (t->flags & ORCHI_IMMORTAL)) return t;
+    t->flags |= ORCHI_FINALLY;
+    t->as.finally.fn = fn;
+    t->as.finally.context = context;
+    return t;
+}
+
+orch_result orch_chain(orch_future *next) {
+    orch_result r = {0, 0, NULL, orchi_claim(next, "orch_chain"), orchi_chain_release};
+    return r;
+}
+
+// ---- on
+
+static void orchi_on_queue(orch_future *f, orch_on_fn fn, void *context) {
+    f->kind = ORCHI_ON;
+    f->flags |= ORCHI_ENDS_ON;
+    f->waiter.on.fn = fn;
+    f->waiter.on.context = context;
+    orchi_push(orchi_loop, f);
+}
+
+/* f is settled, and others hold it too: its share goes to a slot of its own. */
+static void orchi_on_shared(orch_future *f, orch_on_fn fn, void *context) {
+    orch_future *own = orchi_slot_new(orchi_loop, ORCHI_DONE);
+    if (own == NULL) {
+        orch_result r = orch_fail(ORCH_ENOMEM);
+        orchi_release(f);
+        fn(&r, context);
+        return;
+    }
+    own->as.result = orchi_take_result(f);
+    orchi_on_queue(own, fn, context);
+}
+
+void orch_on(orch_future *f, orch_on_fn fn, void *context) {
+    if (fn == NULL || orchi_here("orch_on") == NULL) {
+        if (fn == NULL) orchi_misuse("orch_on", ORCH_EINVAL);
+        orch_drop(f);
+        return;
+    }
+    f = orchi_claim(f, "orch_on");
+    if (!orchi_settled(f)) {
+        f->flags |= ORCHI_ENDS_ON;
+        f->waiter.on.fn = fn;
+        f->waiter.on.context = context;
+    } else if (f->references == 1) {
+        orchi_on_queue(f, fn, context);
+    } else {
+        orchi_on_shared(f, fn, context);
+    }
+}
+
+static void orchi_on_run(orch_future *f) {
+    orch_result in = f->as.result;
+    orch_on_fn fn = f->waiter.on.fn;
+    void *context = f->waiter.on.context;
+    orchi_slot_free(orchi_loop_of(f), f);
+    fn(&in, context);
+    orch_result_free(&in);
+}
+
+// ---- timers as futures
+
+/* A slot of a timed kind with its timer armed, or NULL. */
+static orch_future *orchi_timed_new(orch_loop *loop, orchi_kind_id kind, uint64_t ms) {
+    orch_future *f = orchi_slot_new(loop, kind);
+    if (f == NULL) return NULL;
+    f->as.timed.source = NULL;
+    f->as.timed.link = NULL;
+    f->as.timed.ms = ms;
+    if (orchi_timer_arm(loop, f)) return f;
+    orchi_slot_free(loop, f);
+    return NULL;
+}
+
+orch_future *orch_after(uint64_t ms) {
+    orch_loop *loop = orchi_here("orch_after");
+    if (loop == NULL) return orchi_rejected(ORCH_ENOLOOP);
+    orch_future *f = orchi_timed_new(loop, ORCHI_TIMER, ms);
+    return f != NULL ? f : orchi_rejected(ORCH_ENOMEM);
+}
+
+static void orchi_timer_fire_future(orch_future *f, int events) {
+    (void)events;
+    orchi_settle(orchi_loop_of(f), f, orch_ok(NULL, NULL));
+}
+
+static orch_future *orchi_timer_cancel(orch_future *f, int reason) {
+    (void)reason;
+    orch_loop *loop = orchi_loop_of(f);
+    f->flags |= ORCHI_CANCEL;
+    orchi_timer_disarm(loop, f);
+    orchi_settle(loop, f, orch_fail(ORCH_ECANCELED));
+    return NULL;
+}
+
+// ------------------------------------------------------------------------------------------------
+// >>combinator
+//
+// all, all_settled, any, race, quorum and gather are one kind: a list of inputs, how many successes and
+// how many failures decide it, and how many inputs have not ended. Two moments:
+//   - The decision: the counters say so, from settle or from an input's own early decision. It is final and
+//     climbs at once (orchi_announce). The combinator queues itself.
+//   - The delivery: when it runs it cancels the losers; when the last has ended it runs again, builds the
+//     result and settles. Finishing from the queue keeps nesting flat, however deep.
+// Losers stay registered; their ordinary settling counts them out. A loser whose work others hold too is a
+// proxy, which lets go. The deadline of gather is one more, hidden, input behind the others. The list of
+// inputs is the list that orch_at reads. Timeout is the race of one input and a timer, in one slot.
+// As-completed iteration is written on the public API alone.
+
+enum { ORCHI_LIST_IN_SLOT = 5 };
+static const size_t ORCHI_LIST_MOST = 0x7ffffff0;
+#define ORCHI_NO_WINNER UINT32_MAX
+
+typedef enum orchi_mode {
+    ORCHI_ALL,
+    ORCHI_SETTLED, // all_settled, gather
+    ORCHI_ANY,
+    ORCHI_RACE,
+    ORCHI_QUORUM
+} orchi_mode;
+
+struct orchi_list { // followed by its futures
+    uint32_t count; // what orch_at shows
+    uint16_t mode;
+    uint16_t hidden; // 1: a deadline stands behind them
+};
+
+static orch_future **orchi_items(const orchi_list *list) {
+    return (orch_future **)(uintptr_t)(list + 1);
+}
+
+static size_t orchi_list_bytes(size_t count) { return sizeof(orchi_list) + count * sizeof(orch_future *); }
+
+static orchi_list *orchi_list_new(orch_loop *loop, size_t count, orchi_mode mode, bool hidden) {
+    size_t places = count + hidden;
+    void *memory = places <= ORCHI_LIST_IN_SLOT ? orchi_extra_new(loop)
+                                                : orchi_allocate(loop, orchi_list_bytes(places));
+    orchi_list *list = (orchi_list *)memory;
+    if (list == NULL) return NULL;
+    list->count = (uint32_t)count;
+    list->mode = (uint16_t)mode;
+    list->hidden = hidden;
+    return list;
+}
+
+static void orchi_list_free(orch_loop *loop, orchi_list *list) {
+    size_t places = (size_t)list->count + list->hidden;
+    if (places <= ORCHI_LIST_IN_SLOT) orchi_extra_free(loop, list);
+    else orchi_free(loop, list, orchi_list_bytes(places));
+}
+
+/* The release of a list: gives up every element. A release runs on the loop's thread. */
+static void orchi_list_release(void *owner) {
+    orchi_list *list = (orchi_list *)owner;
+    for (uint32_t i = 0; i < list->count; i++) orchi_release(orchi_items(list)[i]);
+    orchi_list_free(orchi_loop, list);
+}
+
+/* The list a result shows: its own, or that of the future it is a share of. */
+static const orchi_list *orchi_list_of(const orch_result *r) {
+    if (r == NULL) return NULL;
+    while (r->release == orchi_share_release || r->release == orchi_lent_release) {
+        r = &((const orch_future *)r->owner)->as.result;
+    }
+    return r->release == orchi_list_release ? (const orchi_list *)r->value : NULL;
+}
+
+const orch_result *orch_at(const orch_result *r, size_t i) {
+    const orchi_list *list = orchi_list_of(r);
+    if (list == NULL) return r != NULL && r->error != 0 ? r : &orchi_no_element;
+    return i < list->count ? &orchi_items(list)[i]->as.result : &orchi_no_element;
+}
+
+size_t orch_count(const orch_result *r) {
+    const orchi_list *list = orchi_list_of(r);
+    return list != NULL ? list->count : 0;
+}
+
+static bool orchi_combine_decide(orch_future *c, uint32_t winner) {
+    c->as.combine.winner = winner;
+    c->as.combine.fail_left = (uint32_t)ORCH_ECANCELED;
+    orchi_push(orchi_loop_of(c), c);
+    return true;
+}
+
+static bool orchi_combine_decided(orch_future *c, uint32_t input, bool *ok) {
+    const orchi_list *list = c->as.combine.list;
+    if (c->flags & ORCHI_DECIDED) return false;
+    if (list->mode == ORCHI_SETTLED) {
+        *ok = true;
+        if (input == list->count || --c->as.combine.ok_left == 0) return orchi_combine_decide(c, input);
+        return false;
+    }
+    uint32_t *left = *ok ? &c->as.combine.ok_left : &c->as.combine.fail_left;
+    return --*left == 0 && orchi_combine_decide(c, input);
+}
+
+static void orchi_combine_ended(orch_future *c, uint32_t input) {
+    (void)input;
+    if (--c->as.combine.unended == 0) orchi_push(orchi_loop_of(c), c);
+}
+
+/* A request to end is a decision too. It keeps the reason for the losers. */
+static orch_future *orchi_combine_cancel(orch_future *c, int reason) {
+    c->flags |= ORCHI_CANCEL;
+    if (c->flags & ORCHI_DECIDED) return NULL;
+    orchi_combine_decide(c, ORCHI_NO_WINNER);
+    c->as.combine.fail_left = (uint32_t)reason;
+    orchi_announce(c, false);
+    return NULL;
+}
+
+/* An input that missed gather's deadline: the list shows this future in its place. Its own reference goes
+ * when its cancelled work has ended; bit 0 of its place remembers it. */
+static bool orchi_is_late(const orch_future *item) { return ((uintptr_t)item & 1) != 0; }
+
+static orch_future *orchi_late(orch_future *item) { return (orch_future *)((uintptr_t)item | 1); }
+
+static orch_future *orchi_not_late(orch_future *item) {
+    return (orch_future *)((uintptr_t)item & ~(uintptr_t)1);
+}
+
+static void orchi_combine_retarget(orch_future *c, uint32_t input, orch_future *to) {
+    orch_future **item = &orchi_items(c->as.combine.list)[input];
+    *item = orchi_is_late(*item) ? orchi_late(to) : to;
+}
+
+static bool orchi_open(const orch_future *item) {
+    return !orchi_settled(item) && !(item->flags & ORCHI_DECIDED);
+}
+
+static void orchi_cancel_losers(orch_future *c) {
+    const orchi_list *list = c->as.combine.list;
+    orch_future **items = orchi_items(list);
+    uint32_t places = list->count + list->hidden;
+    bool deadline = list->hidden && c->as.combine.winner == list->count;
+    int reason = deadline ? ORCH_ETIMEDOUT : (int)c->as.combine.fail_left;
+    c->flags |= ORCHI_LOSERS;
+    for (uint32_t i = 0; i < places && c->as.combine.unended > 0; i++) {
+        orch_future *item = items[i];
+        if (!orchi_open(item)) continue;
+        if (deadline) items[i] = orchi_late(item);
+        item->flags |= ORCHI_CANCEL;
+        orchi_cancel(item, reason);
+    }
+}
+
+static orch_result orchi_timeout_result(uint64_t ms) {
+    orch_result r = orch_failf(ORCH_ETIMEDOUT, "Timeout after %llu ms", (unsigned long long)ms);
+    r.index = 1;
+    return r;
+}
+
+/* Replaces what missed the deadline by one shared rejected future. */
+static void orchi_show_late(orch_loop *loop, orchi_list *list) {
+    orch_future **items = orchi_items(list), *shown = NULL;
+    orchi_release(items[list->count]); // the deadline
+    for (uint32_t i = 0; i < list->count; i++) {
+        if (!orchi_is_late(items[i])) continue;
+        orchi_release(orchi_not_late(items[i]));
+        if (shown == NULL) {
+            shown = orchi_slot_new(loop, ORCHI_DONE);
+            if (shown == NULL) shown = orchi_rejected(ORCH_ETIMEDOUT);
+            else shown->as.result = orch_fail(ORCH_ETIMEDOUT);
+        } else if (!(shown->flags & ORCHI_IMMORTAL)) {
+            shown->references++;
+        }
+        items[i] = shown;
+    }
+}
+
+static orch_result orchi_list_result(int error, uint32_t winner, orchi_list *list) {
+    orch_result r = {error, winner, list, list, orchi_list_release};
+    return r;
+}
+
+/* The outcome of one input, moved out of the list; the others are given up. */
+static orch_result orchi_pick(orchi_list *list, uint32_t winner) {
+    orch_future **place = &orchi_items(list)[winner];
+    orch_result r = orchi_take_result(*place);
+    r.index = winner;
+    *place = orchi_rejected(ORCH_ECONSUMED);
+    orchi_list_release(list);
+    return r;
+}
+
+static orch_result orchi_combine_result(orch_future *c) {
+    orchi_list *list = c->as.combine.list;
+    uint32_t winner = c->as.combine.winner;
+    bool ok = (c->flags & ORCHI_DECIDED_OK) != 0;
+    if (list->hidden) orchi_show_late(orchi_loop_of(c), list);
+    if (winner == ORCHI_NO_WINNER) {
+        orchi_list_release(list);
+        return orch_fail(ORCH_ECANCELED);
+    }
+    if (list->mode == ORCHI_RACE) return orchi_pick(list, winner);
+    if (list->mode == ORCHI_ANY && ok) return orchi_pick(list, winner);
+    if (list->mode == ORCHI_ALL && !ok) return orchi_pick(list, winner);
+    int error = list->mode == ORCHI_ANY ? ORCH_EALLFAILED : ORCH_EQUORUM;
+    return orchi_list_result(ok ? 0 : error, list->mode == ORCHI_SETTLED ? 0 : winner, list);
+}
+
+static void orchi_combine_run(orch_future *c) {
+    if (!(c->flags & ORCHI_LOSERS)) orchi_cancel_losers(c);
+    if (c->as.combine.unended == 0) orchi_settle(orchi_loop_of(c), c, orchi_combine_result(c));
+}
+
+static orch_future *orchi_combine_source(const orch_future *c) {
+    const orchi_list *list = c->as.combine.list;
+    for (uint32_t i = 0; i < list->count; i++) {
+        orch_future *item = orchi_not_late(orchi_items(list)[i]);
+        if (!orchi_settled(item)) return item;
+    }
+    return NULL;
+}
+
+// ---- building one
+
+/* Registers at a claimed input. What is settled or decided counts now; nobody waits for c yet. */
+static void orchi_combine_add(orch_future *c, uint32_t i, orch_future *item) {
+    bool ended = orchi_settled(item);
+    bool ok = ended ? item->as.result.error == 0 : (item->flags & ORCHI_DECIDED_OK) != 0;
+    orchi_items(c->as.combine.list)[i] = item;
+    if (!ended) orchi_attach(item, c, i);
+    else if (item->references == 1) item->flags |= ORCHI_WAITED;
+    if ((ended || (item->flags & ORCHI_DECIDED)) && orchi_combine_decided(c, i, &ok)) {
+        c->flags |= (uint16_t)(ORCHI_DECIDED | (ok ? ORCHI_DECIDED_OK : 0));
+    }
+    if (ended) orchi_combine_ended(c, i);
+}
+
+static int orchi_combine_error(size_t count, orch_future *const *futures) {
+    if (orchi_loop == NULL) return ORCH_ENOLOOP;
+    return count > ORCHI_LIST_MOST || (count > 0 && futures == NULL) ? ORCH_EINVAL : 0;
+}
+
+/* Any combinator but timeout. deadline is NULL or gather's timer. */
+static orch_future *orchi_combine(const char *function, orchi_mode mode, size_t ok_left,
+                                  size_t fail_left, size_t count, orch_future *const *futures,
+                                  orch_future *deadline) {
+    orch_loop *loop = orchi_loop;
+    orch_future *c = orchi_slot_new(loop, ORCHI_COMBINE);
+    orchi_list *list = c != NULL ? orchi_list_new(loop, count, mode, deadline != NULL) : NULL;
+    if (list == NULL) {
+        if (c != NULL) orchi_slot_free(loop, c);
+        orchi_give_up(count, futures);
+        orch_drop(deadline);
+        return orchi_rejected(ORCH_ENOMEM);
+    }
+    c->as.combine.list = list;
+    c->as.combine.link = NULL;
+    c->as.combine.unended = (uint32_t)count + list->hidden;
+    c->as.combine.ok_left = (uint32_t)ok_left;
+    c->as.combine.fail_left = (uint32_t)fail_left;
+    for (uint32_t i = 0; i < count; i++) orchi_combine_add(c, i, orchi_claim(futures[i], function));
+    if (deadline != NULL) orchi_combine_add(c, (uint32_t)count, deadline);
+    return c;
+}
+
+/* The combinators of no inputs that fulfil at once. */
+static orch_future *orchi_empty_list(orchi_mode mode) {
+    orchi_list *list = orchi_list_new(orchi_loop, 0, mode, false);
+    return list != NULL ? orch_settled(orchi_list_result(0, 0, list)) : orchi_rejected(ORCH_ENOMEM);
+}
+
+/* What every constructor answers to bad arguments; the inputs are given up where they can be read. */
+static orch_future *orchi_combine_refuse(const char *function, int error, size_t count,
+                                         orch_future *const *futures) {
+    if (futures != NULL && count <= ORCHI_LIST_MOST && orchi_loop != NULL) {
+        orchi_give_up(count, futures);
+    }
+    return orchi_rejected(orchi_misuse(function, error));
+}
+
+orch_future *orch_all_n(size_t count, orch_future *const *futures) {
+    int error = orchi_combine_error(count, futures);
+    if (error != 0) return orchi_combine_refuse("orch_all", error, count, futures);
+    if (count == 0) return orchi_empty_list(ORCHI_ALL);
+    return orchi_combine("orch_all", ORCHI_ALL, count, 1, count, futures, NULL);
+}
+
+orch_future *orch_all_settled_n(size_t count, orch_future *const *futures) {
+    int error = orchi_combine_error(count, futures);
+    if (error != 0) return orchi_combine_refuse("orch_all_settled", error, count, futures);
+    if (count == 0) return orchi_empty_list(ORCHI_SETTLED);
+    return orchi_combine("orch_all_settled", ORCHI_SETTLED, count, 1, count, futures, NULL);
+}
+
+orch_future *orch_any_n(size_t count, orch_future *const *futures) {
+    int error = orchi_combine_error(count, futures);
+    if (error != 0) return orchi_combine_refuse("orch_any", error, count, futures);
+    if (count == 0) return orch_settled(orch_fail(ORCH_EALLFAILED));
+    return orchi_combine("orch_any", ORCHI_ANY, 1, count, count, futures, NULL);
+}
+
+orch_future *orch_race_n(size_t count, orch_future *const *futures) {
+    int error = orchi_combine_error(count, futures);
+    if (error != 0) return orchi_combine_refuse("orch_race", error, count, futures);
+    if (count == 0) return orch_settled(orch_fail(ORCH_EINVAL));
+    return orchi_combine("orch_race", ORCHI_RACE, 1, 1, count, futures, NULL);
+}
+
+orch_future *orch_quorum_n(size_t needed, size_t count, orch_future *const *futures) {
+    int error = orchi_combine_error(count, futures);
+    if (error == 0 && needed > count) error = ORCH_EINVAL;
+    if (error != 0) return orchi_combine_refuse("orch_quorum", error, count, futures);
+    if (needed == 0) {
+        orchi_give_up(count, futures);
+        return orchi_empty_list(ORCHI_QUORUM);
+    }
+    return orchi_combine("orch_quorum", ORCHI_QUORUM, needed, count - needed + 1, count, futures, NULL);
+}
+
+orch_future *orch_gather_n(size_t count, orch_future *const *futures, uint64_t ms) {
+    int error = orchi_combine_error(count, futures);
+    if (error != 0) return orchi_combine_refuse("orch_gather", error, count, futures);
+    if (count == 0) return orchi_empty_list(ORCHI_SETTLED);
+    orch_future *deadline = orchi_timed_new(orchi_loop, ORCHI_TIMER, ms);
+    if (deadline == NULL) {
+        orchi_give_up(count, futures);
+        return orchi_rejected(ORCH_ENOMEM);
+    }
+    return orchi_combine("orch_gather", ORCHI_SETTLED, count, 1, count, futures, deadline);
+}
+
+static size_t orchi_list_length(orch_future *const *futures) {
+    size_t count = 0;
+    while (futures[count] != ORCH_END) count++;
+    return count;
+}
+
+orch_future *orch_all_list(orch_future *const *futures) {
+    return orch_all_n(orchi_list_length(futures), futures);
+}
+
+orch_future *orch_all_settled_list(orch_future *const *futures) {
+    return orch_all_settled_n(orchi_list_length(futures), futures);
+}
+
+orch_future *orch_any_list(orch_future *const *futures) {
+    return orch_any_n(orchi_list_length(futures), futures);
+}
+
+orch_future *orch_race_list(orch_future *const *futures) {
+    return orch_race_n(orchi_list_length(futures), futures);
+}
+
+orch_future *orch_quorum_list(size_t needed, orch_future *const *futures) {
+    return orch_quorum_n(needed, orchi_list_length(futures), futures);
+}
+
+orch_future *orch_gather_list(uint64_t ms, orch_future *const *futures) {
+    return orch_gather_n(orchi_list_length(futures), futures, ms);
+}
+
+// ---- timeout
+
+orch_future *orch_timeout(orch_future *f, uint64_t ms) {
+    orch_loop *loop = orchi_here("orch_timeout");
+    if (loop == NULL) return orchi_rejected(ORCH_ENOLOOP);
+    f = orchi_claim(f, "orch_timeout");
+    if (orchi_settled(f)) return f; // decided: there is nothing to race
+    orch_future *t = orchi_timed_new(loop, ORCHI_TIMEOUT, ms);
+    if (t == NULL) {
+        orch_drop(f);
+        return orchi_rejected(ORCH_ENOMEM);
+    }
+    t->as.timed.source = f;
+    orchi_attach(f, t, 0);
+    if (f->flags & ORCHI_DECIDED) orchi_announce(f, (f->flags & ORCHI_DECIDED_OK) != 0);
+    return t;
+}
+
+/* The input decides it, if the timer has not. */
+static bool orchi_timeout_decided(orch_future *t, uint32_t input, bool *ok) {
+    (void)input;
+    (void)ok;
+    if (t->flags & ORCHI_DECIDED) return false;
+    orchi_timer_disarm(orchi_loop_of(t), t);
+    return true;
+}
+
+/* The timer decides it. LOSERS marks that, for the result. */
+static void orchi_timeout_fire(orch_future *t, int events) {
+    (void)events;
+    t->flags |= ORCHI_LOSERS;
+    orchi_announce(t, false);
+    t->as.timed.source->flags |= ORCHI_CANCEL;
+    orchi_cancel(t->as.timed.source, ORCH_ETIMEDOUT);
+}
+
+static void orchi_timeout_run(orch_future *t) {
+    orch_loop *loop = orchi_loop_of(t);
+    if (t->flags & ORCHI_LOSERS) {
+        orch_result r = orchi_timeout_result(t->as.timed.ms);
+        orchi_release(t->as.timed.source);
+        orchi_settle(loop, t, r);
+    } else {
+        orchi_settle(loop, t, orchi_take_result(t->as.timed.source));
+    }
+}
+
+// ---- as completed
+
+struct orch_completion {
+    orch_future *hub;     // stands as the consumer of every input
+    orch_promise waiting; // of the last next that was not answered
+    uint32_t count, done, delivered;
+    uint32_t *order; // inputs in the order in which they settled; behind the items
+    orch_future **items;
+};
+
+// What stands for an iteration that could not be made: its first element is the error, see next.
+static orch_completion orchi_failed_iteration;
+
+static size_t orchi_completion_bytes(size_t count) {
+    return sizeof(orch_completion) + count * (sizeof(orch_future *) + sizeof(uint32_t));
+}
+
+static orch_completion *orchi_completion_fail(const char *function, int error, size_t count,
+                                              orch_future *const *futures) {
+    orchi_give_up(count, futures);
+    if (error != ORCH_ENOMEM) orchi_misuse(function, error);
+    if (orchi_loop != NULL) orchi_loop->failed_iterations++;
+    if (orchi_loop != NULL) orchi_loop->failed_error = error;
+    return &orchi_failed_iteration;
+}
+
+static orch_completion *orchi_completion_new(orch_loop *loop, size_t count) {
+    void *memory = orchi_allocate(loop, orchi_completion_bytes(count));
+    orch_completion *c = (orch_completion *)memory;
+    if (c == NULL) return NULL;
+    memset(c, 0, sizeof *c);
+    c->hub = orchi_slot_new(loop, ORCHI_HUB);
+    if (c->hub == NULL) {
+        orchi_free(loop, c, orchi_completion_bytes(count));
+        return NULL;
+    }
+    c->hub->as.hub.iteration = c;
+    c->count = (uint32_t)count;
+    c->items = (orch_future **)(void *)(c + 1);
+    c->order = (uint32_t *)(void *)(c->items + count);
+    return c;
+}
+
+orch_completion *orch_as_completed_n(size_t count, orch_future *const *futures) {
+    int error = orchi_combine_error(count, futures);
+    if (error != 0) return orchi_completion_fail("orch_as_completed", error, 0, NULL);
+    orch_completion *c = orchi_completion_new(orchi_loop, count);
+    if (c == NULL) return orchi_completion_fail("orch_as_completed", ORCH_ENOMEM, count, futures);
+    for (uint32_t i = 0; i < count; i++) {
+        orch_future *item = c->items[i] = orchi_claim(futures[i], "orch_as_completed");
+        if (!orchi_settled(item)) orchi_attach(item, c->hub, i);
+        else c->order[c->done++] = i;
+        if (orchi_settled(item) && item->references == 1) item->flags |= ORCHI_WAITED;
+    }
+    return c;
+}
+
+orch_completion *orch_as_completed_list(orch_future *const *futures) {
+    return orch_as_completed_n(orchi_list_length(futures), futures);
+}
+
+static void orchi_hub_ended(orch_future *hub, uint32_t input) {
+    orch_completion *c = hub->as.hub.iteration;
+    c->order[c->done++] = input;
+    orchi_push(orchi_loop_of(hub), hub);
+}
+
+static void orchi_hub_retarget(orch_future *hub, uint32_t input, orch_future *to) {
+    hub->as.hub.iteration->items[input] = to;
+}
+
+/* The next outcome, moved out of its future. */
+static orch_result orchi_completion_take(orch_completion *c) {
+    uint32_t input = c->order[c->delivered++];
+    orch_result r = orchi_take_result(c->items[input]);
+    c->items[input] = NULL;
+    r.index = input;
+    return r;
+}
+
+static void orchi_hub_run(orch_future *hub) {
+    orch_completion *c = hub->as.hub.iteration;
+    if (c->delivered < c->done && orch_promise_pending(c->waiting)) {
+        orch_settle(c->waiting, orchi_completion_take(c));
+    }
+}
+
+static orch_future *orchi_failed_next(void) {
+    orch_loop *loop = orchi_loop;
+    if (loop == NULL || loop->failed_iterations == 0) return orchi_rejected(ORCH_EEND);
+    loop->failed_iterations--;
+    return orchi_rejected(loop->failed_error);
+}
+
+orch_future *orch_completion_next(orch_completion *c) {
+    if (c == NULL) return orchi_rejected(orchi_misuse("orch_completion_next", ORCH_EINVAL));
+    if (c == &orchi_failed_iteration) return orchi_failed_next();
+    if (orch_promise_pending(c->waiting)) {
+        return orchi_rejected(orchi_misuse("orch_completion_next", ORCH_EBUSY));
+    }
+    if (c->delivered == c->count) return orchi_rejected(ORCH_EEND);
+    orch_future *f = orch_future_new(&c->waiting);
+    if (c->delivered < c->done) orch_settle(c->waiting, (f->flags & ORCHI_IMMORTAL) != 0
+                                                            ? orch_fail(ORCH_ENOMEM)
+                                                            : orchi_completion_take(c));
+    return f;
+}
+
+/* Every input is asked to end before any is waited for; nothing reaches the hub any more. */
+void orch_completion_free(orch_completion *c) {
+    if (c == NULL || c == &orchi_failed_iteration) return;
+    orch_loop *loop = orchi_loop;
+    for (uint32_t i = 0; i < c->count; i++) {
+        if (c->items[i] == NULL || (c->items[i]->flags & ORCHI_IMMORTAL)) continue;
+        c->items[i]->flags &= (uint16_t)~ORCHI_WAITED;
+    }
+    orch_settle(c->waiting, orch_fail(ORCH_ECANCELED));
+    orchi_slot_free(loop, c->hub);
+    orchi_give_up(c->count, c->items);
+    orchi_free(loop, c, orchi_completion_bytes(c->count));
+}
+
+// ------------------------------------------------------------------------------------------------
+// >>task
+//
+// A task is a stack, a control block at its top (on the same page as the first frames, so that a sleeping
+// task is one page), and a future. Invariants:
+//   - A new task runs at once, nested in whoever started it, and control returns there when it first waits.
+//     Later it is entered from the ready ring: by the loop, or directly by the task that waits before it,
+//     within the same budget.
+//   - What a task waits for is one claimed future (waiting); its future is queued when that has settled.
+//   - Cancelling a task is remembered (reason). If it waits and is neither shielded nor joining, what it
+//     waits for is asked to end; it goes on when that has ended. A wait that begins when the task is
+//     cancelled is refused: its future is given up, and has ended when ORCH_ECANCELED is returned.
+//   - Joining is waiting for an end that was asked for (a drop, a refused wait): it cannot be refused.
+//   - A task that ends settles its future last, gives its stack back and is left for good.
+// Suspending functions end in orchi_switch, which no compiler sees into: statics are read again after it.
+
+struct orch_task {
+    orchi_context context;
+    orch_future *future;
+    orch_future *waiting; // NULL: it runs, is ready, or has not waited yet
+    orch_task *starter;   // nested: where to return at the first wait; NULL is the main stack
+    orchi_stack *stack;
+    const char *name;
+    orch_task_fn fn;
+    void *arg;
+    void (*release)(void *arg);
+    int reason; // not 0: it was asked to end
+    uint32_t shields;
+    uint32_t refused; // waits, since it was asked to end
+    bool nested;
+    bool joining;
+    bool ended;
+    bool exposed; // the loop is deadlocked: shields do not hold any more
+    bool canary;
+};
+
+typedef char orchi_task_fits[sizeof(struct orch_task) <= ORCHI_STACK_HEAD ? 1 : -1];
+
+enum { ORCHI_PATIENCE = 1000 }; // refused waits until a task is reported
+
+// ---- entering and leaving
+
+/* Enters a task from the main stack. It may come back with a call for the main stack. */
+static void orchi_enter(orch_loop *loop, orch_task *task) {
+    loop->current = task;
+    orchi_context_switch(&loop->main, &task->context, false);
+    while (ORCHI_UNLIKELY(loop->call.fn != NULL)) {
+        void *(*fn)(void *) = loop->call.fn;
+        orch_task *caller = loop->call.task;
+        loop->call.fn = NULL;
+        void *result = fn(loop->call.arg);
+        loop->call.arg = result;
+        loop->current = caller;
+        orchi_context_switch(&loop->main, &caller->context, false);
+    }
+}
+
+/* Where a task goes when it leaves: back to its starter, to the next ready task, or to the main stack. */
+static inline orch_task *orchi_next_task(orch_loop *loop, orch_task *task) {
+    if (task->nested) {
+        task->nested = false;
+        return task->starter;
+    }
+    if (loop->budget <= 0 || orchi_ring_empty(loop)) return NULL;
+    orch_future *front = orchi_front(loop);
+    if (front->kind != ORCHI_TASK) return NULL;
+    orchi_pop(loop);
+    loop->budget--;
+    loop->stats.resumes++;
+    return front->as.task.task;
+}
+
+ORCHI_COLD static void orchi_overflowed(orch_loop *loop, orch_task *task) {
+    orchi_report(loop, "asyncorch: stack overflow in task '%s'#%llu: give it a bigger stack_size\n",
+                 task->name, (unsigned long long)task->future->generation / 2);
+    abort();
+}
+
+static inline void orchi_leave(orch_loop *loop, orch_task *task, bool ends) {
+    if (ORCHI_UNLIKELY(task->canary) && !orchi_canary_lives(task->stack)) {
+        orchi_overflowed(loop, task);
+    }
+    loop->streak = 0;
+    orch_task *next = orchi_next_task(loop, task);
+    if (next == task) return;
+    if (ends) orchi_stack_give(loop, task->stack);
+    loop->current = next;
+    orchi_context_switch(&task->context, next != NULL ? &next->context : &loop->main, ends);
+}
+
+/* Waits until somebody queues the task and its turn comes. */
+static void orchi_suspend(orch_loop *loop, orch_task *task) { orchi_leave(loop, task, false); }
+
+/* Waits until a claimed pending future has settled. Returns it, or what it was replaced by. */
+static orch_future *orchi_wait_for(orch_loop *loop, orch_task *task, orch_future *f) {
+    orchi_attach(f, task->future, 0);
+    task->waiting = f;
+    orchi_suspend(loop, task);
+    f = task->waiting;
+    task->waiting = NULL;
+    return f;
+}
+
+/* Lets everything that is ready run first. */
+static void orchi_take_turn(orch_loop *loop, orch_task *task) {
+    orchi_push(loop, task->future);
+    orchi_suspend(loop, task);
+}
+
+static void orchi_task_run(orch_future *f) { orchi_enter(orchi_loop_of(f), f->as.task.task); }
+
+/* The end of a task. Nothing may wait in here any more: releases and hooks are refused as outside a task. */
+static void orchi_task_end(orch_loop *loop, orch_task *task, orch_result r) {
+    task->ended = true;
+    if (task->release != NULL) task->release(task->arg);
+    loop->stats.tasks--;
+    orchi_resolve(loop, task->future, r);
+    orchi_leave(loop, task, true);
+}
+
+/* The first and last function on a task's stack. */
+static void orchi_task_main(void *argument) {
+    orch_task *task = (orch_task *)argument;
+    orch_loop *loop = orchi_loop_of(task->future);
+    orchi_tool_begin(&loop->main);
+    orch_result r = task->fn(task->arg);
+    orchi_task_end(loop, task, r);
+}
+
+// ---- cancelling
+
+static orch_future *orchi_task_cancel(orch_future *f, int reason) {
+    orch_task *task = f->as.task.task;
+    f->flags |= ORCHI_CANCEL;
+    if (task->reason == 0) task->reason = reason;
+    if ((task->shields > 0 && !task->exposed) || task->joining) return NULL;
+    return task->waiting;
+}
+
+static void orchi_task_retarget(orch_future *f, uint32_t input, orch_future *to) {
+    (void)input;
+    f->as.task.task->waiting = to;
+}
+
+static orch_future *orchi_task_source(const orch_future *f) { return f->as.task.task->waiting; }
+
+static const char *orchi_task_label(const orch_future *f) { return f->as.task.task->name; }
+
+static bool orchi_must_end(const orch_task *task) {
+    return ORCHI_UNLIKELY(task->reason != 0) && (task->shields == 0 || task->exposed);
+}
+
+/* Cancels a claimed future, waits for its end and frees it. */
+static void orchi_join_in(orch_loop *loop, orch_task *task, orch_future *f) {
+    bool self = f->kind == ORCHI_TASK && f->as.task.task == task;
+    if (self) {
+        orchi_release(f);
+        return;
+    }
+    f->flags |= ORCHI_CANCEL;
+    orchi_cancel(f, task->reason != 0 ? task->reason : ORCH_ECANCELED);
+    if (!orchi_settled(f)) {
+        bool outer = task->joining;
+        task->joining = true;
+        f = orchi_wait_for(loop, task, f);
+        task->joining = outer;
+    }
+    orchi_release(f);
+}
+
+static void orchi_join(orch_future *f) {
+    orch_task *task = orchi_loop->current;
+    if (task->ended) orchi_release(f);
+    else orchi_join_in(orchi_loop, task, f);
+}
+
+ORCHI_COLD static void orchi_impatient(orch_loop *loop, orch_task *task) {
+    char who[160];
+    orchi_describe(task->future, who, sizeof who);
+    orchi_report(loop,
+                 "asyncorch: %s was cancelled and goes on: %d waits were refused with ORCH_ECANCELED; "
+                 "return when a wait says so, or shield the clean-up\n",
+                 who, ORCHI_PATIENCE);
+    orchi_print_backtrace();
+}
+
+/* A wait is refused. The task that does not listen is reported once, and takes turns. */
+static int orchi_refuse(orch_loop *loop, orch_task *task) {
+    if (++task->refused == ORCHI_PATIENCE) orchi_impatient(loop, task);
+    if (task->refused % ORCHI_BUDGET == 0) orchi_take_turn(loop, task);
+    return ORCH_ECANCELED;
+}
+
+// ---- starting
+
+static void orchi_task_init(orch_loop *loop, orch_task *task, orch_future *f, orchi_stack *stack,
+                            const orch_task_desc *desc) {
+    task->future = f;
+    task->waiting = NULL;
+    task->starter = loop->current;
+    task->stack = stack;
+    task->name = desc->name != NULL ? desc->name : "";
+    task->fn = desc->fn;
+    task->arg = desc->arg;
+    task->release = desc->release;
+    task->reason = 0;
+    task->shields = 0;
+    task->refused = 0;
+    task->nested = true;
+    task->joining = false;
+    task->ended = false;
+    task->exposed = false;
+    task->canary = loop->stats.guard == ORCH_GUARD_CANARY;
+    if (task->canary) orchi_canary_set(stack);
+}
+
+/* Copies the argument to the top of the stack. Returns where the stack begins below it. */
+static char *orchi_task_copy(orch_task *task, char *top, const orch_task_desc *desc) {
+    top -= (desc->arg_size + 63) / 64 * 64;
+    memcpy(top, desc->arg, desc->arg_size);
+    task->arg = top;
+    return top;
+}
+
+static void orchi_task_start(orch_loop *loop, orch_task *task) {
+    orch_task *self = loop->current;
+    if (self == NULL) {
+        orchi_enter(loop, task);
+        return;
+    }
+    loop->current = task;
+    orchi_context_switch(&self->context, &task->context, false);
+}
+
+static orch_future *orchi_go(orch_loop *loop, const orch_task_desc *desc, uint32_t size_log) {
+    orch_future *f = orchi_slot_new(loop, ORCHI_TASK);
+    if (f == NULL) return NULL;
+    orchi_stack *stack = orchi_stack_take(loop, size_log);
+    if (stack == NULL) {
+        orchi_slot_free(loop, f);
+        return NULL;
+    }
+    char *top = stack->top;
+    orch_task *task = (orch_task *)(void *)top;
+    orchi_task_init(loop, task, f, stack, desc);
+    if (desc->arg_size > 0) top = orchi_task_copy(task, top, desc);
+    orchi_context_start(&task->context, stack, top, orchi_task_main, task);
+    f->as.task.task = task;
+    loop->stats.tasks++;
+    loop->join = orchi_join;
+    orchi_task_start(loop, task);
+    return f;
+}
+
+static int orchi_task_error(const orch_task_desc *desc, uint32_t *size_log) {
+    if (orchi_loop == NULL) return ORCH_ENOLOOP;
+    if (desc == NULL || desc->fn == NULL) return ORCH_EINVAL;
+    size_t size = desc->stack_size != 0 ? desc->stack_size : orchi_loop->desc.stack_size;
+    *size_log = orchi_stack_log(size);
+    if (*size_log == 0 || desc->arg_size > size / 2) return ORCH_EINVAL;
+    return desc->arg_size > 0 && desc->arg == NULL ? ORCH_EINVAL : 0;
+}
+
+orch_future *orch_go_with(const orch_task_desc *desc) {
+    uint32_t size_log = 0;
+    int error = orchi_task_error(desc, &size_log);
+    if (error != 0) orchi_misuse("orch_go", error);
+    orch_future *f = error == 0 ? orchi_go(orchi_loop, desc, size_log) : NULL;
+    if (f != NULL) return f;
+    if (desc != NULL && desc->release != NULL) desc->release(desc->arg);
+    return orchi_rejected(error != 0 ? error : ORCH_ENOMEM);
+}
+
+orch_future *orch_go(orch_task_fn fn, void *arg) {
+    orch_task_desc desc = {NULL, fn, arg, 0, NULL, 0};
+    return orch_go_with(&desc);
+}
+
+int orch_spawn(orch_task_fn fn, void *arg) {
+    orch_future *f = orch_go(fn, arg);
+    int error = f->flags & ORCHI_IMMORTAL ? f->as.result.error : 0;
+    orch_detach(f);
+    return error;
+}
+
+// ---- waiting
+
+/* The current task, or NULL and a misuse. */
+static orch_task *orchi_here_task(const char *function, int *error) {
+    orch_task *task = orchi_loop != NULL ? orchi_loop->current : NULL;
+    *error = orchi_loop == NULL ? ORCH_ENOLOOP : task == NULL || task->ended ? ORCH_ENOTASK : 0;
+    if (ORCHI_LIKELY(*error == 0)) return task;
+    orchi_misuse(function, *error);
+    return NULL;
+}
+
+/* What need not wait goes on at once, but the 128th in a row takes its turn. */
+static inline void orchi_no_wait(orch_loop *loop, orch_task *task) {
+    if (ORCHI_UNLIKELY(++loop->streak >= ORCHI_BUDGET)) orchi_take_turn(loop, task);
+}
+
+ORCHI_NO_INLINE static orch_result orchi_await_pending(orch_loop *loop, orch_task *task, orch_future *f) {
+    if (orchi_must_end(task) && !(f->flags & ORCHI_DECIDED)) {
+        orchi_join_in(loop, task, f);
+        return orch_fail(orchi_refuse(loop, task));
+    }
+    return orchi_take_result(orchi_wait_for(loop, task, f));
+}
+
+orch_result orch_await(orch_future *f) {
+    int error;
+    orch_task *task = orchi_here_task("orch_await", &error);
+    if (task == NULL) {
+        orch_drop(f);
+        return orch_fail(error);
+    }
+    orch_loop *loop = orchi_loop;
+    f = orchi_claim(f, "orch_await");
+    if (!orchi_settled(f)) return orchi_await_pending(loop, task, f);
+    orchi_no_wait(loop, task);
+    return orchi_take_result(f);
+}
+
+/* Waits on a proxy that lets go when the task is cancelled. */
+static int orchi_look(orch_loop *loop, orch_task *task, orch_future *f) {
+    if (orchi_must_end(task)) return orchi_refuse(loop, task);
+    orch_future *proxy = orchi_proxy_new(f, ORCHI_LOOKING);
+    if (proxy == NULL) return ORCH_ENOMEM;
+    f->references++;
+    proxy = orchi_wait_for(loop, task, proxy);
+    bool let_go = (proxy->flags & ORCHI_CANCEL) != 0;
+    orchi_release(proxy);
+    return let_go ? ORCH_ECANCELED : 0;
+}
+
+orch_result orch_wait(orch_future *f) {
+    int error;
+    orch_task *task = orchi_here_task("orch_wait", &error);
+    if (task == NULL) return orch_fail(error);
+    error = orchi_check(f, "orch_wait");
+    if (error != 0) return orch_fail(error);
+    if (orchi_settled(f)) orchi_no_wait(orchi_loop, task);
+    else error = orchi_look(orchi_loop, task, f);
+    return orchi_settled(f) ? orchi_lend(f) : orch_fail(error);
+}
+
+int orch_yield(void) {
+    int error;
+    orch_task *task = orchi_here_task("orch_yield", &error);
+    if (task == NULL) return error;
+    orch_loop *loop = orchi_loop;
+    if (orchi_must_end(task)) return orchi_refuse(loop, task);
+    orchi_take_turn(loop, task);
+    return orchi_must_end(task) ? ORCH_ECANCELED : 0;
+}
+
+int orch_sleep(uint64_t ms) {
+    int error;
+    orch_task *task = orchi_here_task("orch_sleep", &error);
+    if (task == NULL) return error;
+    if (orchi_must_end(task)) return orchi_refuse(orchi_loop, task);
+    orch_result r = orch_await(orch_after(ms));
+    return r.error;
+}
+
+void orch_shield_begin(void) {
+    int error;
+    orch_task *task = orchi_here_task("orch_shield_begin", &error);
+    if (task != NULL) task->shields++;
+}
+
+void orch_shield_end(void) {
+    int error;
+    orch_task *task = orchi_here_task("orch_shield_end", &error);
+    if (task == NULL) return;
+    if (task->shields == 0) orchi_misuse("orch_shield_end", ORCH_EINVAL);
+    else task->shields--;
+}
+
+// ---- looking at a task
+
+orch_task *orch_self(void) { return orchi_loop != NULL ? orchi_loop->current : NULL; }
+
+int orch_cancel_reason(void) {
+    orch_task *task = orch_self();
+    return task != NULL ? task->reason : 0;
+}
+
+const char *orch_task_name(const orch_task *task) { return task != NULL ? task->name : ""; }
+
+size_t orch_task_stack_size(const orch_task *task) {
+    return task != NULL ? (size_t)1 << task->stack->size_log : 0;
+}
+
+size_t orch_task_stack_peak(const orch_task *task) {
+    return task != NULL ? orchi_stack_touched(task->stack) : 0;
+}
+
+void *orch_on_main_stack(void *(*fn)(void *arg), void *arg) {
+    orch_task *task = orch_self();
+    if (fn == NULL) orchi_misuse("orch_on_main_stack", ORCH_EINVAL);
+    if (fn == NULL) return NULL;
+    if (task == NULL) return fn(arg);
+    orch_loop *loop = orchi_loop;
+    loop->call.fn = fn;
+    loop->call.arg = arg;
+    loop->call.task = task;
+    loop->current = NULL;
+    orchi_context_switch(&task->context, &loop->main, false);
+    return loop->call.arg;
+}
+
+// ---- stack overflow
+//
+// A handler for the whole process, installed with the first loop: it names the task whose guard was hit
+// and puts back what was installed before, which then sees the same fault. It runs on an alternate stack.
+
+static struct {
+    int installed;
+    struct sigaction segv, bus;
+} orchi_fault;
+
+enum { ORCHI_SIGNAL_STACK = 65536 };
+
+static orchi_stack *orchi_stack_at(const orch_loop *loop, const char *address) {
+    for (orchi_stack_map *map = loop->maps; map != NULL; map = map->next) {
+        if (address < map->base || address >= map->base + map->bytes) continue;
+        size_t i = (size_t)(address - map->base) / orchi_map_stride(map);
+        orchi_stack *stack = orchi_map_stacks(map) + i;
+        return address < stack->bottom && stack->used ? stack : NULL;
+    }
+    return NULL;
+}
+
+static void orchi_fault_write(const char *text) {
+    if (write(2, text, strlen(text)) < 0) return;
+}
+
+static void orchi_fault_number(uint64_t number) {
+    char digits[24], *p = digits + sizeof digits - 1;
+    *p = '\0';
+    do *--p = (char)('0' + number % 10);
+    while ((number /= 10) > 0);
+    orchi_fault_write(p);
+}
+
+/* Only async-signal-safe calls. */
+static void orchi_fault_handler(int signal, siginfo_t *info, void *context) {
+    (void)context;
+    const char *address = (const char *)info->si_addr;
+    orchi_stack *stack = orchi_loop != NULL ? orchi_stack_at(orchi_loop, address) : NULL;
+    if (stack != NULL) {
+        const orch_task *task = (const orch_task *)(const void *)stack->top;
+        orchi_fault_write("asyncorch: stack overflow in task '");
+        orchi_fault_write(task->name);
+        orchi_fault_write("'#");
+        orchi_fault_number(task->future->generation / 2);
+        orchi_fault_write(": give it a bigger stack_size, or use orch_on_main_stack\n");
+    }
+    sigaction(signal, signal == SIGBUS ? &orchi_fault.bus : &orchi_fault.segv, NULL);
+}
+
+static void orchi_fault_install(orch_loop *loop) {
+    stack_t now;
+    if (loop->desc.no_overflow_report) return;
+    memset(&now, 0, sizeof now);
+    if (sigaltstack(NULL, &now) == 0 && (now.ss_flags & SS_DISABLE)) {
+        loop->alternate = orchi_allocate(loop, ORCHI_SIGNAL_STACK);
+        stack_t mine;
+        memset(&mine, 0, sizeof mine);
+        mine.ss_sp = loop->alternate;
+        mine.ss_size = ORCHI_SIGNAL_STACK;
+        if (loop->alternate != NULL) sigaltstack(&mine, NULL);
+    }
+    if (__atomic_exchange_n(&orchi_fault.installed, 1, __ATOMIC_ACQ_REL)) return;
+    struct sigaction action;
+    memset(&action, 0, sizeof action);
+    action.sa_sigaction = orchi_fault_handler;
+    action.sa_flags = SA_SIGINFO | SA_ONSTACK;
+    sigaction(SIGSEGV, &action, &orchi_fault.segv);
+    sigaction(SIGBUS, &action, &orchi_fault.bus);
+}
+
+static void orchi_fault_uninstall(orch_loop *loop) {
+    if (loop->alternate == NULL) return;
+    stack_t off;
+    memset(&off, 0, sizeof off);
+    off.ss_flags = SS_DISABLE;
+    sigaltstack(&off, NULL);
+    orchi_free(loop, loop->alternate, ORCHI_SIGNAL_STACK);
+}
+
+// ------------------------------------------------------------------------------------------------
+// >>run
+//
+// The life of a loop: made, run, closed. orch_run is a loop, a main task, and everything cleaned up: when
+// main has ended, what is left is asked to end and run until it has; what shields, holds until nothing else
+// can happen. A result that main returned may show futures of the loop (a list, a share): then the loop's
+// memory lives until that result is freed.
+
+static void orchi_print_unhandled(const orch_result *r, void *context) {
+    (void)context;
+    fprintf(stderr, "asyncorch: unhandled rejection: %s (error %d)\n", orch_message(r), r->error);
+}
+
+static void orchi_print_report(const char *text, void *context) {
+    (void)context;
+    fputs(text, stderr);
+}
+
+/* The only place where defaults are filled in. */
+static orch_loop_desc orchi_loop_defaults(const orch_loop_desc *given) {
+    orch_loop_desc desc;
+    memset(&desc, 0, sizeof desc);
+    if (given != NULL) desc = *given;
+    if (desc.allocator.resize == NULL) desc.allocator.resize = orchi_default_resize;
+    if (desc.poller == ORCH_POLLER_DEFAULT) desc.poller = ORCH_POLLER_POLL;
+    if (desc.stack_size == 0) desc.stack_size = 65536;
+    if (desc.on_unhandled == NULL) desc.on_unhandled = orchi_print_unhandled;
+    if (desc.on_report == NULL) desc.on_report = orchi_print_report;
+    return desc;
+}
+
+static void orchi_loop_init(orch_loop *loop, const orch_loop_desc *desc) {
+    memset(loop, 0, sizeof *loop);
+    loop->desc = *desc;
+    loop->generation = 3; // 1 belongs to the static futures
+    loop->main.fiber = orchi_fiber_self();
+    loop->poller.ops = &orchi_poll_ops;
+    loop->trimmed = orchi_clock();
+}
+
+/* Makes a loop and says what went wrong. */
+static int orchi_loop_make(const orch_loop_desc *given, orch_loop **made) {
+    orch_loop_desc desc = orchi_loop_defaults(given);
+    bool valid = desc.poller == ORCH_POLLER_POLL && orchi_stack_log(desc.stack_size) != 0;
+    if (orchi_loop != NULL) return ORCH_ENESTED;
+    if (!valid) return ORCH_EINVAL;
+    void *memory = desc.allocator.resize(desc.allocator.user, NULL, 0, sizeof(orch_loop));
+    if (memory == NULL) return ORCH_ENOMEM;
+    orch_loop *loop = (orch_loop *)memory;
+    orchi_loop_init(loop, &desc);
+    int error = orchi_ring_reserve(loop, 1) ? loop->poller.ops->open(loop) : ORCH_ENOMEM;
+    if (error != 0) {
+        orchi_free(loop, loop->ready.items, loop->ready.capacity * sizeof *loop->ready.items);
+        desc.allocator.resize(desc.allocator.user, loop, sizeof *loop, 0);
+        return error;
+    }
+    orchi_loop = *made = loop;
+    orchi_fault_install(loop);
+    return 0;
+}
+
+orch_loop *orch_loop_new(const orch_loop_desc *desc) {
+    orch_loop *loop = NULL;
+    int error = orchi_loop_make(desc, &loop);
+    if (error == ORCH_EINVAL || error == ORCH_ENESTED) orchi_misuse("orch_loop_new", error);
+    return loop;
+}
+
+/* Gives everything back, whatever is left. */
+static void orchi_loop_dispose(orch_loop *loop) {
+    orchi_fault_uninstall(loop);
+    orchi_maps_free(loop);
+    loop->poller.ops->close(loop);
+    orchi_free(loop, loop->poller.watches, loop->poller.watch_count * sizeof(orchi_watch));
+    orchi_free(loop, loop->timers.entries, loop->timers.capacity * sizeof(orchi_timer));
+    orchi_free(loop, loop->ready.items, loop->ready.capacity * sizeof(orch_future *));
+    while (loop->regions != NULL) {
+        orchi_region *region = loop->regions;
+        loop->regions = region->next;
+        orchi_unpoison_range(region, region->bytes);
+        orchi_free(loop, region, region->bytes);
+    }
+    orch_allocator allocator = loop->desc.allocator;
+    allocator.resize(allocator.user, loop, sizeof *loop, 0);
+}
+
+static void orchi_cancel_visit(orch_future *f, void *context) {
+    (void)context;
+    if (orchi_settled(f)) return;
+    f->flags |= ORCHI_CANCEL;
+    orchi_cancel(f, ORCH_ECANCELED);
+}
+
+static void orchi_expose_visit(orch_future *f, void *context) {
+    if (f->kind != ORCHI_TASK || f->as.task.task->reason == 0 || f->as.task.task->exposed) return;
+    f->as.task.task->exposed = true;
+    *(bool *)context = true;
+    orchi_cancel(f, f->as.task.task->reason);
+}
+
+/* The loop is deadlocked: shields of cancelled tasks do not hold any more. Whether there were any. */
+static bool orchi_expose(orch_loop *loop) {
+    bool any = false;
+    orchi_each_slot(loop, orchi_expose_visit, &any);
+    return any;
+}
+
+static void orchi_cancel_all(orch_loop *loop) { orchi_each_slot(loop, orchi_cancel_visit, NULL); }
+
+int orch_loop_free(orch_loop *loop) {
+    int error = orchi_loop_check(loop, "orch_loop_free");
+    if (error != 0) return error;
+    orchi_cancel_all(loop);
+    while (!orchi_ring_empty(loop)) {
+        orchi_turn(loop, 0);
+        if (orchi_ring_empty(loop)) orchi_cancel_all(loop);
+    }
+    if (loop->stats.futures > 0) return ORCH_EBUSY;
+    orchi_loop_dispose(loop);
+    orchi_loop = NULL;
+    return 0;
+}
+
+// ---- orch_run
+
+/* Runs until main has ended; a deadlock that exposing shields does not resolve is an error. */
+static int orchi_run_main(orch_loop *loop, orch_future *main) {
+    while (!orchi_settled(main)) {
+        int more = orchi_turn(loop, UINT64_MAX);
+        if (more < 0) return more;
+        if (more == 0 && !orchi_settled(main) && !orchi_expose(loop)) return orchi_deadlock(loop);
+    }
+    return 0;
+}
+
+/* Asks all that is left to end and runs it until it has, or until nothing can happen any more. */
+static void orchi_run_rest(orch_loop *loop) {
+    orchi_cancel_all(loop);
+    for (;;) {
+        int more = orchi_turn(loop, UINT64_MAX);
+        if (more < 0) return;
+        if (more == 1) continue;
+        orchi_cancel_all(loop); // what was started while ending
+        if (orchi_ring_empty(loop) && !orchi_expose(loop)) return;
+    }
+}
+
+/* The release of a result that shows futures of a loop that has ended. */
+static void orchi_run_release(void *owner) {
+    orch_loop *loop = (orch_loop *)owner, *here = orchi_loop;
+    orchi_loop = loop;
+    orch_result_free(&loop->outcome);
+    orchi_loop_dispose(loop);
+    orchi_loop = here;
+}
+
+static bool orchi_shows_loop(const orch_result *r) {
+    return r->release == orchi_list_release || r->release == orchi_share_release;
+}
+
+static orch_result orchi_run_outcome(orch_loop *loop, orch_result r) {
+    orchi_loop = NULL;
+    if (!orchi_shows_loop(&r)) {
+        orchi_loop_dispose(loop);
+        return r;
+    }
+    loop->outcome = r;
+    r.owner = loop;
+    r.release = orchi_run_release;
+    return r;
+}
+
+orch_result orch_run_with(const orch_loop_desc *desc, orch_task_fn main, void *arg) {
+    orch_loop *loop = NULL;
+    int error = main == NULL ? ORCH_EINVAL : orchi_loop_make(desc, &loop);
+    if (error == ORCH_ENOMEM) return orch_fail(error);
+    if (error != 0) return orch_fail(orchi_misuse("orch_run", error));
+    orch_task_desc task = {"main", main, arg, 0, NULL, 0};
+    orch_future *f = orch_go_with(&task);
+    error = orchi_run_main(loop, f);
+    orch_result r = orch_fail(error);
+    if (error == 0) r = orchi_take_result(f);
+    else orchi_release(f);
+    orchi_run_rest(loop);
+    return orchi_run_outcome(loop, r);
+}
+
+orch_result orch_run(orch_task_fn main, void *arg) { return orch_run_with(NULL, main, arg); }
+
+int orch_exit(orch_result r) {
+    int code = r.error != 0;
+    if (code != 0) fprintf(stderr, "%s\n", orch_message(&r));
+    orch_result_free(&r);
+    return code;
+}
+
+// ------------------------------------------------------------------------------------------------
+// >>io
+//
+// A descriptor's readiness as a future. The table of watches, by descriptor, holds at most one waiter for
+// each direction; a future that settles or is cancelled has left it.
+
+/* Makes room for a descriptor. One that is not open is refused before the table grows to its number. */
+static int orchi_watch_reserve(orch_loop *loop, int fd) {
+    orchi_poller *p = &loop->poller;
+    size_t wanted = (size_t)fd + 1;
+    if (wanted <= p->watch_count) return 0;
+    if (fcntl(fd, F_GETFD) < 0) return -errno;
+    size_t count = p->watch_count > 0 ? p->watch_count : 64;
+    while (count < wanted) count *= 2;
+    size_t old_bytes = p->watch_count * sizeof *p->watches, bytes = count * sizeof *p->watches;
+    void *grown = orchi_resize(loop, p->watches, old_bytes, bytes);
+    if (grown == NULL) return ORCH_ENOMEM;
+    memset((char *)grown + old_bytes, 0, bytes - old_bytes);
+    p->watches = (orchi_watch *)grown;
+    p->watch_count = count;
+    return 0;
+}
+
+static int orchi_watch_start(orch_loop *loop, orch_future *f) {
+    int fd = f->as.ready.fd, events = f->as.ready.events;
+    orchi_watch *watch = &loop->poller.watches[fd];
+    if ((events & ORCH_READABLE) && watch->reader != NULL) return ORCH_EBUSY;
+    if ((events & ORCH_WRITABLE) && watch->writer != NULL) return ORCH_EBUSY;
+    int error = loop->poller.ops->update(loop, fd, orchi_watch_events(watch) | events);
+    if (error != 0) return error;
+    if (events & ORCH_READABLE) watch->reader = f;
+    if (events & ORCH_WRITABLE) watch->writer = f;
+    loop->stats.watched++;
+    return 0;
+}
+
+static int orchi_ready_error(int fd, int events) {
+    if (orchi_loop == NULL) return orchi_misuse("orch_ready", ORCH_ENOLOOP);
+    bool known = (events & ~(ORCH_READABLE | ORCH_WRITABLE)) == 0;
+    if (events == 0 || !known) return orchi_misuse("orch_ready", ORCH_EINVAL);
+    return fd < 0 ? -EBADF : orchi_watch_reserve(orchi_loop, fd);
+}
+
+orch_future *orch_ready(int fd, int events) {
+    int error = orchi_ready_error(fd, events);
+    if (error == ORCH_ENOLOOP) return orchi_rejected(error);
+    orch_loop *loop = orchi_loop;
+    if (error != 0) return orch_settled(orch_fail(error));
+    orch_future *f = orchi_slot_new(loop, ORCHI_READY);
+    if (f == NULL) return orchi_rejected(ORCH_ENOMEM);
+    f->as.ready.fd = fd;
+    f->as.ready.events = events;
+    error = orchi_watch_start(loop, f);
+    if (error != 0) orchi_settle(loop, f, orch_fail(error));
+    return f;
+}
+
+static void orchi_ready_fire(orch_future *f, int events) {
+    orch_loop *loop = orchi_loop_of(f);
+    int came = events & f->as.ready.events;
+    orchi_unwatch(loop, f);
+    orchi_settle(loop, f, events & ORCHI_BAD_FD ? orch_fail(-EBADF) : orch_ok_int(came));
+}
+
+static orch_future *orchi_ready_cancel(orch_future *f, int reason) {
+    (void)reason;
+    orch_loop *loop = orchi_loop_of(f);
+    f->flags |= ORCHI_CANCEL;
+    orchi_unwatch(loop, f);
+    orchi_settle(loop, f, orch_fail(ORCH_ECANCELED));
+    return NULL;
+}
+
+// ---- messages, last because they know every kind of result
+
+const char *orch_message(const orch_result *r) {
+    if (r == NULL) return orch_error_text(ORCH_EINVAL);
+    const orch_result *own = r;
+    while (own->release == orchi_share_release || own->release == orchi_lent_release) {
+        own = &((const orch_future *)own->owner)->as.result;
+    }
+    if (own->release == orchi_message_release) return (const char *)own->value;
+    return orch_error_text(r->error);
+}
+
+// ---- the table of kinds
+
+static void orchi_extra_run(orch_future *f) { (void)f; } // was retired while it was queued
+
+// clang-format off
+const orchi_kind orchi_kinds[ORCHI_KINDS] = {
+    // name, run, cancel, decided, ended, retarget, fire, source, label
+    {"promise", orchi_promise_run, orchi_promise_cancel, NULL, NULL, NULL, NULL, NULL, NULL},
+    {"then", orchi_then_run, orchi_follow_cancel, NULL, NULL, orchi_follow_retarget, NULL, orchi_follow_source, NULL},
+    {"follower", orchi_follow_run, orchi_follow_cancel, orchi_follow_decided, NULL, orchi_follow_retarget, NULL, orchi_follow_source, NULL},
+    {"holder", orchi_done_run, orchi_proxy_cancel, NULL, NULL, NULL, NULL, orchi_follow_source, NULL},
+    {"timer", orchi_done_run, orchi_timer_cancel, NULL, NULL, NULL, orchi_timer_fire_future, NULL, NULL},
+    {"timeout", orchi_timeout_run, orchi_follow_cancel, orchi_timeout_decided, NULL, orchi_follow_retarget, orchi_timeout_fire, orchi_follow_source, NULL},
+    {"combinator", orchi_combine_run, orchi_combine_cancel, orchi_combine_decided, orchi_combine_ended, orchi_combine_retarget, NULL, orchi_combine_source, NULL},
+    {"task", orchi_task_run, orchi_task_cancel, NULL, NULL, orchi_task_retarget, NULL, orchi_task_source, orchi_task_label},
+    {"readiness", orchi_done_run, orchi_ready_cancel, NULL, NULL, NULL, orchi_ready_fire, NULL, NULL},
+    {"iteration", orchi_hub_run, NULL, NULL, orchi_hub_ended, orchi_hub_retarget, NULL, NULL, NULL},
+    {"settled", orchi_done_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
+    {"settled", orchi_on_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
+    {"memory", orchi_extra_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
+};
+// clang-format on
+
+#ifdef __cplusplus
+} // extern "C"
+#endif
+
+// ------------------------------------------------------------------------------------------------
+// >>end
+
+#undef ORCHI_ASAN
+#undef ORCHI_ASSEMBLY
+#undef ORCHI_BACKTRACE
+#undef ORCHI_CANARY
+#undef ORCHI_CET
+#undef ORCHI_COLD
+#undef ORCHI_CONSUMED
+#undef ORCHI_DEBUG
+#undef ORCHI_ERROR_ROW
+#undef ORCHI_FUNCTION
+#undef ORCHI_FUNCTION_END
+#undef ORCHI_GUARD_BYTES
+#undef ORCHI_HAS_ASSEMBLY
+#undef ORCHI_HAS_FEATURE
+#undef ORCHI_HAS_INCLUDE
+#undef ORCHI_LEAVE
+#undef ORCHI_LIKELY
+#undef ORCHI_LOAD_FLOATS
+#undef ORCHI_MINCORE
+#undef ORCHI_NO_INLINE
+#undef ORCHI_NO_WINNER
+#undef ORCHI_OS_LINUX
+#undef ORCHI_OS_MACOS
+#undef ORCHI_READ_FCSR
+#undef ORCHI_SAVE_FLOATS
+#undef ORCHI_STATIC_FUTURE
+#undef ORCHI_SYMBOL
+#undef ORCHI_TSAN
+#undef ORCHI_UCONTEXT
+#undef ORCHI_UNLIKELY
+#undef ORCHI_VALGRIND
+
+#endif // ASYNCORCH_IMPLEMENTATION
+
+// This is free and unencumbered software released into the public domain.
+//
+// Anyone is free to copy, modify, publish, use, compile, sell, or distribute this software, either in source
+// code form or as a compiled binary, for any purpose, commercial or non-commercial, and by any means.
+//
+// In jurisdictions that recognize copyright laws, the author or authors of this software dedicate any and all
+// copyright interest in the software to the public domain. We make this dedication for the benefit of the
+// public at large and to the detriment of our heirs and successors. We intend this dedication to be an overt
+// act of relinquishment in perpetuity of all present and future rights to this software under copyright law.
+//
+// THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT
+// LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO
+// EVENT SHALL THE AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF
+// CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER
+// DEALINGS IN THE SOFTWARE.
+//
+// For more information, please refer to <https://unlicense.org>
