@@ -1,0 +1,142 @@
+#!/bin/sh
+# Runs every example and compares what it prints with what its header comment says it prints. Times are
+# compared as N ms and N times. The programs are those of make examples, in .build/examples or in $1.
+# Prints `N passed, N failed` and, where a tool is missing, `, N skipped`.
+set -u
+cd "$(dirname "$0")/.." || exit 1
+programs=${1:-.build/examples}
+case $programs in /*) ;; *) programs=$PWD/$programs ;; esac
+folder=$(mktemp -d) || exit 1
+passed=0 failed=0 skipped=0 server=
+stop_server() {
+    [ -z "$server" ] || kill "$server" 2>/dev/null
+    [ -z "$server" ] || wait "$server" || fail "the server ended with $?"
+    server=
+}
+trap 'stop_server; rm -rf "$folder"' EXIT
+trap 'exit 130' INT TERM HUP
+
+pass() { passed=$((passed + 1)); }
+fail() {
+    failed=$((failed + 1))
+    echo "FAILED $*"
+}
+# same NAME WANT GOT: two files
+same() {
+    if diff "$2" "$3" >"$folder/diff"; then pass; else
+        fail "$1: < expected, > printed"
+        cat "$folder/diff"
+    fi
+}
+# has NAME FILE TEXT [COUNT]: so many lines have the text, or any number
+has() {
+    count=$(grep -c -F -e "$3" "$2")
+    if [ "$count" = "${4:-$count}" ] && { [ "$count" -gt 0 ] || [ "${4:-}" = 0 ]; }; then pass; else
+        fail "$1: \"$3\" in $count lines"
+        cat "$2"
+    fi
+}
+# What a header comment says is printed, and what of it differs from run to run made equal.
+promised() { sed -n '/^\/\/ prints/,/^$/ s|^//         ||p' "examples/$1.c"; }
+plain() {
+    sed -E -e 's/in [0-9]+ ms/in N ms/; s/, [0-9]+ ms/, N ms/; s/[0-9.]+ times/N times/' \
+        -e 's/ +[0-9]+  http/ N  http/; s/127\.0\.0\.1:[0-9]{2,}/127.0.0.1:PORT/' \
+        -e 's/, by .*/, by a client/; s/^( {27})\(.*\)/\1(why)/'
+}
+# start_server OPTIONS...: sets $server and $url
+start_server() {
+    rm -f "$folder/says"
+    mkfifo "$folder/says"
+    "$programs/server" --port 0 "$@" >"$folder/says" &
+    server=$!
+    read -r line <"$folder/says"
+    url=${line##* }
+}
+
+for example in 01_hello_await 02_then_callbacks 03_sequential_parallel 04_timeouts 05_all_settled \
+    06_wrap_callback; do
+    promised "$example" | plain >"$folder/want"
+    "$programs/$example" >"$folder/out" 2>&1 || fail "$example ended with $?"
+    plain <"$folder/out" >"$folder/got"
+    same "$example" "$folder/want" "$folder/got"
+done
+
+# ---- 07_fetch, as in its header comment
+
+start_server --hang likes=2
+for path in /user/1 /nothing /posts/2/likes; do echo "$url$path"; done >"$folder/list"
+promised 07_fetch | sed -n '/^ status/,$p' | plain >"$folder/want"
+"$programs/07_fetch" -j 4 -t 200 -f "$folder/list" http://127.0.0.1:1/ >"$folder/out" 2>"$folder/err"
+code=$?
+[ $code = 1 ] && pass || fail "07_fetch ended with $code"
+plain <"$folder/out" >"$folder/got"
+same 07_fetch "$folder/want" "$folder/got"
+: >"$folder/empty"
+same "07_fetch: no progress bar in a file" "$folder/empty" "$folder/err"
+
+for i in 1 2 3 4 5 6 7 8 9 10; do echo "$url/user/$i"; done | "$programs/07_fetch" -j 3 -f - >"$folder/out" \
+    && pass || fail "07_fetch from standard input ended with $?"
+has "07_fetch -j 3" "$folder/out" "10 URLs: 10 fetched, 0 not"
+if command -v script >/dev/null 2>&1; then
+    script -qec "'$programs/07_fetch' $url/user/1" "$folder/terminal" >/dev/null </dev/null
+    has "07_fetch on a terminal: a progress bar" "$folder/terminal" "] 1/1"
+else
+    skipped=$((skipped + 1))
+fi
+for bad in "" "-j 0 $url" "-j 1001 $url" "-j x $url" "-t 0 $url" "-t" "-x" "-f $folder/none" "nourl" \
+    "-t 99999999999999999999 $url"; do
+    # shellcheck disable=SC2086 # words are wanted
+    "$programs/07_fetch" $bad >"$folder/out" 2>"$folder/err" </dev/null
+    code=$?
+    if [ $code = 2 ] && [ ! -s "$folder/out" ]; then pass; else fail "07_fetch $bad ended with $code"; fi
+    has "07_fetch $bad" "$folder/err" "07_fetch: "
+done
+stop_server
+
+# ---- the server's command line
+
+for bad in "--port 70000" "--port" "--delay likes" "--delay nothing=1" "--fail likes=0" "--error-rate 101" \
+    "--bogus" "--posts 1000"; do
+    # shellcheck disable=SC2086 # words are wanted
+    "$programs/server" $bad >"$folder/out" 2>"$folder/err" </dev/null
+    code=$?
+    [ $code = 2 ] && pass || fail "server $bad ended with $code"
+    has "server $bad" "$folder/err" "server: cannot use"
+done
+start_server
+"$programs/server" --port "${url##*:}" >"$folder/out" 2>"$folder/err"
+has "server: a port in use" "$folder/err" "cannot listen"
+stop_server
+
+# ---- the demo, with a server whose process we know
+
+mkdir "$folder/programs"
+ln -s "$programs/08_profile" "$folder/programs/08_profile"
+cat >"$folder/programs/server" <<END
+#!/bin/sh
+echo \$\$ >"$folder/pid"
+exec "$programs/server" "\$@"
+END
+chmod +x "$folder/programs/server"
+sh examples/demo.sh "$folder/programs" >"$folder/out" 2>&1 || fail "the demo ended with $?"
+has "demo: calls that succeed" "$folder/out" "█✓" 38
+has "demo: calls that time out" "$folder/out" "█⏱" 1
+has "demo: calls that fail" "$folder/out" "█✗" 1
+has "demo: one healthy user, twice" "$folder/out" "Ada: 4 posts, 8 comments, 70 likes" 2
+has "demo: hanging service" "$folder/out" "post 10: likes degraded to 0: Timeout after 250 ms" 1
+has "demo: failing service" "$folder/out" "post 7: comments degraded to an empty list: HTTP status 500" 1
+has "demo: names its client" "$folder/out" "The client is " 1
+has "demo: no colours in a file" "$folder/out" "$(printf '\033')" 0
+ratio=$(sed -n 's/^sequential .* ms: \([0-9]*\)\..* times as fast$/\1/p' "$folder/out")
+[ "${ratio:-0}" -ge 2 ] && pass || fail "demo: the ratio is \"$ratio\""
+kill -0 "$(cat "$folder/pid")" 2>/dev/null && fail "demo: the server still runs" || pass
+if sh examples/demo.sh "$folder" >"$folder/out" 2>&1; then fail "a demo without programs ended well"; else pass; fi
+"$programs/08_profile" >"$folder/out" 2>&1
+[ $? = 2 ] && pass || fail "08_profile without arguments"
+"$programs/08_profile" http://127.0.0.1:1 >"$folder/out" 2>&1
+[ $? = 1 ] && pass || fail "08_profile without a server"
+
+if [ $skipped -gt 0 ]; then echo "$passed passed, $failed failed, $skipped skipped"; else
+    echo "$passed passed, $failed failed"
+fi
+[ $failed = 0 ]
