@@ -1,0 +1,147 @@
+# asyncorch.h is one file with nothing to build; this builds and runs what is around it. GNU make.
+#
+# CC, CXX, PREFIX, DESTDIR, JOBS (how many test programs run side by side) can be set.
+
+B := .build
+JOBS ?= 2
+PREFIX ?= /usr/local
+WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow
+VERSION := $(shell sed -n 's/^.define ORCH_VERSION "\(.*\)"/\1/p' asyncorch.h)
+
+# What the machine has, found out only when a target needs it.
+once = $(eval $(1) := $(2))$($(1))
+links = $(shell echo 'int main(void) { return 0; }' | \
+	$(CC) $($(1)) -x c - -o /dev/null >/dev/null 2>&1 && echo '$($(1))')
+sanitize := -fsanitize=address,undefined -fno-sanitize-recover=all
+wrap := -DTEST_WRAP -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=mmap
+SANITIZE = $(call once,SANITIZE,$(call links,sanitize))
+WRAP = $(call once,WRAP,$(call links,wrap))
+CURL = $(call once,CURL,$(shell \
+	if pkg-config --exists libcurl; then echo -DHAVE_CURL $$(pkg-config --cflags --libs libcurl); \
+	elif curl-config --version; then echo -DHAVE_CURL $$(curl-config --cflags --libs); \
+	fi 2>/dev/null | grep -e -DHAVE_CURL))
+curl_for = $(if $(shell grep -lE 'HAVE_CURL|curl\.h|client\.h' $(1)),$(CURL))
+
+TESTS := $(filter-out test_harness,$(patsubst tests/%.c,%,$(wildcard tests/test_*.c)))
+EXAMPLES := $(patsubst examples/%.c,%,$(wildcard examples/*.c))
+SCRIPTS := $(patsubst tests/%.sh,%,$(wildcard tests/test_*.sh))
+BENCHES := $(patsubst bench/%.c,%,$(wildcard bench/bench_*.c))
+TEST_BUILD = -std=gnu99 -g -fno-omit-frame-pointer $(WARNINGS) $(WRAP)
+FORMATTED := asyncorch.h $(wildcard tests/*.[ch] tests/*.cc examples/*.[ch] bench/*.[ch])
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test torture soak bench check deps install uninstall clean format coverage \
+	examples $(TESTS)
+
+help: # this list
+	@echo "asyncorch.h $(VERSION): copy asyncorch.h into your project; nothing else is needed"
+	@echo
+	@sed -n 's/^\([a-z]*\):[^#]*# \(.*\)/    make \1|\2/p' Makefile | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
+
+# ---- programs, one folder per way to build them: $(B)/<way>/<program>
+
+$(B)/examples/%: examples/%.c asyncorch.h $(wildcard examples/*.h) Makefile
+	@mkdir -p $(@D)
+	@$(CC) -std=gnu99 -O2 -g $(WARNINGS) $< -o $@ $(call curl_for,$<)
+
+$(B)/bench/%: bench/%.c asyncorch.h $(wildcard bench/*.h examples/*.h) Makefile
+	@mkdir -p $(@D)
+	@$(CC) -std=gnu99 -O2 -DNDEBUG $(WARNINGS) $< -o $@ $(call curl_for,$<)
+
+# way: compiler, its flags. Each of these folders has every test program.
+define way
+$(B)/$(strip $(1))/%: tests/%.c asyncorch.h $(wildcard tests/*.h examples/*.h) Makefile
+	@mkdir -p $$(@D)
+	@$(2) $$(TEST_BUILD) $(3) $$< -o $$@ $$(call curl_for,$$<)
+endef
+$(eval $(call way,tests,     $$(CC),-O1 $$(SANITIZE)))
+$(eval $(call way,coverage,  $$(CC),-O0 --coverage))
+$(eval $(call way,plain,     $$(CC),-O1))
+$(eval $(call way,release,   $$(CC),-O2 -DNDEBUG))
+$(eval $(call way,lto,       $$(CC),-O3 -flto=auto))
+$(eval $(call way,ucontext,  $$(CC),-O1 $$(SANITIZE) -DORCH_USE_UCONTEXT=1))
+$(eval $(call way,clang,     clang,-O1 $$(SANITIZE)))
+$(eval $(call way,thread,    $$(CC),-O1 -fsanitize=thread))
+
+# Builds the test programs of some ways; one that does not build counts as failed when it is to run.
+build = $(MAKE) -k --no-print-directory -j$(JOBS) \
+	$(foreach w,$(1),$(TESTS:%=$(B)/$(w)/%)) $(B)/tests/test_harness || true
+
+# Lines for tests/run.sh: way, label, arguments, what goes before.
+lines = $(foreach t,$(TESTS),echo '$(t)$(if $(2),/$(2)) $(4) $(B)/$(strip $(1))/$(t) $(3)';)
+sweeps = $(if $(WRAP),$(call lines,tests,sweep,--sweep,$(1)),echo \
+	'sweep echo "skipped the sweep (no ld --wrap)"; echo "0 passed, 0 failed, 1 skipped"';)
+RUN = sh tests/run.sh $(B)/log
+
+# ---- targets
+
+demo: examples # the user profile over real sockets: timeline, parallel against sequential
+	@sh examples/demo.sh $(B)/examples
+
+examples: $(EXAMPLES:%=$(B)/examples/%) # build the examples into .build/examples
+
+test: # everything that fits into five minutes: sanitizers, allocation failures, compilers
+	@$(call build,tests)
+	@$(MAKE) -k --no-print-directory -j$(JOBS) examples || true
+	@{ echo 'harness sh tests/run_harness.sh $(B)/tests/test_harness \
+		$(if $(SANITIZE),,no-sanitizers) $(if $(WRAP),,no-sweep)'; \
+	$(call lines,tests) \
+	$(foreach s,$(SCRIPTS),echo '$(s) sh tests/$(s).sh $(B)/examples';) \
+	$(call sweeps,TEST_SWEEP=25) \
+	for group in options-gcc options-clang c cxx static cross units; do \
+		echo "matrix/$$group sh tests/run_matrix.sh $$group"; \
+	done; } | JOBS=$(JOBS) $(RUN)
+
+$(TESTS): %: $(B)/tests/%
+	@$<
+
+torture: # the tests in every build there is, and the allocation sweep in full
+	@$(call build,tests release ucontext clang lto thread)
+	@{ $(call lines,release,release) $(call lines,ucontext,ucontext) \
+	$(call lines,clang,clang) $(call lines,lto,lto) \
+	$(call lines,thread,thread,,TEST_TIME=4) \
+	$(call lines,tests,stack-use,,ASAN_OPTIONS=detect_stack_use_after_return=1) \
+	$(call sweeps,TEST_TIME=2) } | JOBS=$(JOBS) $(RUN)
+
+soak: torture # torture, then valgrind, then 200 repeats on a busy machine; hours
+	@$(call build,plain lto)
+	@{ $(call lines,plain,valgrind,,TEST_TIME=20 valgrind -q --error-exitcode=9 \
+		--leak-check=full --errors-for-leak-kinds=definite) \
+	for i in $$(seq 200); do \
+		$(foreach t,$(TESTS),echo "$(t)/$$i TEST_TIME=4 $(B)/lto/$(t)";) \
+	done; } | JOBS=$$((2 * $(JOBS))) $(RUN)
+
+bench: $(BENCHES:%=$(B)/bench/%) # the figures, and sequential against parallel as table and chart
+	@sh bench/run.sh $(B)/bench
+
+check: # the source: names, layers, sizes, contracts, samples, format, four analysers
+	@sh tests/check/run.sh
+
+deps: # install what the examples, tests and checks can use; the header itself needs nothing
+	@sh tests/deps.sh
+
+install: # the header and asyncorch.pc, under PREFIX (/usr/local) and DESTDIR
+	@install -d $(DESTDIR)$(PREFIX)/include $(DESTDIR)$(PREFIX)/lib/pkgconfig
+	install -m 644 asyncorch.h $(DESTDIR)$(PREFIX)/include/asyncorch.h
+	@printf '%s\n' 'prefix=$(PREFIX)' 'includedir=$${prefix}/include' '' 'Name: asyncorch' \
+		'Description: futures, tasks and orchestration for plain C, in one header' \
+		'Version: $(VERSION)' 'Cflags: -I$${includedir}' \
+		>$(DESTDIR)$(PREFIX)/lib/pkgconfig/asyncorch.pc
+	@echo 'asyncorch.pc -> $(DESTDIR)$(PREFIX)/lib/pkgconfig/asyncorch.pc'
+
+uninstall: # the same two files
+	rm -f $(DESTDIR)$(PREFIX)/include/asyncorch.h $(DESTDIR)$(PREFIX)/lib/pkgconfig/asyncorch.pc
+
+clean: # remove .build
+	rm -rf $(B)
+
+format: # clang-format, in place
+	clang-format -i $(FORMATTED)
+
+coverage: # which lines and branches of the header the tests reach (gcovr)
+	@rm -rf $(B)/coverage
+	@$(call build,coverage)
+	@{ $(call lines,coverage) } | JOBS=$(JOBS) $(RUN) || true
+	gcovr --root . --filter asyncorch.h \
+		--html-details $(B)/coverage/index.html --print-summary $(B)/coverage

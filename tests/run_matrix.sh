@@ -1,0 +1,178 @@
+#!/bin/sh
+# The compile matrix: compile_c.c, compile_cxx.cc, static_seen.c and two_units_*.c with every compiler,
+# language standard and option. Each is built with -Werror, run, and has to print "all as expected".
+#
+#     sh tests/run_matrix.sh [group...]      groups: c cxx options-gcc options-clang static cross units
+#
+# A compiler, option or emulator that is not there (an empty program cannot be built or run with it)
+# is skipped by name. OUT is the folder for the programs, default .build/matrix.
+set -u
+
+out=${OUT:-.build/matrix}
+here=$(dirname "$0")
+warnings='-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror'
+passed=0 failed=0 skipped=0
+mkdir -p "$out"
+limit=$(command -v timeout >/dev/null 2>&1 && echo 'timeout 120')
+
+fail() { # name, what went wrong
+    failed=$((failed + 1))
+    echo "FAILED $1: $2"
+    cat "$log"
+}
+
+# Can this compiler build and run an empty program with these options? Remembered per group.
+usable() { # runner, compiler, flags, language
+    key=$(printf '%s' "$2 $3 $1" | cksum | tr ' ' '-')
+    if [ ! -e "$out/usable-$$-$key" ]; then
+        echo 'int main(void) { return 0; }' >"$out/empty-$$.$4"
+        # shellcheck disable=SC2086
+        if $2 $3 "$out/empty-$$.$4" -o "$out/empty-$$" && $limit $1 "$out/empty-$$"; then
+            echo yes
+        else
+            echo no
+        fi >"$out/usable-$$-$key" 2>/dev/null
+        rm -f "$out/empty-$$" "$out/empty-$$.$4"
+    fi 2>/dev/null
+    [ "$(cat "$out/usable-$$-$key")" = yes ]
+}
+
+run() { # name, runner, program
+    # shellcheck disable=SC2086
+    $limit $2 "$3" >"$log" 2>&1
+    status=$?
+    if [ $status != 0 ]; then
+        fail "$1" "ended with $status"
+    elif [ "$(tail -n 1 "$log")" != 'all as expected' ]; then
+        fail "$1" 'printed something else'
+    else
+        passed=$((passed + 1))
+    fi
+}
+
+# One case: a program of one source file.
+try() { # compiler, flags, source, [runner]
+    name="$3: $1 $2${4:+, $4}"
+    program=$out/$(printf '%s' "$name" | tr -cs 'a-zA-Z0-9_.\n' '-')
+    log=$program.log
+    if ! usable "${4-}" "$1" "$2" "${3##*.}"; then
+        skipped=$((skipped + 1))
+        echo "skipped $name"
+        return
+    fi
+    # shellcheck disable=SC2086
+    if $1 $2 $warnings "$here/$3" -o "$program" >"$log" 2>&1; then
+        run "$name" "${4-}" "$program"
+    else
+        fail "$name" 'does not build'
+    fi
+    rm -f "$program"
+}
+
+group_c() {
+    for cc in gcc clang; do
+        for std in c99 c11 c2x; do try $cc "-std=$std -O2" compile_c.c; done
+        try $cc '-std=gnu99' compile_c.c
+        # A user's file may include other headers first, so that no feature macro can be set any more.
+        try $cc '-std=c99 -O1 -DHEADERS_FIRST' compile_c.c
+        try $cc '-std=gnu11 -O1 -DHEADERS_FIRST' compile_c.c
+    done
+}
+
+group_cxx() {
+    for cxx in g++ clang++; do
+        for std in 11 17 20; do try $cxx "-std=c++$std -O2" compile_cxx.cc; done
+        try $cxx '-std=c++11 -O0' compile_cxx.cc
+        try $cxx '-std=c++17 -O1 -g -fsanitize=address,undefined' compile_cxx.cc
+        try $cxx '-std=c++17 -O2 -DORCH_USE_UCONTEXT=1' compile_cxx.cc
+    done
+    try g++ '-std=c++17 -O3 -flto' compile_cxx.cc
+}
+
+# clang's bytecode needs a linker that can read it.
+lto() { # compiler
+    if [ "$1" = clang ]; then echo '-flto -fuse-ld=lld'; else echo '-flto'; fi
+}
+
+group_options() { # compiler
+    cc=$1
+    for options in '-O0' '-O2' '-Os' "-O3 $(lto "$cc")" '-O2 -DNDEBUG' \
+        '-O2 -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2' '-O2 -fcf-protection=full' \
+        '-O2 -fstack-clash-protection' '-O2 -fstack-protector-strong' '-O2 -fPIC -fvisibility=hidden' \
+        '-O2 -DORCH_USE_UCONTEXT=1' '-O1 -g -fsanitize=address,undefined' \
+        '-O1 -g -fsanitize=address -DORCH_USE_UCONTEXT=1'; do
+        try "$cc" "-std=c99 $options" compile_c.c
+    done
+    # Thread sanitizer maps fixed addresses; kernels that randomise more than it expects need -R.
+    for options in '-std=c99 -O1 -g -fsanitize=thread' \
+        '-std=c99 -O1 -g -fsanitize=thread -DORCH_USE_UCONTEXT=1'; do
+        if usable '' "$cc" "$options" c; then
+            try "$cc" "$options" compile_c.c
+        else
+            try "$cc" "$options" compile_c.c "setarch $(uname -m) -R"
+        fi
+    done
+}
+
+group_static() {
+    for cc in gcc clang; do
+        for options in -O0 -O1 -O2 -O3 -Os "-O3 $(lto $cc)" '-O3 -DORCH_USE_UCONTEXT=1'; do
+            try $cc "-std=c99 $options" static_seen.c
+        done
+    done
+}
+
+group_cross() {
+    try aarch64-linux-gnu-gcc '-std=c99 -O0 -static' compile_c.c qemu-aarch64-static
+    try aarch64-linux-gnu-gcc '-std=c99 -O3 -static' compile_c.c qemu-aarch64-static
+    try aarch64-linux-gnu-gcc '-std=c99 -O2 -mbranch-protection=standard -static' compile_c.c \
+        qemu-aarch64-static
+    try aarch64-linux-gnu-gcc '-std=c99 -O3 -static' static_seen.c qemu-aarch64-static
+    try riscv64-linux-gnu-gcc '-std=c99 -O0 -static' compile_c.c qemu-riscv64-static
+    try riscv64-linux-gnu-gcc '-std=c99 -O3 -static' compile_c.c qemu-riscv64-static
+    try riscv64-linux-gnu-gcc '-std=c99 -O3 -static' static_seen.c qemu-riscv64-static
+    try musl-gcc '-std=c99 -O2' compile_c.c
+    try musl-gcc '-std=c99 -O3 -static' static_seen.c
+}
+
+# Two units: the first implements.
+units() { # compiler of a, flags of a, compiler of b, flags of b, flags to link
+    name="two units: $1 $2 + $3 $4"
+    program=$out/$(printf '%s' "$name" | tr -cs 'a-zA-Z0-9_.\n' '-')
+    log=$program.log
+    if ! usable '' "$1" "$2 $5" c || ! usable '' "$3" "$4 $5" c; then
+        skipped=$((skipped + 1))
+        echo "skipped $name"
+        return
+    fi
+    # shellcheck disable=SC2086
+    if { $1 $2 $warnings -c "$here/two_units_a.c" -o "$program-a.o" &&
+        $3 $4 $warnings -c "$here/two_units_b.c" -o "$program-b.o" &&
+        case "$1 $3" in *++*) g++ $5 "$program-a.o" "$program-b.o" -o "$program" ;;
+        *) $1 $5 "$program-a.o" "$program-b.o" -o "$program" ;; esac; } >"$log" 2>&1; then
+        run "$name" '' "$program"
+    else
+        fail "$name" 'does not build'
+    fi
+    rm -f "$program" "$program-a.o" "$program-b.o"
+}
+
+group_units() {
+    units gcc '-std=c99 -O0' gcc '-std=c99 -O2' ''
+    units gcc '-std=c99 -O3 -flto' gcc '-std=c99 -O3 -flto' '-O3 -flto'
+    units clang '-std=c99 -O2' gcc '-std=c11 -O2 -DNDEBUG' ''
+    units gcc '-std=c99 -O2' g++ '-x c++ -std=c++11 -O2' ''
+    units g++ '-x c++ -std=c++17 -O2' gcc '-std=c2x -O2' ''
+    units clang++ '-x c++ -std=c++20 -O2' clang '-std=c99 -O2' ''
+}
+
+for group in ${*:-c cxx options-gcc options-clang static cross units}; do
+    case $group in
+    options-*) group_options "${group#options-}" ;;
+    *) "group_$group" ;;
+    esac
+done
+rm -f "$out"/usable-$$-*
+printf '%d passed, %d failed' $passed $failed
+if [ $skipped != 0 ]; then printf ', %d skipped\n' $skipped; else echo; fi
+[ $failed = 0 ]
