@@ -102,7 +102,10 @@ typedef struct orch_completion orch_completion; // an iteration in order of comp
     X(ORCH_ENESTED, -10009, "a loop is running on this thread already")
 
 #define ORCHI_ERROR_ENUM(name, value, text) name = (value),
-typedef enum orch_error { ORCH_OK = 0, ORCH_ERRORS(ORCHI_ERROR_ENUM) ORCH_ERROR_LAST = -10010 } orch_error;
+typedef enum orch_error {
+    ORCH_OK = 0,
+    ORCH_ERRORS(ORCHI_ERROR_ENUM) ORCH_ERROR_LAST = -10010
+} orch_error;
 #undef ORCHI_ERROR_ENUM
 
 /* The text of an error code: the library's own, or the system's for an -errno.
@@ -122,10 +125,10 @@ const char *orch_error_name(int error);
 // How something ended. A result owns what it shows, exclusively (owner is the value) or as a share
 // (owner is the future); orch_result_free is right in every case.
 typedef struct orch_result {
-    int error;                    // 0: fulfilled; negative: -errno or ORCH_E...; positive: your own
-    unsigned index;               // which input decided it (all: the failed one; any, race: the winner)
-    void *value;                  // fulfilled: the value; rejected: optional detail (a message, a list)
-    void *owner;                  // what release gives back
+    int error;      // 0: fulfilled; negative: -errno or ORCH_E...; positive: your own
+    unsigned index; // which input decided it (all: the failed one; any, race: the winner)
+    void *value;    // fulfilled: the value; rejected: optional detail (a message, a list)
+    void *owner;    // what release gives back
     void (*release)(void *owner); // NULL: nothing to give back
 } orch_result;
 
@@ -201,15 +204,17 @@ typedef struct orch_promise {
     uint64_t generation;
 } orch_promise;
 
-typedef orch_result (*orch_then_fn)(orch_result *in, void *context); // in is lent: orch_take to keep it
-typedef void (*orch_on_fn)(orch_result *in, void *context);          // in is lent: orch_take to keep it
-typedef bool (*orch_cancel_fn)(void *context, int reason);           // true: the work has ended
+typedef orch_result (*orch_then_fn)(orch_result *in,
+                                    void *context);         // in is lent: orch_take to keep it
+typedef void (*orch_on_fn)(orch_result *in, void *context); // in is lent: orch_take to keep it
+typedef bool (*orch_cancel_fn)(void *context, int reason);  // true: the work has ended
 
 typedef struct orch_then_desc {
-    orch_then_fn on_ok;             // NULL: value and state pass through
-    orch_then_fn on_error;          // NULL: error and detail pass through
-    void *context;                  // passed to both
-    void (*release)(void *context); // called exactly once, also when nothing ever ran; NULL: nothing
+    orch_then_fn on_ok;    // NULL: value and state pass through
+    orch_then_fn on_error; // NULL: error and detail pass through
+    void *context;         // passed to both
+    void (*release)(
+        void *context); // called exactly once, also when nothing ever ran; NULL: nothing
 } orch_then_desc;
 
 /* A pending future and the ticket that settles it. With no memory the future is a rejected one and
@@ -412,8 +417,8 @@ ORCH_NODISCARD orch_future *orch_completion_next(orch_completion *c);
  * Owns: consumes c. NULL does nothing. */
 void orch_completion_free(orch_completion *c);
 
-extern orch_future orch_end_mark;   // the end of a variadic list: typed, and not NULL, so that a NULL
-#define ORCH_END (&orch_end_mark)   // among the futures is seen as the mistake that it is
+extern orch_future orch_end_mark; // the end of a variadic list: typed, and not NULL, so that a NULL
+#define ORCH_END (&orch_end_mark) // among the futures is seen as the mistake that it is
 
 /* The list forms behind the variadic macros: as the _n forms, the list ends with ORCH_END.
  * Returns the future.
@@ -452,7 +457,7 @@ typedef struct orch_task_desc {
     void *arg;                  // passed to fn
     size_t arg_size;            // bytes; not 0: that many bytes of arg are copied, fn gets the copy
     void (*release)(void *arg); // called exactly once with what fn got (arg, if it never ran)
-    size_t stack_size;          // bytes, 16 KiB to 1 GiB, rounded up to a power of two; default: loop's
+    size_t stack_size; // bytes, 16 KiB to 1 GiB, rounded up to a power of two; default: loop's
 } orch_task_desc;
 
 /* Starts a task.
@@ -569,10 +574,12 @@ typedef struct orch_loop_desc {
     orch_allocator allocator; // default: malloc
     orch_poller poller;       // default: poll(2)
     size_t stack_size;        // bytes of a task's stack; default: 64 KiB
-    bool no_overflow_report;  // leave SIGSEGV alone: a stack overflow then dies without naming its task
-    void *context;            // for the hooks below
+    bool
+        no_overflow_report; // leave SIGSEGV alone: a stack overflow then dies without naming its task
+    void *context;          // for the hooks below
     void (*on_unhandled)(const orch_result *r, void *context); // default: one line on stderr
-    void (*on_report)(const char *text, void *context); // deadlocks, ignored cancels; default: stderr
+    void (*on_report)(const char *text,
+                      void *context); // deadlocks, ignored cancels; default: stderr
 } orch_loop_desc;
 
 typedef struct orch_loop_stats {
@@ -748,7 +755,8 @@ static inline orch_result orch_run_with(const orch_loop_desc &desc, orch_task_fn
 #endif
 
 #if defined(__GLIBC__) && !defined(__USE_MISC)
-#error "asyncorch.h: include it before any system header, or compile with -D_GNU_SOURCE or -std=gnu99"
+#error                                                                                             \
+    "asyncorch.h: include it before any system header, or compile with -D_GNU_SOURCE or -std=gnu99"
 #endif
 
 #include <fcntl.h>
@@ -790,7 +798,7 @@ static inline orch_result orch_run_with(const orch_loop_desc &desc, orch_task_fn
 #define ORCHI_TSAN 0
 #endif
 
-#if ORCHI_HAS_INCLUDE(<valgrind/valgrind.h>)
+#if ORCHI_HAS_INCLUDE(<valgrind / valgrind.h>)
 #include <valgrind/valgrind.h>
 #define ORCHI_VALGRIND 1
 #else
@@ -886,21 +894,21 @@ typedef enum orchi_kind_id {
     ORCHI_COMBINE,
     ORCHI_TASK,
     ORCHI_READY,
-    ORCHI_HUB, // the consumer of an as-completed iteration's inputs
+    ORCHI_HUB,   // the consumer of an as-completed iteration's inputs
     ORCHI_DONE,  // settled
     ORCHI_ON,    // settled, with an orch_on callback to run
     ORCHI_EXTRA, // not a future: 48 bytes of memory for a layer
     ORCHI_KINDS
 } orchi_kind_id;
 
-enum orchi_flag { // uint16_t
-    ORCHI_QUEUED = 1,      // in the ready ring
-    ORCHI_WAITED = 2,      // consumed; waiter.one is valid while pending
-    ORCHI_LISTED = 4,      // waiter.list has proxies
-    ORCHI_ENDS_ON = 8,     // consumed by orch_on; waiter.on is valid
-    ORCHI_DETACHED = 16,   // nobody has to hold it
-    ORCHI_CANCEL = 32,     // was asked to end
-    ORCHI_DECIDED = 64,    // the outcome is final, its delivery may still take a moment
+enum orchi_flag {        // uint16_t
+    ORCHI_QUEUED = 1,    // in the ready ring
+    ORCHI_WAITED = 2,    // consumed; waiter.one is valid while pending
+    ORCHI_LISTED = 4,    // waiter.list has proxies
+    ORCHI_ENDS_ON = 8,   // consumed by orch_on; waiter.on is valid
+    ORCHI_DETACHED = 16, // nobody has to hold it
+    ORCHI_CANCEL = 32,   // was asked to end
+    ORCHI_DECIDED = 64,  // the outcome is final, its delivery may still take a moment
     ORCHI_DECIDED_OK = 128,
     ORCHI_HOOKED = 256,    // promise: has an on_cancel hook
     ORCHI_OWNING = 512,    // then: context is an extra slot with the context and its release
@@ -944,14 +952,14 @@ struct orch_future {
             void *context;
         } finally;
         struct {
-            orch_future *source, *link; // link: see orchi_announce
+            orch_future *source, *link;   // link: see orchi_announce
             orch_future *previous, *next; // proxy: in the list of its source
         } follow;
         struct {
             orch_future *source, *link;
             uint64_t ms;
             uint32_t position; // in the timer heap
-        } timed; // timer, timeout
+        } timed;               // timer, timeout
         struct {
             orchi_list *list;
             orch_future *link;
@@ -988,15 +996,16 @@ struct orch_future {
 // What a layer does for its kind of future; NULL where nothing special is needed.
 typedef struct orchi_kind {
     const char *name;
-    void (*run)(orch_future *f);                                  // popped from the ready ring
-    orch_future *(*cancel)(orch_future *f, int reason);           // returns what to ask next
-    bool (*decided)(orch_future *f, uint32_t input, bool *ok);    // an input's outcome is final; whether
-                                                                  // that decides f, and how
-    void (*ended)(orch_future *f, uint32_t input);                // an input has settled; NULL: queue f
+    void (*run)(orch_future *f);                        // popped from the ready ring
+    orch_future *(*cancel)(orch_future *f, int reason); // returns what to ask next
+    bool (*decided)(orch_future *f, uint32_t input,
+                    bool *ok);                     // an input's outcome is final; whether
+                                                   // that decides f, and how
+    void (*ended)(orch_future *f, uint32_t input); // an input has settled; NULL: queue f
     void (*retarget)(orch_future *f, uint32_t input, orch_future *to); // an input was replaced
-    void (*fire)(orch_future *f, int events);                     // its timer or descriptor is due
-    orch_future *(*source)(const orch_future *f);                 // what it waits for, for reports
-    const char *(*label)(const orch_future *f);                   // its name, for reports
+    void (*fire)(orch_future *f, int events);     // its timer or descriptor is due
+    orch_future *(*source)(const orch_future *f); // what it waits for, for reports
+    const char *(*label)(const orch_future *f);   // its name, for reports
 } orchi_kind;
 
 // >>forward: the one declaration before its definition. Kinds belong to layers further down; the table
@@ -1071,7 +1080,7 @@ typedef struct orchi_stack_pool {
 enum { ORCHI_QUARANTINE = 256, ORCHI_BUDGET = 128 };
 
 struct orch_loop {
-    orch_task *current;     // NULL: the thread's main stack
+    orch_task *current; // NULL: the thread's main stack
     orchi_ring ready;
     int32_t budget;         // resumptions left in this round
     uint32_t streak;        // calls in a row that needed no wait
@@ -1079,20 +1088,20 @@ struct orch_loop {
     orchi_page *pages_free; // then from here
     uint64_t generation;
     orchi_region *regions;
-    size_t slots;           // in all pages
-    orch_future *trash;     // see orchi_retire
+    size_t slots;       // in all pages
+    orch_future *trash; // see orchi_retire
     bool freeing;
     bool stopping;
-    bool running;           // inside a turn
+    bool running; // inside a turn
     orchi_timers timers;
     orchi_poller poller;
     orchi_context main;
     struct orchi_stack_map *maps;
     orchi_stack_pool pools[ORCHI_STACK_POOLS];
-    void *alternate; // signal stack
-    uint64_t looked;    // when the poller was last asked
-    uint64_t look_cost; // ns
-    uint64_t trimmed;   // when idle stacks were last given back
+    void *alternate;              // signal stack
+    uint64_t looked;              // when the poller was last asked
+    uint64_t look_cost;           // ns
+    uint64_t trimmed;             // when idle stacks were last given back
     void (*join)(orch_future *f); // cancels, and in a task waits for the end; set by >>task
     struct {
         void *(*fn)(void *arg);
@@ -1101,14 +1110,15 @@ struct orch_loop {
     } call; // orch_on_main_stack
     orch_loop_desc desc;
     orch_loop_stats stats;
-    orch_result outcome; // orch_run: what keeps the loop alive
+    orch_result outcome;        // orch_run: what keeps the loop alive
     uint32_t failed_iterations; // as-completed iterations whose error was not read yet
     int failed_error;
     orch_future *quarantine[ORCHI_QUARANTINE];
     uint32_t quarantined;
 };
 
-static __thread orch_loop *orchi_loop; // this thread's; the only state outside of loops but >>context's
+static __thread orch_loop
+    *orchi_loop; // this thread's; the only state outside of loops but >>context's
 
 // ---- errors
 
@@ -1182,14 +1192,17 @@ static void *orchi_resize(orch_loop *loop, void *old, size_t old_size, size_t si
     return loop->desc.allocator.resize(loop->desc.allocator.user, old, old_size, size);
 }
 
-static void *orchi_allocate(orch_loop *loop, size_t size) { return orchi_resize(loop, NULL, 0, size); }
+static void *orchi_allocate(orch_loop *loop, size_t size) {
+    return orchi_resize(loop, NULL, 0, size);
+}
 
 static void orchi_free(orch_loop *loop, void *memory, size_t size) {
     if (memory != NULL) orchi_resize(loop, memory, size, 0);
 }
 
 /* Doubles an array until it has room for `wanted` elements. */
-static bool orchi_grow(orch_loop *loop, void **array, uint32_t *capacity, size_t wanted, size_t size) {
+static bool orchi_grow(orch_loop *loop, void **array, uint32_t *capacity, size_t wanted,
+                       size_t size) {
     size_t next = *capacity > 0 ? *capacity : 16;
     while (next < wanted) next *= 2;
     if (next == *capacity) return true;
@@ -1260,7 +1273,9 @@ static orch_future *orchi_page_slot(orchi_page *page, uint32_t i) {
 
 #if ORCHI_ASAN
 // The first word stays readable: tickets and consumed handles look at it by design.
-static void orchi_poison(orch_future *f) { __asan_poison_memory_region((char *)f + 8, ORCHI_SLOT - 8); }
+static void orchi_poison(orch_future *f) {
+    __asan_poison_memory_region((char *)f + 8, ORCHI_SLOT - 8);
+}
 static void orchi_unpoison(orch_future *f) { __asan_unpoison_memory_region(f, ORCHI_SLOT); }
 static void orchi_unpoison_range(void *p, size_t n) { __asan_unpoison_memory_region(p, n); }
 #else
@@ -1539,7 +1554,8 @@ __asm__(
     "    movl (%rsp), %eax\n"
     "    movzwl 4(%rsp), %edx\n"
     "    movq %rsi, %rsp\n"
-    "    cmpl (%rsp), %eax\n"              // loading them is dear, and they seldom differ
+    "    xorl (%rsp), %eax\n"             // loading them is dear, and they seldom differ:
+    "    testl $0xffc0, %eax\n"           // the low six bits of MXCSR are status, not control
     "    jne 1f\n"
     "    cmpw 4(%rsp), %dx\n"
     "    jne 1f\n"
@@ -1706,7 +1722,8 @@ static void orchi_frame_fill(orchi_frame *frame, void (*fn)(void *), void *arg) 
 
 #if ORCHI_ASSEMBLY
 static void *orchi_assembly_start(void *top, void (*fn)(void *), void *arg) {
-    orchi_frame *frame = (orchi_frame *)(void *)((char *)top - (sizeof(orchi_frame) + 15) / 16 * 16);
+    orchi_frame *frame =
+        (orchi_frame *)(void *)((char *)top - (sizeof(orchi_frame) + 15) / 16 * 16);
     memset(frame, 0, sizeof *frame);
     orchi_frame_fill(frame, fn, arg);
     return frame;
@@ -1726,7 +1743,8 @@ static void orchi_ucontext_entry(void) { orchi_starting->fn(orchi_starting->arg)
 
 /* The start record lies on the new stack; the context of a running stack is a local of the switch. */
 static void *orchi_ucontext_start(void *bottom, void *top, void (*fn)(void *), void *arg) {
-    orchi_start *start = (orchi_start *)(void *)((char *)top - (sizeof(orchi_start) + 63) / 64 * 64);
+    orchi_start *start =
+        (orchi_start *)(void *)((char *)top - (sizeof(orchi_start) + 63) / 64 * 64);
     start->fn = fn;
     start->arg = arg;
     getcontext(&start->context);
@@ -1888,7 +1906,9 @@ static void orchi_guard_note(orch_loop *loop, orch_guard level) {
     }
 }
 
-static orchi_stack *orchi_map_stacks(orchi_stack_map *map) { return (orchi_stack *)(void *)(map + 1); }
+static orchi_stack *orchi_map_stacks(orchi_stack_map *map) {
+    return (orchi_stack *)(void *)(map + 1);
+}
 
 static size_t orchi_map_stride(const orchi_stack_map *map) {
     return ((size_t)1 << map->size_log) + ORCHI_GUARD_BYTES;
@@ -1960,7 +1980,8 @@ static void orchi_maps_free(orch_loop *loop) {
 
 /* The exponent of a stack size, 0 when it is out of range. */
 static uint32_t orchi_stack_log(size_t size) {
-    if (size < (size_t)1 << ORCHI_STACK_MIN_LOG || size > (size_t)1 << ORCHI_STACK_MAX_LOG) return 0;
+    if (size < (size_t)1 << ORCHI_STACK_MIN_LOG || size > (size_t)1 << ORCHI_STACK_MAX_LOG)
+        return 0;
     uint32_t size_log = ORCHI_STACK_MIN_LOG;
     while (((size_t)1 << size_log) < size) size_log++;
     return size_log;
@@ -2033,7 +2054,8 @@ static size_t orchi_stack_touched(const orchi_stack *stack) {
     size_t size = (size_t)1 << stack->size_log;
     for (size_t offset = 0; offset < size; offset += page) {
         unsigned char resident = 0;
-        if (mincore(stack->bottom + offset, page, ORCHI_MINCORE(&resident)) != 0 || (resident & 1)) {
+        if (mincore(stack->bottom + offset, page, ORCHI_MINCORE(&resident)) != 0 ||
+            (resident & 1)) {
             return size - offset;
         }
     }
@@ -2107,7 +2129,8 @@ static int orchi_poll_update(orch_loop *loop, int fd, int events) {
     }
     if (watch->position == 0) {
         void *fds = p->fds;
-        if (!orchi_grow(loop, &fds, &p->capacity, p->count + 1u, sizeof *p->fds)) return ORCH_ENOMEM;
+        if (!orchi_grow(loop, &fds, &p->capacity, p->count + 1u, sizeof *p->fds))
+            return ORCH_ENOMEM;
         p->fds = (struct pollfd *)fds;
         p->fds[p->count].fd = fd;
         p->fds[p->count].revents = 0;
@@ -2193,7 +2216,8 @@ static bool orchi_timer_arm(orch_loop *loop, orch_future *f) {
     orchi_timers *t = &loop->timers;
     void *entries = t->entries;
     if (ORCHI_UNLIKELY(t->count == t->capacity)) {
-        if (!orchi_grow(loop, &entries, &t->capacity, t->count + 1u, sizeof *t->entries)) return false;
+        if (!orchi_grow(loop, &entries, &t->capacity, t->count + 1u, sizeof *t->entries))
+            return false;
         t->entries = (orchi_timer *)entries;
     }
     uint64_t ms = f->as.timed.ms;
@@ -2270,7 +2294,8 @@ static void orchi_round(orch_loop *loop) {
 }
 
 static int orchi_watch_events(const orchi_watch *watch) {
-    return (watch->reader != NULL ? ORCH_READABLE : 0) | (watch->writer != NULL ? ORCH_WRITABLE : 0);
+    return (watch->reader != NULL ? ORCH_READABLE : 0) |
+           (watch->writer != NULL ? ORCH_WRITABLE : 0);
 }
 
 /* Takes a waiting future out of the table. */
@@ -2949,7 +2974,8 @@ orch_promise orch_promise_unbox(void *box) {
     orch_promise dead = {NULL, 0};
     orch_future *f = (orch_future *)box;
     if (f == NULL) orchi_misuse("orch_promise_unbox", ORCH_EINVAL);
-    if (f == NULL || f == ORCH_END || !(f->generation & 1) || !(f->flags & ORCHI_BOXED)) return dead;
+    if (f == NULL || f == ORCH_END || !(f->generation & 1) || !(f->flags & ORCHI_BOXED))
+        return dead;
     f->flags &= (uint16_t)~ORCHI_BOXED;
     if (f->kind == ORCHI_DONE && f->references == 0) orchi_slot_free(orchi_loop_of(f), f);
     if (f->kind != ORCHI_PROMISE || !(f->generation & 1)) return dead;
@@ -3243,7 +3269,9 @@ static orch_future **orchi_items(const orchi_list *list) {
     return (orch_future **)(uintptr_t)(list + 1);
 }
 
-static size_t orchi_list_bytes(size_t count) { return sizeof(orchi_list) + count * sizeof(orch_future *); }
+static size_t orchi_list_bytes(size_t count) {
+    return sizeof(orchi_list) + count * sizeof(orch_future *);
+}
 
 static orchi_list *orchi_list_new(orch_loop *loop, size_t count, orchi_mode mode, bool hidden) {
     size_t places = count + hidden;
@@ -3302,7 +3330,8 @@ static bool orchi_combine_decided(orch_future *c, uint32_t input, bool *ok) {
     if (c->flags & ORCHI_DECIDED) return false;
     if (list->mode == ORCHI_SETTLED) {
         *ok = true;
-        if (input == list->count || --c->as.combine.ok_left == 0) return orchi_combine_decide(c, input);
+        if (input == list->count || --c->as.combine.ok_left == 0)
+            return orchi_combine_decide(c, input);
         return false;
     }
     uint32_t *left = *ok ? &c->as.combine.ok_left : &c->as.combine.fail_left;
@@ -3522,7 +3551,8 @@ orch_future *orch_quorum_n(size_t needed, size_t count, orch_future *const *futu
         orchi_give_up(count, futures);
         return orchi_empty_list(ORCHI_QUORUM);
     }
-    return orchi_combine("orch_quorum", ORCHI_QUORUM, needed, count - needed + 1, count, futures, NULL);
+    return orchi_combine("orch_quorum", ORCHI_QUORUM, needed, count - needed + 1, count, futures,
+                         NULL);
 }
 
 orch_future *orch_gather_n(size_t count, orch_future *const *futures, uint64_t ms) {
@@ -3716,9 +3746,9 @@ orch_future *orch_completion_next(orch_completion *c) {
     }
     if (c->delivered == c->count) return orchi_rejected(ORCH_EEND);
     orch_future *f = orch_future_new(&c->waiting);
-    if (c->delivered < c->done) orch_settle(c->waiting, (f->flags & ORCHI_IMMORTAL) != 0
-                                                            ? orch_fail(ORCH_ENOMEM)
-                                                            : orchi_completion_take(c));
+    if (c->delivered < c->done)
+        orch_settle(c->waiting, (f->flags & ORCHI_IMMORTAL) != 0 ? orch_fail(ORCH_ENOMEM)
+                                                                 : orchi_completion_take(c));
     return f;
 }
 
@@ -3915,10 +3945,11 @@ static void orchi_join(orch_future *f) {
 ORCHI_COLD static void orchi_impatient(orch_loop *loop, orch_task *task) {
     char who[160];
     orchi_describe(task->future, who, sizeof who);
-    orchi_report(loop,
-                 "asyncorch: %s was cancelled and goes on: %d waits were refused with ORCH_ECANCELED; "
-                 "return when a wait says so, or shield the clean-up\n",
-                 who, ORCHI_PATIENCE);
+    orchi_report(
+        loop,
+        "asyncorch: %s was cancelled and goes on: %d waits were refused with ORCH_ECANCELED; "
+        "return when a wait says so, or shield the clean-up\n",
+        who, ORCHI_PATIENCE);
     orchi_print_backtrace();
 }
 
@@ -4037,7 +4068,8 @@ static inline void orchi_no_wait(orch_loop *loop, orch_task *task) {
     if (ORCHI_UNLIKELY(++loop->streak >= ORCHI_BUDGET)) orchi_take_turn(loop, task);
 }
 
-ORCHI_NO_INLINE static orch_result orchi_await_pending(orch_loop *loop, orch_task *task, orch_future *f) {
+ORCHI_NO_INLINE static orch_result orchi_await_pending(orch_loop *loop, orch_task *task,
+                                                       orch_future *f) {
     if (orchi_must_end(task) && !(f->flags & ORCHI_DECIDED)) {
         orchi_join_in(loop, task, f);
         return orch_fail(orchi_refuse(loop, task));
