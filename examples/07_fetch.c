@@ -115,7 +115,7 @@ static void print_table(uint64_t ms) {
         const char *word = f->error == ORCH_ETIMEDOUT ? "timeout" : "failed";
         if (f->error == 0) printf("%7ld %10zu %7d  %s\n", f->status, f->bytes, (int)f->ms, f->url);
         else printf("%7s %10s %7d  %s\n", word, "-", (int)f->ms, f->url);
-        if (f->message != NULL) printf("%27s(%s)\n", "", f->message);
+        if (f->message != NULL) printf("%28s(%s)\n", "", f->message);
         bytes += f->bytes;
     }
     printf("%zu URL%s: %zu fetched, %zu not, %zu bytes, %d ms, by %s\n", job.count,

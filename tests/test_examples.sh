@@ -41,7 +41,7 @@ promised() { sed -n '/^\/\/ prints/,/^$/ s|^//         ||p' "examples/$1.c"; }
 plain() {
     sed -E -e 's/in [0-9]+ ms/in N ms/; s/, [0-9]+ ms/, N ms/; s/[0-9.]+ times/N times/' \
         -e 's/ +[0-9]+  http/ N  http/; s/127\.0\.0\.1:[0-9]{2,}/127.0.0.1:PORT/' \
-        -e 's/, by .*/, by a client/; s/^( {27})\(.*\)/\1(why)/'
+        -e 's/, by .*/, by a client/; s/^( {28})\(.*\)/\1(why)/'
 }
 # start_server OPTIONS...: sets $server and $url
 start_server() {
