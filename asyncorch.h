@@ -1532,11 +1532,13 @@ typedef struct orchi_stack_map {
 #define ORCHI_FUNCTION_END(name) ".size " name ", .-" name "\n"
 #endif
 
+typedef void *(*orchi_context_fn)(void *arg); // returns what to enter when it has ended
+
 #if ORCHI_ASSEMBLY
 /* Saves this point of execution in *save and enters `load`. */
 extern void orchi_switch(void **save, void *load);
-/* Where a new stack starts: calls its function with its argument, both put into registers. The call
- * frame information says that there is nothing above, so a backtrace ends here. */
+/* Where a new stack starts: calls its function with its argument, both put into registers, and enters what
+ * that returns. The call frame information says that there is nothing above: a backtrace ends here. */
 extern void orchi_switch_entry(void);
 #endif
 
@@ -1553,7 +1555,7 @@ __asm__(
     "    movq %rsp, (%rdi)\n"
     "    movl (%rsp), %eax\n"
     "    movzwl 4(%rsp), %edx\n"
-    "    movq %rsi, %rsp\n"
+    "3:  movq %rsi, %rsp\n"
     "    xorl (%rsp), %eax\n"             // loading them is dear, and they seldom differ:
     "    testl $0xffc0, %eax\n"           // the low six bits of MXCSR are status, not control
     "    jne 1f\n"
@@ -1561,8 +1563,7 @@ __asm__(
     "    jne 1f\n"
     "2:  addq $8, %rsp\n"
     "    popq %r15\n    popq %r14\n    popq %r13\n    popq %r12\n    popq %rbx\n    popq %rbp\n"
-    "    popq %rcx\n"
-    "    jmp *%rcx\n"
+    "    ret\n"
     "1:  ldmxcsr (%rsp)\n"
     "    fldcw 4(%rsp)\n"
     "    jmp 2b\n"
@@ -1573,7 +1574,13 @@ __asm__(
     ".cfi_undefined rip\n"
     "    movq %r12, %rdi\n"
     "    callq *%r13\n"
-    "    ud2\n"
+    "    movq %rax, %rsi\n"
+    "    subq $8, %rsp\n"
+    "    stmxcsr (%rsp)\n"
+    "    fnstcw 4(%rsp)\n"
+    "    movl (%rsp), %eax\n"
+    "    movzwl 4(%rsp), %edx\n"
+    "    jmp 3b\n"
     ".cfi_endproc\n"
     ORCHI_FUNCTION_END("orchi_switch_entry")
 );
@@ -1582,13 +1589,13 @@ typedef struct orchi_frame { // what orchi_switch finds on a stack
     uint32_t mxcsr;
     uint16_t x87, unused;
     void *r15, *r14;
-    void (*r13)(void *);
+    orchi_context_fn r13;
     void *r12, *rbx, *rbp;
     void (*jump)(void);
     void *end[2]; // keeps the stack aligned at the entry; zero ends a walk by frame pointers
 } orchi_frame;
 
-static void orchi_frame_fill(orchi_frame *frame, void (*fn)(void *), void *arg) {
+static void orchi_frame_fill(orchi_frame *frame, orchi_context_fn fn, void *arg) {
     __asm__ volatile("stmxcsr %0\n\tfnstcw %1" : "=m"(frame->mxcsr), "=m"(frame->x87));
     frame->r13 = fn;
     frame->r12 = arg;
@@ -1596,11 +1603,6 @@ static void orchi_frame_fill(orchi_frame *frame, void (*fn)(void *), void *arg) 
 }
 
 #elif ORCHI_ASSEMBLY && defined(__aarch64__)
-#if defined(__ARM_FEATURE_BTI_DEFAULT)
-#define ORCHI_LEAVE "    ret x16\n" // a plain jump would need a landing pad
-#else
-#define ORCHI_LEAVE "    br x16\n"
-#endif
 __asm__(
     ".text\n"
     ORCHI_FUNCTION("orchi_switch")
@@ -1615,7 +1617,7 @@ __asm__(
     "    str x9, [sp, #160]\n"
     "    mov x10, sp\n"
     "    str x10, [x0]\n"
-    "    mov sp, x1\n"
+    "2:  mov sp, x1\n"
     "    ldr x10, [sp, #160]\n"
     "    cmp x9, x10\n"
     "    b.eq 1f\n"
@@ -1625,30 +1627,30 @@ __asm__(
     "    ldp d8, d9, [sp, #96]\n    ldp d10, d11, [sp, #112]\n"
     "    ldp d12, d13, [sp, #128]\n    ldp d14, d15, [sp, #144]\n"
     "    add sp, sp, #176\n"
-    "    mov x16, x30\n"
-    ORCHI_LEAVE
+    "    ret\n"
     ".cfi_endproc\n"
     ORCHI_FUNCTION_END("orchi_switch")
     ORCHI_FUNCTION("orchi_switch_entry")
     ".cfi_startproc\n"
     ".cfi_undefined x30\n"
-    "    hint #36\n"                       // bti j
     "    mov x0, x19\n"
     "    blr x20\n"
-    "    brk #1\n"
+    "    mov x1, x0\n"
+    "    mrs x9, fpcr\n"
+    "    b 2b\n"
     ".cfi_endproc\n"
     ORCHI_FUNCTION_END("orchi_switch_entry")
 );
 
 typedef struct orchi_frame {
     void *x19;
-    void (*x20)(void *);
+    orchi_context_fn x20;
     void *x21_29[9];
     void (*x30)(void);
     uint64_t d8_15[8], fpcr, unused;
 } orchi_frame;
 
-static void orchi_frame_fill(orchi_frame *frame, void (*fn)(void *), void *arg) {
+static void orchi_frame_fill(orchi_frame *frame, orchi_context_fn fn, void *arg) {
     __asm__ volatile("mrs %0, fpcr" : "=r"(frame->fpcr));
     frame->x19 = arg;
     frame->x20 = fn;
@@ -1683,14 +1685,13 @@ __asm__(
     "    sd s9, 80(sp)\n    sd s10, 88(sp)\n    sd s11, 96(sp)\n"
     ORCHI_SAVE_FLOATS
     "    sd sp, 0(a0)\n"
-    "    mv sp, a1\n"
+    "1:  mv sp, a1\n"
     ORCHI_LOAD_FLOATS
     "    ld ra, 0(sp)\n    ld s0, 8(sp)\n    ld s1, 16(sp)\n    ld s2, 24(sp)\n    ld s3, 32(sp)\n"
     "    ld s4, 40(sp)\n    ld s5, 48(sp)\n    ld s6, 56(sp)\n    ld s7, 64(sp)\n    ld s8, 72(sp)\n"
     "    ld s9, 80(sp)\n    ld s10, 88(sp)\n    ld s11, 96(sp)\n"
     "    addi sp, sp, 208\n"
-    "    mv t1, ra\n"
-    "    jr t1\n"                          // not ra: that would pop the return predictor
+    "    ret\n"
     ".cfi_endproc\n"
     ORCHI_FUNCTION_END("orchi_switch")
     ORCHI_FUNCTION("orchi_switch_entry")
@@ -1698,7 +1699,8 @@ __asm__(
     ".cfi_undefined ra\n"
     "    mv a0, s0\n"
     "    jalr s1\n"
-    "    ebreak\n"
+    "    mv a1, a0\n"
+    "    j 1b\n"
     ".cfi_endproc\n"
     ORCHI_FUNCTION_END("orchi_switch_entry")
 );
@@ -1706,12 +1708,12 @@ __asm__(
 typedef struct orchi_frame {
     void (*ra)(void);
     void *s0;
-    void (*s1)(void *);
+    orchi_context_fn s1;
     void *s2_11[10];
     uint64_t fs0_11[12], fcsr;
 } orchi_frame;
 
-static void orchi_frame_fill(orchi_frame *frame, void (*fn)(void *), void *arg) {
+static void orchi_frame_fill(orchi_frame *frame, orchi_context_fn fn, void *arg) {
     ORCHI_READ_FCSR(frame->fcsr);
     frame->s0 = arg;
     frame->s1 = fn;
@@ -1721,7 +1723,7 @@ static void orchi_frame_fill(orchi_frame *frame, void (*fn)(void *), void *arg) 
 // clang-format on
 
 #if ORCHI_ASSEMBLY
-static void *orchi_assembly_start(void *top, void (*fn)(void *), void *arg) {
+static void *orchi_assembly_start(void *top, orchi_context_fn fn, void *arg) {
     orchi_frame *frame =
         (orchi_frame *)(void *)((char *)top - (sizeof(orchi_frame) + 15) / 16 * 16);
     memset(frame, 0, sizeof *frame);
@@ -1733,16 +1735,20 @@ static void *orchi_assembly_start(void *top, void (*fn)(void *), void *arg) {
 #if ORCHI_UCONTEXT
 typedef struct orchi_start { // at the top of a new stack
     ucontext_t context;
-    void (*fn)(void *);
+    orchi_context_fn fn;
     void *arg;
 } orchi_start;
 
 static __thread orchi_start *orchi_starting; // makecontext passes only ints
 
-static void orchi_ucontext_entry(void) { orchi_starting->fn(orchi_starting->arg); }
+static void orchi_ucontext_entry(void) {
+    void *next = orchi_starting->fn(orchi_starting->arg);
+    orchi_starting = (orchi_start *)next;
+    setcontext((ucontext_t *)next);
+}
 
 /* The start record lies on the new stack; the context of a running stack is a local of the switch. */
-static void *orchi_ucontext_start(void *bottom, void *top, void (*fn)(void *), void *arg) {
+static void *orchi_ucontext_start(void *bottom, void *top, orchi_context_fn fn, void *arg) {
     orchi_start *start =
         (orchi_start *)(void *)((char *)top - (sizeof(orchi_start) + 63) / 64 * 64);
     start->fn = fn;
@@ -1769,7 +1775,7 @@ static bool orchi_shadow_stack(void) { // rdssp is a no-op where shadow stacks a
     __asm__ volatile("rdsspq %0" : "+r"(pointer));
     return pointer != 0;
 }
-static void *orchi_start_raw(void *bottom, void *top, void (*fn)(void *), void *arg) {
+static void *orchi_start_raw(void *bottom, void *top, orchi_context_fn fn, void *arg) {
     if (orchi_shadow_stack()) return orchi_ucontext_start(bottom, top, fn, arg);
     return orchi_assembly_start(top, fn, arg);
 }
@@ -1778,13 +1784,13 @@ static void orchi_switch_raw(void **save, void *load) {
     else orchi_switch(save, load);
 }
 #elif ORCHI_ASSEMBLY
-static void *orchi_start_raw(void *bottom, void *top, void (*fn)(void *), void *arg) {
+static void *orchi_start_raw(void *bottom, void *top, orchi_context_fn fn, void *arg) {
     (void)bottom;
     return orchi_assembly_start(top, fn, arg);
 }
 static inline void orchi_switch_raw(void **save, void *load) { orchi_switch(save, load); }
 #else
-static void *orchi_start_raw(void *bottom, void *top, void (*fn)(void *), void *arg) {
+static void *orchi_start_raw(void *bottom, void *top, orchi_context_fn fn, void *arg) {
     return orchi_ucontext_start(bottom, top, fn, arg);
 }
 static void orchi_switch_raw(void **save, void *load) { orchi_ucontext_switch(save, load); }
@@ -1851,15 +1857,29 @@ static void orchi_valgrind_stack(char *bottom, char *top) {
 }
 #endif
 
-/* Leaves `from`, which ends for good when `ends`, and enters `to`. Returns when somebody enters `from`. */
-static inline void orchi_context_switch(orchi_context *from, orchi_context *to, bool ends) {
-    orchi_tool_leave(from, to, ends);
+/* Leaves `from` and enters `to`. Returns when somebody enters `from`. */
+static inline void orchi_context_switch(orchi_context *from, orchi_context *to) {
+    orchi_tool_leave(from, to, false);
     orchi_switch_raw(&from->sp, to->sp);
     orchi_tool_enter(from);
 }
 
-static void orchi_context_start(orchi_context *c, orchi_stack *stack, char *top, void (*fn)(void *),
-                                void *arg) {
+#if ORCHI_TSAN
+/* Leaves for good at once: TSan counts returns of functions, and they must not be the next fiber's. */
+static void *orchi_context_end(orchi_context *from, orchi_context *to) {
+    orchi_context_switch(from, to);
+    return NULL;
+}
+#else
+/* Leaves `from` for good: its first function returns what this returns. */
+static inline void *orchi_context_end(orchi_context *from, orchi_context *to) {
+    orchi_tool_leave(from, to, true);
+    return to->sp;
+}
+#endif
+
+static void orchi_context_start(orchi_context *c, orchi_stack *stack, char *top,
+                                orchi_context_fn fn, void *arg) {
     c->sp = orchi_start_raw(stack->bottom, top, fn, arg);
     c->fake = NULL;
     c->bottom = stack->bottom;
@@ -3811,7 +3831,7 @@ enum { ORCHI_PATIENCE = 1000 }; // refused waits until a task is reported
 /* Enters a task from the main stack. It may come back with a call for the main stack. */
 static void orchi_enter(orch_loop *loop, orch_task *task) {
     loop->current = task;
-    orchi_context_switch(&loop->main, &task->context, false);
+    orchi_context_switch(&loop->main, &task->context);
     while (ORCHI_UNLIKELY(loop->call.fn != NULL)) {
         void *(*fn)(void *) = loop->call.fn;
         orch_task *caller = loop->call.task;
@@ -3819,7 +3839,7 @@ static void orchi_enter(orch_loop *loop, orch_task *task) {
         void *result = fn(loop->call.arg);
         loop->call.arg = result;
         loop->current = caller;
-        orchi_context_switch(&loop->main, &caller->context, false);
+        orchi_context_switch(&loop->main, &caller->context);
     }
 }
 
@@ -3844,20 +3864,21 @@ ORCHI_COLD static void orchi_overflowed(orch_loop *loop, orch_task *task) {
     abort();
 }
 
-static inline void orchi_leave(orch_loop *loop, orch_task *task, bool ends) {
+static inline orchi_context *orchi_context_of(orch_loop *loop, orch_task *task) {
+    return task != NULL ? &task->context : &loop->main;
+}
+
+/* Waits until somebody queues the task and its turn comes. */
+static inline void orchi_suspend(orch_loop *loop, orch_task *task) {
     if (ORCHI_UNLIKELY(task->canary) && !orchi_canary_lives(task->stack)) {
         orchi_overflowed(loop, task);
     }
     loop->streak = 0;
     orch_task *next = orchi_next_task(loop, task);
     if (next == task) return;
-    if (ends) orchi_stack_give(loop, task->stack);
     loop->current = next;
-    orchi_context_switch(&task->context, next != NULL ? &next->context : &loop->main, ends);
+    orchi_context_switch(&task->context, orchi_context_of(loop, next));
 }
-
-/* Waits until somebody queues the task and its turn comes. */
-static void orchi_suspend(orch_loop *loop, orch_task *task) { orchi_leave(loop, task, false); }
 
 /* Waits until a claimed pending future has settled. Returns it, or what it was replaced by. */
 static orch_future *orchi_wait_for(orch_loop *loop, orch_task *task, orch_future *f) {
@@ -3877,22 +3898,26 @@ static void orchi_take_turn(orch_loop *loop, orch_task *task) {
 
 static void orchi_task_run(orch_future *f) { orchi_enter(orchi_loop_of(f), f->as.task.task); }
 
-/* The end of a task. Nothing may wait in here any more: releases and hooks are refused as outside a task. */
-static void orchi_task_end(orch_loop *loop, orch_task *task, orch_result r) {
+/* The end of a task. Nothing may wait in here any more: releases and hooks are refused as outside a task.
+ * The stack is given back first of all that comes after it, and nobody can take it before it is left. */
+static void *orchi_task_end(orch_loop *loop, orch_task *task, orch_result r) {
     task->ended = true;
     if (task->release != NULL) task->release(task->arg);
     loop->stats.tasks--;
     orchi_resolve(loop, task->future, r);
-    orchi_leave(loop, task, true);
+    orch_task *next = orchi_next_task(loop, task);
+    orchi_stack_give(loop, task->stack);
+    loop->streak = 0;
+    loop->current = next;
+    return orchi_context_end(&task->context, orchi_context_of(loop, next));
 }
 
 /* The first and last function on a task's stack. */
-static void orchi_task_main(void *argument) {
+static void *orchi_task_main(void *argument) {
     orch_task *task = (orch_task *)argument;
     orch_loop *loop = orchi_loop_of(task->future);
     orchi_tool_begin(&loop->main);
-    orch_result r = task->fn(task->arg);
-    orchi_task_end(loop, task, r);
+    return orchi_task_end(loop, task, task->fn(task->arg));
 }
 
 // ---- cancelling
@@ -3998,7 +4023,7 @@ static void orchi_task_start(orch_loop *loop, orch_task *task) {
         return;
     }
     loop->current = task;
-    orchi_context_switch(&self->context, &task->context, false);
+    orchi_context_switch(&self->context, &task->context);
 }
 
 static orch_future *orchi_go(orch_loop *loop, const orch_task_desc *desc, uint32_t size_log) {
@@ -4176,7 +4201,7 @@ void *orch_on_main_stack(void *(*fn)(void *arg), void *arg) {
     loop->call.arg = arg;
     loop->call.task = task;
     loop->current = NULL;
-    orchi_context_switch(&task->context, &loop->main, false);
+    orchi_context_switch(&task->context, &loop->main);
     return loop->call.arg;
 }
 

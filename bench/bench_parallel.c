@@ -1,7 +1,8 @@
 // Sequential against parallel, for 1 to 1,000 calls of two kinds: simulated (a task that sleeps) and
-// libcurl (a GET from the HTTP server of examples/, on this machine). Prints a table and a bar chart
-// and draws an SVG file.
-// Run: make bench, or .build/bench/bench_parallel [file.svg]
+// libcurl (a GET from examples/server.c on this machine, which answers after the same delay). Prints a
+// table and a bar chart and draws an SVG file. The libcurl kind needs -DHAVE_CURL and -lcurl, and the
+// server program.
+// Run: make bench, or .build/bench/bench_parallel [file.svg [server]]
 #define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
 #include "bench.h"
@@ -64,6 +65,100 @@ static orch_future *simulated_call(size_t i) {
     (void)i;
     return orch_go(sleep_task, NULL);
 }
+
+// ---- the libcurl kind
+
+#ifdef HAVE_CURL
+#define ORCH_CURL_IMPLEMENTATION
+#include "../examples/orch_curl.h"
+
+#include <sys/resource.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+static struct {
+    pid_t pid;
+    int input; // its end is the server's end, also when this program dies
+    char url[128];
+    orch_curl *client;
+} server;
+
+static orch_future *curl_call(size_t i) {
+    (void)i;
+    return orch_curl_get(server.client, server.url);
+}
+
+// Every one of the calls side by side has a connection.
+static void raise_descriptor_limit(void) {
+    struct rlimit limit;
+    if (getrlimit(RLIMIT_NOFILE, &limit) != 0) return;
+    limit.rlim_cur = limit.rlim_max < 8192 ? limit.rlim_max : 8192;
+    setrlimit(RLIMIT_NOFILE, &limit);
+}
+
+static void become_server(const char *program, int input, int output) {
+    char delay[32];
+    snprintf(delay, sizeof delay, "likes=%d", DELAY_MS);
+    dup2(input, STDIN_FILENO);
+    dup2(output, STDOUT_FILENO);
+    for (int fd = 3; fd < 32; fd++) close(fd); // of these pipes; an end left open would hide the end
+    execl(program, program, "--until-eof", "--delay", delay, (char *)NULL);
+    _exit(127);
+}
+
+// Whether the server listens, with server.url set.
+static bool start_server(const char *program) {
+    int to[2], from[2];
+    char base[64];
+    bench_require(pipe(to) == 0 && pipe(from) == 0, "no pipe");
+    fflush(NULL);
+    server.pid = fork();
+    if (server.pid == 0) become_server(program, to[0], from[1]);
+    close(to[0]);
+    close(from[1]);
+    server.input = to[1];
+    FILE *says = fdopen(from[0], "r");
+    bool listens = says != NULL && fscanf(says, "listening on %63s", base) == 1;
+    if (says != NULL) fclose(says);
+    if (listens) snprintf(server.url, sizeof server.url, "%s/posts/7/likes", base);
+    return listens;
+}
+
+static void stop_server(void) {
+    orch_curl_free(server.client);
+    close(server.input);
+    waitpid(server.pid, NULL, 0);
+}
+
+static void check_answer(void) {
+    orch_result r = orch_await(curl_call(0));
+    bench_require(r.error == 0, orch_message(&r));
+    bench_require(((orch_curl_response *)r.value)->status == 200, "the server does not answer 200");
+    orch_result_free(&r);
+}
+
+static bool measure_curl(kind *k, const char *program) {
+    *k = (kind){.name = "libcurl", .call = curl_call};
+    raise_descriptor_limit();
+    if (program == NULL || !start_server(program)) {
+        printf("libcurl: skipped (no server program to start: pass its path)\n\n");
+        return false;
+    }
+    server.client = orch_curl_new(NULL);
+    bench_require(server.client != NULL, "no libcurl client");
+    check_answer();
+    measure_kind(k);
+    stop_server();
+    return true;
+}
+#else
+static bool measure_curl(kind *k, const char *program) {
+    (void)k;
+    (void)program;
+    printf("libcurl: skipped (built without libcurl; make deps installs it)\n\n");
+    return false;
+}
+#endif
 
 // ---- output
 
@@ -130,16 +225,18 @@ static void draw(const kind *kinds, size_t count, const char *path) {
 }
 
 static orch_result measure(void *arg) {
-    kind kinds[] = {{.name = "simulated", .call = simulated_call}};
-    size_t count = sizeof kinds / sizeof *kinds;
-    for (size_t k = 0; k < count; k++) measure_kind(&kinds[k]);
+    char **paths = (char **)arg;
+    kind kinds[2] = {{.name = "simulated", .call = simulated_call}};
+    measure_kind(&kinds[0]);
+    size_t count = measure_curl(&kinds[1], paths[1]) ? 2 : 1;
     for (size_t k = 0; k < count; k++) print_table(&kinds[k]);
     for (size_t k = 0; k < count; k++) print_bars(&kinds[k]);
-    draw(kinds, count, (const char *)arg);
+    draw(kinds, count, paths[0]);
     return orch_ok(NULL, NULL);
 }
 
 int main(int argc, char **argv) {
     static char drawing[] = "parallel.svg";
-    return orch_exit(orch_run(measure, argc > 1 ? argv[1] : drawing));
+    char *paths[2] = {argc > 1 ? argv[1] : drawing, argc > 2 ? argv[2] : NULL};
+    return orch_exit(orch_run(measure, paths));
 }

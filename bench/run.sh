@@ -48,5 +48,9 @@ done
 for program in $programs; do median_line "$work/$program"; done
 if [ -x "$dir/bench_parallel" ]; then
     echo
-    "$dir/bench_parallel" "$dir/parallel.svg"
+    server=
+    for place in "$dir/../server" "$dir/../examples/server"; do
+        if [ -z "$server" ] && [ -x "$place" ]; then server=$place; fi
+    done
+    "$dir/bench_parallel" "$dir/parallel.svg" ${server:+"$server"}
 fi

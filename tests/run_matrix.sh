@@ -73,8 +73,8 @@ group_c() {
     for cc in gcc clang; do
         for std in c99 c11 c2x; do try $cc "-std=$std -O2" compile_c.c; done
         try $cc '-std=gnu99' compile_c.c
-        # A user's file may include other headers first, so that no feature macro can be set any more.
-        try $cc '-std=c99 -O1 -DHEADERS_FIRST' compile_c.c
+        # Other headers included first: too late for asyncorch.h to ask for what it needs of them.
+        try $cc '-std=c99 -O1 -D_GNU_SOURCE -DHEADERS_FIRST' compile_c.c
         try $cc '-std=gnu11 -O1 -DHEADERS_FIRST' compile_c.c
     done
 }
