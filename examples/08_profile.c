@@ -8,14 +8,15 @@
 //         of post 10 hang and one in which the comments of post 7 fail; then the first two's times
 //         and their ratio
 //                           0         100       200       300       ms
-//                           |    '    |    '    |    '    |    '
+//                           |    '    |    '    |    '    |
 //         user         41 ms ████✓
 //         posts        51 ms     █████✓
 //         comments 9   81 ms          ████████✓
 //         likes 9      41 ms          ████✓
 //         comments 10  81 ms          ████████✓
 //         likes 10    250 ms          █████████████████████████⏱
-//         Alan: 4 posts, 8 comments, 189 likes
+//         ...
+//         Alan: 4 posts, 7 comments, 64 likes
 //           post 10: likes degraded to 0: Timeout after 250 ms
 
 #define ASYNCORCH_IMPLEMENTATION

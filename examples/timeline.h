@@ -57,8 +57,8 @@ static void timeline_repeat(const char *text, int times) {
 static void timeline_print_axis(int columns) {
     printf("%-11s%7s ", "", "");
     for (int c = 0; c <= columns; c += 10) printf("%-10d", c * TIMELINE_COLUMN_MS);
-    printf("ms\n%-11s%7s ", "", "");
-    for (int c = 0; c <= columns; c++) fputs(c % 10 == 0 ? "|" : c % 5 == 0 ? "'" : " ", stdout);
+    printf("ms\n%-11s%7s |", "", "");
+    for (int c = 5; c <= columns; c += 5) printf("    %c", c % 10 == 0 ? '|' : '\'');
     putchar('\n');
 }
 
