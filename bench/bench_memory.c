@@ -1,5 +1,6 @@
-// How much memory does what waits take? A pending future: what the loop asked its allocator for,
-// for 1,000,000 of them. A sleeping task: the pages resident, for 10,000 and for 100,000 of them.
+// How much memory does what waits take? A pending future: its slot, and its share of all that the loop
+// asks its allocator for when there are 1,000,000 of them (heads of pages, ready ring). A sleeping
+// task: the pages resident, for 10,000 and for 100,000 of them.
 // Run: make bench, or .build/bench/bench_memory
 #define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
@@ -68,7 +69,9 @@ int main(void) {
     if (r.error == 0) r = orch_run_with(&desc, measure_futures, &future);
     if (r.error != 0) return orch_exit(r);
     bench_begin("memory");
-    bench_figure("pending future", future, "bytes", 64);
+    bench_figure("pending future", (double)sizeof(orch_future), "bytes", 64);
+    bench_and();
+    bench_figure("with its share of the rest", future, "bytes", 0);
     bench_and();
     bench_figure("10,000 sleeping tasks", tasks[0], "KiB each", 4.4);
     bench_and();

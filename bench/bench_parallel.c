@@ -101,7 +101,7 @@ static void become_server(const char *program, int input, int output) {
     snprintf(delay, sizeof delay, "likes=%d", DELAY_MS);
     dup2(input, STDIN_FILENO);
     dup2(output, STDOUT_FILENO);
-    for (int fd = 3; fd < 32; fd++) close(fd); // of these pipes; an end left open would hide the end
+    for (int fd = 3; fd < 32; fd++) close(fd); // an end of the pipes left open would hide their end
     execl(program, program, "--until-eof", "--delay", delay, (char *)NULL);
     _exit(127);
 }
@@ -120,6 +120,7 @@ static bool start_server(const char *program) {
     FILE *says = fdopen(from[0], "r");
     bool listens = says != NULL && fscanf(says, "listening on %63s", base) == 1;
     if (says != NULL) fclose(says);
+    if (!listens) waitpid(server.pid, NULL, 0);
     if (listens) snprintf(server.url, sizeof server.url, "%s/posts/7/likes", base);
     return listens;
 }
@@ -164,7 +165,7 @@ static bool measure_curl(kind *k, const char *program) {
 
 static const char *duration(double ms, char *text, size_t size) {
     if (ms < 1000) snprintf(text, size, "%.1f ms", ms);
-    else snprintf(text, size, "%.2f s ", ms / 1000);
+    else snprintf(text, size, "%.2f s", ms / 1000);
     return text;
 }
 
@@ -213,13 +214,14 @@ static void draw(const kind *kinds, size_t count, const char *path) {
             size_t s = 2 * k + way;
             snprintf(names[s], sizeof names[s], "%s, %s", way ? "parallel" : "sequential",
                      kinds[k].name);
-            series[s] = (chart_series){names[s], colours[k][way], k > 0, SIZES, x,
-                                       way ? kinds[k].parallel : kinds[k].sequential};
+            const double *y = way ? kinds[k].parallel : kinds[k].sequential;
+            series[s] = (chart_series){names[s], colours[k][way], k > 0, SIZES, x, y};
         }
     }
-    snprintf(note, sizeof note, "%d ms each; asyncorch.h " ORCH_VERSION ", one thread; both axes "
-             "logarithmic", DELAY_MS);
-    chart c = {"The same calls, one after the other and side by side", note, 2 * count, series, 0, 0};
+    snprintf(note, sizeof note, "%d ms each; asyncorch.h %s, one thread; both axes logarithmic",
+             DELAY_MS, ORCH_VERSION);
+    const char *title = "The same calls, one after the other and side by side";
+    chart c = {title, note, 2 * count, series, 0, 0};
     if (chart_write(&c, path)) printf("drawn: %s\n", path);
     else fprintf(stderr, "bench: cannot write %s\n", path);
 }

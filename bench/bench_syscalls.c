@@ -99,9 +99,12 @@ typedef struct path {
 } path;
 
 static const path paths[] = {
-    {"switch", run_switch},   {"then", run_then},
-    {"on", run_on},           {"spawn", run_spawn},
-    {"all", run_all},         {"timeout", run_timeout},
+    {"switch", run_switch},
+    {"then", run_then},
+    {"on", run_on},
+    {"spawn", run_spawn},
+    {"all", run_all},
+    {"timeout", run_timeout},
     {"switch while a descriptor waits", run_switch_watching},
 };
 enum { PATHS = sizeof paths / sizeof *paths };
@@ -147,7 +150,7 @@ static size_t trace(pid_t pid, double *counts) {
     waitpid(pid, &status, 0);
     if (!WIFSTOPPED(status)) return 0;
     ptrace(PTRACE_SETOPTIONS, pid, NULL, (void *)PTRACE_O_TRACESYSGOOD);
-    for (int deliver = 0;; ) {
+    for (int deliver = 0;;) {
         ptrace(PTRACE_SYSCALL, pid, NULL, (void *)(intptr_t)deliver);
         if (waitpid(pid, &status, 0) != pid || !WIFSTOPPED(status)) return marks;
         bool at_call = WSTOPSIG(status) == (SIGTRAP | 0x80);

@@ -82,8 +82,10 @@ static inline void chart_scale(chart *c) {
     }
 }
 
-static inline void chart_line(FILE *out, const char *kind, double x1, double y1, double x2, double y2) {
-    fprintf(out, "<line class='%s' x1='%.1f' y1='%.1f' x2='%.1f' y2='%.1f'/>\n", kind, x1, y1, x2, y2);
+static inline void chart_line(FILE *out, const char *kind, double x1, double y1, double x2,
+                              double y2) {
+    fprintf(out, "<line class='%s' x1='%.1f' y1='%.1f' x2='%.1f' y2='%.1f'/>\n", kind, x1, y1, x2,
+            y2);
 }
 
 static inline void chart_vertical_grid(FILE *out, int decade) {
@@ -114,8 +116,10 @@ static inline void chart_axes(const chart *c, FILE *out) {
     for (int decade = c->low; decade <= c->high; decade++) chart_horizontal_grid(c, out, decade);
     fprintf(out, "<text class='axis' text-anchor='middle' x='%.1f' y='%d'>number of calls</text>\n",
             middle, CHART_HEIGHT - 24);
-    fprintf(out, "<text class='axis' text-anchor='middle' transform='translate(24 %.1f) rotate(-90)'>"
-                 "time until all have answered</text>\n", centre);
+    fprintf(out,
+            "<text class='axis' text-anchor='middle' transform='translate(24 %.1f) rotate(-90)'>"
+            "time until all have answered</text>\n",
+            centre);
 }
 
 static inline void chart_series_write(const chart *c, const chart_series *s, FILE *out) {
@@ -155,11 +159,13 @@ static inline bool chart_write(chart *c, const char *path) {
     FILE *out = fopen(path, "w");
     if (out == NULL) return false;
     chart_scale(c);
-    fprintf(out, "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 %d %d' width='%d' height='%d'"
-                 " font-family='Helvetica, Arial, DejaVu Sans, sans-serif'>\n",
+    fprintf(out,
+            "<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 %d %d' width='%d' height='%d'"
+            " font-family='Helvetica, Arial, DejaVu Sans, sans-serif'>\n",
             CHART_WIDTH, CHART_HEIGHT, CHART_WIDTH, CHART_HEIGHT);
-    fprintf(out, "<style>.minor{stroke:#eef0f2}.major{stroke:#cfd4d9}.tick{font-size:13px;fill:#444}"
-                 ".axis{font-size:14px;fill:#222}.name{font-size:14px;font-weight:bold}</style>\n");
+    fprintf(out,
+            "<style>.minor{stroke:#eef0f2}.major{stroke:#cfd4d9}.tick{font-size:13px;fill:#444}"
+            ".axis{font-size:14px;fill:#222}.name{font-size:14px;font-weight:bold}</style>\n");
     fprintf(out, "<rect width='%d' height='%d' fill='#fff'/>\n", CHART_WIDTH, CHART_HEIGHT);
     fprintf(out, "<text x='%d' y='36' font-size='20' font-weight='bold' fill='#111'>%s</text>\n",
             CHART_LEFT, c->title);

@@ -48,9 +48,7 @@ done
 for program in $programs; do median_line "$work/$program"; done
 if [ -x "$dir/bench_parallel" ]; then
     echo
-    server=
-    for place in "$dir/../server" "$dir/../examples/server"; do
-        if [ -z "$server" ] && [ -x "$place" ]; then server=$place; fi
-    done
+    server=$dir/server
+    ${CC:-cc} -std=gnu99 -O2 -DNDEBUG "$(dirname "$0")/../examples/server.c" -o "$server" || server=
     "$dir/bench_parallel" "$dir/parallel.svg" ${server:+"$server"}
 fi
