@@ -37,7 +37,8 @@ FORMATTED := asyncorch.h $(wildcard tests/*.[ch] tests/*.cc examples/*.[ch] benc
 help: # this list
 	@echo "asyncorch.h $(VERSION): copy asyncorch.h into your project; nothing else is needed"
 	@echo
-	@sed -n 's/^\([a-z]*\):[^#]*# \(.*\)/    make \1|\2/p' Makefile | awk -F'|' '{ printf "%-20s %s\n", $$1, $$2 }'
+	@sed -n 's/^\([a-z]*\):[^#]*# \(.*\)/\1|\2/p' Makefile | \
+		awk -F'|' '{ printf "    make %-10s %s\n", $$1, $$2 }'
 
 # ---- programs, one folder per way to build them: $(B)/<way>/<program>
 

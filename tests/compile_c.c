@@ -1,5 +1,5 @@
-// compile_c.c: a bit of everything, built by run_matrix.sh with every compiler, standard and option.
-// Prints "all as expected" and ends with 0, or names the lines that went wrong.
+// compile_c.c: a bit of everything; run_matrix.sh builds it with every compiler, standard and
+// option. Prints "all as expected" and ends with 0, or names the lines that went wrong.
 #ifdef HEADERS_FIRST // as in a program whose other headers come first
 #include <stdio.h>
 #include <stdlib.h>
@@ -53,9 +53,7 @@ static orch_result failing(void *arg) {
     return orch_failf(7, "number %d is %s", 7, "down");
 }
 
-static orch_result chaining(void *arg) {
-    return orch_chain(orch_go(doubled, arg));
-}
+static orch_result chaining(void *arg) { return orch_chain(orch_go(doubled, arg)); }
 
 static orch_result plus_one(orch_result *in, void *context) {
     (void)context;
@@ -67,13 +65,9 @@ static orch_result to_zero(orch_result *in, void *context) {
     return orch_ok_int(0);
 }
 
-static void count(void *context) {
-    ++*(int *)context;
-}
+static void count(void *context) { ++*(int *)context; }
 
-static void keep_int(orch_result *in, void *context) {
-    *(intptr_t *)context = orch_int(in);
-}
+static void keep_int(orch_result *in, void *context) { *(intptr_t *)context = orch_int(in); }
 
 static void *add_on_main_stack(void *arg) {
     char big[200000]; // more than a task has

@@ -52,7 +52,7 @@ static void thrower(int depth) {
 static orch_result throwing(void *) {
     try {
         thrower(5);
-    } catch (const std::runtime_error &e) { // not to wait in here: the run time has one list of
+    } catch (const std::runtime_error &e) {   // not to wait in here: the run time has one list of
         return orch_failf(7, "%s", e.what()); // caught exceptions per thread
     }
     return orch_ok_int(1);
@@ -69,7 +69,8 @@ static void tasks() {
     EXPECT_RESULT(orch_await(orch_go(doubled, &n)), 0, 8);
     orch_drop(orch_go(for_ever, &ended));
     EXPECT(ended == 1);
-    orch_future *f = orch_go(throwing, nullptr); // two at once, so that both are in the middle of it
+    orch_future *f =
+        orch_go(throwing, nullptr); // two at once, so that both are in the middle of it
     orch_future *g = orch_go(throwing, nullptr);
     orch_result r = orch_await(f);
     EXPECT(std::strcmp(orch_message(&r), "thrown") == 0);

@@ -25,14 +25,15 @@ apt-get) # Debian, Ubuntu
     done
     install="env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends$known" ;;
 dnf) # Fedora: its cross compilers have no C library
-    install='dnf install -y gcc gcc-c++ make clang lld compiler-rt clang-tools-extra pkgconf-pkg-config
-        libcurl-devel libasan libubsan libtsan cppcheck valgrind gcovr musl-gcc' ;;
+    install='dnf install -y gcc gcc-c++ make clang lld compiler-rt clang-tools-extra
+        pkgconf-pkg-config libcurl-devel libasan libubsan libtsan cppcheck valgrind gcovr
+        musl-gcc' ;;
 pacman) # Arch
     install='pacman -S --needed --noconfirm gcc make clang lld compiler-rt pkgconf curl cppcheck
         valgrind musl qemu-user-static aarch64-linux-gnu-gcc riscv64-linux-gnu-gcc' ;;
 apk) # Alpine: its gcc comes without sanitizers
-    install='apk add build-base linux-headers clang lld compiler-rt clang-extra-tools pkgconf curl-dev
-        cppcheck valgrind gcovr' ;;
+    install='apk add build-base linux-headers clang lld compiler-rt clang-extra-tools pkgconf
+        curl-dev cppcheck valgrind gcovr' ;;
 brew) # macOS, where Xcode's tools are the compiler
     install='brew install pkgconf curl clang-format cppcheck gcovr' ;;
 *)

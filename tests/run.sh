@@ -3,9 +3,10 @@
 #
 #     printf 'label command...\n' | sh tests/run.sh folder      (JOBS at a time, default 2)
 #
-# Each command ends with a line "N passed, N failed" (", N skipped" when any) of its own. This prints
-# one line per command, its output only when something failed or was skipped, and the sum as the last
-# line. A command that ends in any other way counts as one failed. Ends with 1 when anything failed.
+# Each command ends with a line "N passed, N failed" (", N skipped" when any) of its own. This
+# prints one line per command, its output only when something failed or was skipped, and the sum as
+# the last line. A command that ends in any other way counts as one failed. Ends with 1 when
+# anything failed.
 set -u
 
 closing='^[0-9][0-9]* passed, [0-9][0-9]* failed\(, [0-9][0-9]* skipped\)\{0,1\}$'

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Checks the harness from outside: what does `program` (tests/test_harness.c) say of cases that fail on
-# purpose, is the closing line right, does the sweep find what is seeded.
+# Checks the harness from outside: what does `program` (tests/test_harness.c) say of cases that fail
+# on purpose, is the closing line right, does the sweep find what is seeded.
 #
 #     sh tests/run_harness.sh program [no-sanitizers] [no-sweep]
 #

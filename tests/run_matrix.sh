@@ -1,8 +1,9 @@
 #!/bin/sh
-# The compile matrix: compile_c.c, compile_cxx.cc, static_seen.c and two_units_*.c with every compiler,
-# language standard and option. Each is built with -Werror, run, and has to print "all as expected".
+# The compile matrix: compile_c.c, compile_cxx.cc, static_seen.c and two_units_*.c with every
+# compiler, standard and option. Each is built with -Werror, run, and has to print "all as
+# expected".
 #
-#     sh tests/run_matrix.sh [group...]      groups: c cxx options-gcc options-clang static cross units
+#     sh tests/run_matrix.sh [group...]   groups: c cxx options-gcc options-clang static cross units
 #
 # A compiler, option or emulator that is not there (an empty program cannot be built or run with it)
 # is skipped by name. OUT is the folder for the programs, default .build/matrix.
@@ -98,8 +99,9 @@ group_options() { # compiler
     cc=$1
     for options in '-O0' '-O2' '-Os' "-O3 $(lto "$cc")" '-O2 -DNDEBUG' \
         '-O2 -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2' '-O2 -fcf-protection=full' \
-        '-O2 -fstack-clash-protection' '-O2 -fstack-protector-strong' '-O2 -fPIC -fvisibility=hidden' \
-        '-O2 -DORCH_USE_UCONTEXT=1' '-O1 -g -fsanitize=address,undefined' \
+        '-O2 -fstack-clash-protection' '-O2 -fstack-protector-strong' \
+        '-O2 -fPIC -fvisibility=hidden' '-O2 -DORCH_USE_UCONTEXT=1' \
+        '-O1 -g -fsanitize=address,undefined' \
         '-O1 -g -fsanitize=address -DORCH_USE_UCONTEXT=1'; do
         try "$cc" "-std=c99 $options" compile_c.c
     done

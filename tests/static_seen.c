@@ -60,9 +60,7 @@ static orch_result write_then(orch_result *in, void *context) {
     return *in;
 }
 
-static orch_future *in_time(void) {
-    return orch_after(1);
-}
+static orch_future *in_time(void) { return orch_after(1); }
 
 static void from_the_writer(void) {
     orch_future *w = orch_go(writer, NULL), *f;

@@ -23,9 +23,10 @@ typedef struct test_case {
     bool (*skip)(void);
     struct test_case *next;
 } test_case;
-typedef struct test_page { volatile long armed, count, fail_at, and_later, refused; } test_page;
+static volatile struct test_page { // shared with the child; armed: while the case runs
+    long armed, count, fail_at, and_later, refused;
+} * test_shared;
 static test_case *test_first, **test_tail = &test_first;
-static test_page *test_shared;     // with the child; armed: while the case runs
 static volatile int test_failures; // volatile: tasks change it behind the compiler's back
 
 #define TEST_CASE(id, text, skip_if)                                                               \
@@ -66,7 +67,7 @@ static __attribute__((noinline)) void test_scrub(void) { // what dead frames hol
     for (volatile char space[8192], *p = space; p < space + sizeof space; p++) *p = 0;
 }
 static inline int test_body(const test_case *c, long fail_at, bool and_later) {
-    *test_shared = (test_page){1, 0, fail_at, and_later, 0};
+    *test_shared = (struct test_page){1, 0, fail_at, and_later, 0};
     c->fn(), test_scrub();
     test_shared->armed = 0;
     return test_failures ? 10 : 0; // 10: nothing worse than a failed CHECK
@@ -84,7 +85,7 @@ static inline bool test_run(const test_case *c, long fail_at, bool and_later) {
         alarm((unsigned)seconds);
         exit(test_body(c, fail_at, and_later)); // not _exit: leak check and coverage run here
     }
-    if (pid < 0 || waitpid(pid, &status, 0) != pid) perror(c->name), abort();
+    if (pid < 0 || waitpid(pid, &status, 0) != pid) abort();
     kill(-pid, SIGKILL); // what the case left running
     ssize_t size = pread(fileno(out), text, sizeof text - 1, 0);
     text[size > 0 ? size : 0] = '\0', fclose(out);
@@ -99,7 +100,7 @@ static inline bool test_run(const test_case *c, long fail_at, bool and_later) {
     printf("%.9999s\n", text);
     return false;
 }
-#include "refuse.h" // test_sweep
+#include "refuse.h"
 static inline int test_main(int argc, char **argv) {
     unsigned count[3] = {0, 0, 0}; // passed, failed, skipped
     const char *mode = argc > 1 ? argv[1] : "", *at = getenv("TEST_FAIL_AT");

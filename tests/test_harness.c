@@ -34,9 +34,7 @@ TEST(bad_flood) {
     for (;;) printf("and so on ");
 }
 
-TEST(bad_crash) {
-    raise(SIGSEGV);
-}
+TEST(bad_crash) { raise(SIGSEGV); }
 
 TEST(bad_exit) {
     exit(0); // a case that never came to its end has not passed
@@ -59,25 +57,15 @@ TEST_DIES(good_dies, "last words") {
     abort();
 }
 
-TEST_DIES(bad_dies_otherwise, "last words") {
-    abort();
-}
+TEST_DIES(bad_dies_otherwise, "last words") { abort(); }
 
-TEST_DIES(bad_lives_on, "last words") {
-    fprintf(stderr, "some last words\n");
-}
+TEST_DIES(bad_lives_on, "last words") { fprintf(stderr, "some last words\n"); }
 
-TEST_DIES(bad_dies_of_a_check, "last words") {
-    CHECK_STR("none", "last words");
-}
+TEST_DIES(bad_dies_of_a_check, "last words") { CHECK_STR("none", "last words"); }
 
-TEST_SKIP(skipped_case, true) {
-    CHECK(false);
-}
+TEST_SKIP(skipped_case, true) { CHECK(false); }
 
-TEST_SKIP(good_unskipped, false) {
-    CHECK(true);
-}
+TEST_SKIP(good_unskipped, false) { CHECK(true); }
 
 // What the sweep should find. Without a refusal all of these pass.
 
@@ -111,6 +99,4 @@ TEST(sweep_hang_persistent) {
     free(q);
 }
 
-int main(int argc, char **argv) {
-    return test_main(argc, argv);
-}
+int main(int argc, char **argv) { return test_main(argc, argv); }

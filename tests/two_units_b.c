@@ -5,7 +5,8 @@
 #ifdef __cplusplus
 extern "C"
 #endif
-orch_future *other_units_work(int *n);
+    orch_future *
+    other_units_work(int *n);
 
 static orch_result work(void *arg) {
     int error = orch_yield();

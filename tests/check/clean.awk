@@ -1,6 +1,6 @@
-# C source without comments, strings, characters and preprocessor lines; a tab and the section it is in
-# (`// >>name` starts one; >>forward is only a block in one) go before each line, and the line numbers
-# stay.
+# C source without comments, strings, characters and preprocessor lines; line numbers stay. Before
+# each line go a tab and the section it is in (`// >>name` starts one; >>forward is a block inside
+# of one).
 BEGIN { section = "none" }
 {
     line = $0

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Every public prototype has a comment directly above it with Returns, Context and Owns; prototypes that
-# follow one another without a gap may share one.
+# Every public prototype has a comment directly above it with Returns, Context and Owns; prototypes
+# that follow one another without a gap may share one.
 set -eu
 
 awk -f tests/check/clean.awk asyncorch.h | awk -f tests/check/functions.awk |

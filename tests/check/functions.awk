@@ -5,7 +5,8 @@ BEGIN { FS = "\t" }
 
 function name_of(text,   n) { # the first orch_ or orchi_ name before a parenthesis, or nothing
     if (text ~ /^ *(typedef|struct|enum|union) *[A-Za-z_]* *\{?$/ || text ~ /typedef/) return ""
-    if (!match(text, /[^A-Za-z0-9_(]orchi?_[a-z0-9_]* *\(/) || index(substr(text, 1, RSTART), "=")) return ""
+    if (!match(text, /[^A-Za-z0-9_(]orchi?_[a-z0-9_]* *\(/)) return ""
+    if (index(substr(text, 1, RSTART), "=")) return ""
     n = substr(text, RSTART + 1, RLENGTH - 1)
     sub(/ *\($/, "", n)
     return n

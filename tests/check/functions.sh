@@ -20,7 +20,8 @@ awk '
     }
     END { exit bad }' $header "$work/functions" || bad=1
 
-# Bodies mention no function of a later section. The C++ overloads in >>api are the public functions'.
+# Bodies mention no function of a later section. The C++ overloads in >>api are exempt: their bodies
+# are the public functions.
 awk -F'\t' '
     FILENAME ~ /functions$/ {
         split($0, f, " ")
@@ -42,7 +43,8 @@ awk -F'\t' '
                 name = substr(rest, RSTART, RLENGTH)
                 rest = substr(rest, RSTART + RLENGTH)
                 if (!(name in home) || order[home[name]] <= order[home[inside[i]]]) continue
-                print "asyncorch.h:" i ": " inside[i] " (" home[inside[i]] ") uses " name " (" home[name] ")"
+                printf "asyncorch.h:%d: %s (%s) uses %s (%s)\n", i, inside[i],
+                    home[inside[i]], name, home[name]
                 bad = 1
             }
         }
@@ -50,7 +52,10 @@ awk -F'\t' '
     }' "$work/functions" "$work/clean" || bad=1
 
 awk -v allow=$allow '
-    BEGIN { while ((getline line < allow) > 0) if (split(line, f, " ") > 1 && line !~ /^#/) reason[f[1]] = 1 }
+    BEGIN {
+        while ((getline line < allow) > 0)
+            if (split(line, f, " ") > 1 && line !~ /^#/) reason[f[1]] = 1
+    }
     $1 == "F" && $5 != "api" {
         size = $4 - $3 + 1
         count[size]++
@@ -74,7 +79,8 @@ awk -v allow=$allow '
         if (all == 0) { print "no functions: there is no implementation yet"; exit 1 }
         if (median > 10) { print "the median is above 10 lines"; bad = 1 }
         if (ninety > 30) { print "the 90th percentile is above 30 lines"; bad = 1 }
-        print all " functions, lines: median " median ", 90th percentile " ninety ", largest " most " (" largest ")"
+        printf "%d functions, lines: median %d, 90th percentile %d, largest %d (%s)\n",
+            all, median, ninety, most, largest
         exit bad
     }' "$work/functions" || bad=1
 exit $bad

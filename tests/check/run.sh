@@ -1,6 +1,6 @@
 #!/bin/sh
-# Runs every other script of this folder, two at a time: "ok", "FAILED" or "skipped", its name and its
-# last line for each, all its output when it failed. The last line is "N passed, N failed".
+# Runs every other script of this folder, two at a time: "ok", "FAILED" or "skipped", its name and
+# its last line for each, all its output when it failed. The last line is "N passed, N failed".
 # A check ends with 0 when all is well, with 77 when it lacks a tool, otherwise with 1.
 #
 #     sh tests/check/run.sh [name...]
