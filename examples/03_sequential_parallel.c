@@ -29,27 +29,27 @@ static orch_result run_call(void *arg) {
 }
 
 static uint64_t sequential(void) {
-    uint64_t start = orch_now();
+    uint64_t begin = orch_now();
     printf("one after the other:");
     for (int i = 0; i < CALLS; i++) {
         orch_result r = orch_await(orch_go(run_call, &calls[i]));
         printf(" %d", (int)orch_int(&r));
         orch_result_free(&r);
     }
-    uint64_t took = orch_now() - start;
+    uint64_t took = orch_now() - begin;
     printf(" in %d ms\n", (int)took);
     return took;
 }
 
 static uint64_t parallel(void) {
-    uint64_t start = orch_now();
+    uint64_t begin = orch_now();
     printf("side by side:       ");
     orch_future *running[CALLS];
     for (int i = 0; i < CALLS; i++) running[i] = orch_go(run_call, &calls[i]);
     orch_result r = orch_await(orch_all_n(CALLS, running));
     for (size_t i = 0; i < orch_count(&r); i++) printf(" %d", (int)orch_int(orch_at(&r, i)));
     orch_result_free(&r);
-    uint64_t took = orch_now() - start;
+    uint64_t took = orch_now() - begin;
     printf(" in %d ms\n", (int)took);
     return took;
 }

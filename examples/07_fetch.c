@@ -54,7 +54,10 @@ static void *need(void *memory) {
     exit(1);
 }
 
-static char *copy(const char *text) { return strcpy(need(malloc(strlen(text) + 1)), text); }
+static char *copy(const char *text) {
+    size_t size = strlen(text) + 1;
+    return memcpy(need(malloc(size)), text, size);
+}
 
 // ---- fetching
 
@@ -68,9 +71,9 @@ static void draw_bar(void) {
 }
 
 static void fetch_one(fetch *f) {
-    uint64_t start = orch_now();
+    uint64_t begin = orch_now();
     orch_result r = orch_await(orch_timeout(client_get(job.client, f->url), job.timeout_ms));
-    f->ms = orch_now() - start;
+    f->ms = orch_now() - begin;
     f->error = r.error;
     if (r.error == 0) {
         const client_response *response = r.value;

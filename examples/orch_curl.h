@@ -317,8 +317,8 @@ static orch_result orch_curl_on_ready(orch_result *in, void *context) {
     intptr_t events = orch_int(in);
     c->broken = in->error;
     orch_curl_act(c, w->fd,
-                  (events & ORCH_READABLE ? CURL_CSELECT_IN : 0) |
-                      (events & ORCH_WRITABLE ? CURL_CSELECT_OUT : 0));
+                  ((events & ORCH_READABLE) != 0 ? CURL_CSELECT_IN : 0) |
+                      ((events & ORCH_WRITABLE) != 0 ? CURL_CSELECT_OUT : 0));
     if (w->client != NULL) orch_curl_watch_arm(w); // libcurl still wants the same
     if (c->broken != 0) orch_curl_collect(c);
     return orch_ok(NULL, NULL);
@@ -357,9 +357,8 @@ static int orch_curl_on_set_events(CURL *easy, curl_socket_t fd, int what, void 
     (void)easy;
     orch_curl *c = user;
     orch_curl_watch *w = assigned;
-    int events = what == CURL_POLL_REMOVE ? 0
-                                          : (what & CURL_POLL_IN ? ORCH_READABLE : 0) |
-                                                (what & CURL_POLL_OUT ? ORCH_WRITABLE : 0);
+    int events = ((what & CURL_POLL_IN) != 0 ? ORCH_READABLE : 0) |
+                 ((what & CURL_POLL_OUT) != 0 ? ORCH_WRITABLE : 0); // none at CURL_POLL_REMOVE
     if (c->freed || (w != NULL && w->events == events)) return 0;
     if (w != NULL) orch_curl_watch_remove(w);
     if (events != 0) orch_curl_watch_new(c, fd, events);

@@ -1,6 +1,6 @@
 // timeline.h - draws when calls ran: one row per call, a bar from its start to its end in columns
-// of 10 ms, and how it ended. The recording knows nothing of futures; 08_profile.c connects the
-// two.
+// of 10 ms (200 at most), and how it ended. The recording knows nothing of futures; 08_profile.c
+// connects the two.
 
 #ifndef TIMELINE_H
 #define TIMELINE_H
@@ -76,11 +76,11 @@ static void timeline_print(const timeline *t) {
     timeline_print_axis(columns);
     for (size_t i = 0; i < t->count; i++) {
         const struct timeline_row *row = &t->rows[i];
-        int start = timeline_column(t, row->start), end = timeline_column(t, row->end);
+        int from = timeline_column(t, row->start), to = timeline_column(t, row->end);
         printf("%-11s%4d ms ", row->name, (int)(row->end - row->start));
-        timeline_repeat(" ", start);
+        timeline_repeat(" ", from);
         fputs(colour ? colours[row->mark] : "", stdout);
-        timeline_repeat("\xe2\x96\x88", end > start ? end - start : 1); // █, at least one
+        timeline_repeat("\xe2\x96\x88", to > from ? to - from : 1); // █, at least one
         printf("%s%s\n", marks[row->mark], colour ? "\033[0m" : "");
     }
 }
