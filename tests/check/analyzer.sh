@@ -1,0 +1,15 @@
+#!/bin/sh
+# gcc -fanalyzer on the header with its implementation. At -O1: what it sees at -O2 of inlined code
+# makes it report writes to the immortal futures on paths that are not taken.
+set -eu
+
+command -v gcc >/dev/null || { echo 'no gcc'; exit 77; }
+unit=$(mktemp -d)
+trap 'rm -rf "$unit"' EXIT
+printf '#define ASYNCORCH_IMPLEMENTATION\n#include "asyncorch.h"\n' >"$unit/unit.c"
+for options in '' -DNDEBUG; do
+    # shellcheck disable=SC2086
+    gcc -std=c99 -O1 -Wall -Wextra -fanalyzer -Werror $options -I. \
+        -c "$unit/unit.c" -o "$unit/unit.o"
+done
+gcc --version | head -n 1

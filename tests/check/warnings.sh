@@ -1,0 +1,22 @@
+#!/bin/sh
+# Examples, tests and benchmarks compile without a warning with gcc and clang, optimised: some
+# warnings come from what the optimiser sees.
+set -eu
+
+bad=0
+total=0
+log=$(mktemp)
+trap 'rm -f "$log"' EXIT
+curl=
+! pkg-config --exists libcurl 2>/dev/null || curl="-DHAVE_CURL $(pkg-config --cflags libcurl)"
+for cc in gcc clang; do
+    command -v $cc >/dev/null || { echo "no $cc"; exit 77; }
+    for file in examples/*.c bench/*.c tests/test_*.c; do
+        total=$((total + 1))
+        # shellcheck disable=SC2086
+        $cc -std=gnu99 -O1 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror $curl -S "$file" \
+            -o /dev/null >"$log" 2>&1 || { echo "$cc $file"; cat "$log"; bad=1; }
+    done
+done
+echo "$total compilations"
+exit $bad
