@@ -59,7 +59,7 @@ int main(void) {
     if (loop == NULL) return orch_exit(orch_fail(ORCH_ENOMEM));
     int tea = 0, gold = 0;
     price("tea", 10, &tea);
-    price("gold", 60, &gold);
+    price("gold", 150, &gold);
     printf("nothing has run yet\n"); // callbacks run from the loop, never inside orch_then
     int error = orch_loop_run(loop);
     orch_loop_free(loop);

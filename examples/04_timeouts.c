@@ -57,7 +57,7 @@ static orch_result start(void *arg) {
     orch_future *some[2];
     some[0] = orch_go(work, &quick);
     some[1] = orch_go(work, &last);
-    orch_result r = orch_await(orch_gather_n(2, some, 50));
+    orch_result r = orch_await(orch_gather_n(2, some, 200));
     const orch_result *first = orch_at(&r, 0), *second = orch_at(&r, 1);
     printf("gathered: %s, %s\n", first->error == 0 ? (const char *)first->value : "failed",
            second->error == ORCH_ETIMEDOUT ? "timed out" : "in time");

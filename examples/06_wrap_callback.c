@@ -6,7 +6,7 @@
 // prints
 //         tea: 600 cents
 //         gold: no such item
-//         gave up on silk: Timeout after 20 ms
+//         gave up on silk: Timeout after 200 ms
 //         the late answer for silk was dropped
 
 #define ASYNCORCH_IMPLEMENTATION
@@ -64,7 +64,7 @@ static void ask(const char *key, uint64_t answer_after) {
     orch_future *f = lookup(key);
     orch_on(orch_after(answer_after), dispatch,
             NULL); // stands for the library's own thread or loop
-    orch_result r = orch_await(orch_timeout(f, 20));
+    orch_result r = orch_await(orch_timeout(f, 200));
     if (r.error == ORCH_ETIMEDOUT) printf("gave up on %s: %s\n", key, orch_message(&r));
     else if (r.error != 0) printf("%s: %s\n", key, orch_message(&r));
     else printf("%s: %d cents\n", key, *(int *)r.value);
@@ -75,7 +75,7 @@ static orch_result start(void *arg) {
     (void)arg;
     ask("tea", 5);
     ask("gold", 5);
-    ask("silk", 40);
+    ask("silk", 300);
     while (old_waiting.key != NULL)
         orch_sleep(5); // its callback comes, finds nobody, frees the data
     printf("the late answer for silk was dropped\n");
