@@ -136,19 +136,25 @@ typedef struct orch_result {
  * Returns the result.
  * Context: any thread.
  * Owns: the value, when release is not NULL; release(value) is called once, at the end of the last share. */
-orch_result orch_ok(void *value, void (*release)(void *value));
+static inline orch_result orch_ok(void *value, void (*release)(void *value)) {
+    orch_result r = {0, 0, value, value, release};
+    return r;
+}
 
 /* A fulfilled result with a number, to be read by orch_int.
  * Returns the result.
  * Context: any thread.
  * Owns nothing. */
-orch_result orch_ok_int(intptr_t value);
+static inline orch_result orch_ok_int(intptr_t value) { return orch_ok((void *)value, NULL); }
 
 /* A rejected result. An error of 0 is a mistake and becomes ORCH_EINVAL.
  * Returns the result.
  * Context: any thread.
  * Owns nothing. */
-orch_result orch_fail(int error);
+static inline orch_result orch_fail(int error) {
+    orch_result r = {error != 0 ? error : ORCH_EINVAL, 0, NULL, NULL, NULL};
+    return r;
+}
 
 /* A rejected result with a message, formatted as by printf. Out of memory loses the message, not the error.
  * Returns the result.
@@ -166,7 +172,9 @@ const char *orch_message(const orch_result *r);
  * Returns it; 0 for a rejected result.
  * Context: any thread.
  * Owns nothing. */
-intptr_t orch_int(const orch_result *r);
+static inline intptr_t orch_int(const orch_result *r) {
+    return r != NULL && r->error == 0 ? (intptr_t)r->value : 0;
+}
 
 /* Element i of the list that all, all_settled, gather, quorum, or a failed any or quorum ends with.
  * Returns the element's result, never NULL: r itself when r is rejected and has no list (the outer
@@ -768,6 +776,7 @@ static inline orch_result orch_run_with(const orch_loop_desc &desc, orch_task_fn
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/utsname.h>
 #include <time.h>
 #include <unistd.h>
 
@@ -796,13 +805,6 @@ static inline orch_result orch_run_with(const orch_loop_desc &desc, orch_task_fn
 #include <sanitizer/tsan_interface.h>
 #else
 #define ORCHI_TSAN 0
-#endif
-
-#if ORCHI_HAS_INCLUDE(<valgrind / valgrind.h>)
-#include <valgrind/valgrind.h>
-#define ORCHI_VALGRIND 1
-#else
-#define ORCHI_VALGRIND 0
 #endif
 
 #if ORCHI_HAS_INCLUDE(<execinfo.h>)
@@ -847,6 +849,7 @@ static inline orch_result orch_run_with(const orch_loop_desc &desc, orch_task_fn
 
 #define ORCHI_LIKELY(condition) __builtin_expect(!!(condition), 1)
 #define ORCHI_UNLIKELY(condition) __builtin_expect(!!(condition), 0)
+#define ORCHI_SCALAR(variable) __asm__("" : "+r"(variable)) // keeps it in a register of its own
 #define ORCHI_COLD __attribute__((cold, noinline))
 #define ORCHI_NO_INLINE __attribute__((noinline))
 
@@ -1098,6 +1101,7 @@ struct orch_loop {
     orchi_context main;
     struct orchi_stack_map *maps;
     orchi_stack_pool pools[ORCHI_STACK_POOLS];
+    uint32_t stack_log;           // the default size
     void *alternate;              // signal stack
     uint64_t looked;              // when the poller was last asked
     uint64_t look_cost;           // ns
@@ -1425,18 +1429,6 @@ static void orchi_report(orch_loop *loop, const char *format, ...) {
 
 // ---- results
 
-orch_result orch_ok(void *value, void (*release)(void *value)) {
-    orch_result r = {0, 0, value, value, release};
-    return r;
-}
-
-orch_result orch_ok_int(intptr_t value) { return orch_ok((void *)value, NULL); }
-
-orch_result orch_fail(int error) {
-    orch_result r = {error != 0 ? error : ORCH_EINVAL, 0, NULL, NULL, NULL};
-    return r;
-}
-
 /* Messages come from malloc and not from a loop's allocator: a result may outlive every loop. */
 static void orchi_message_release(void *text) { free(text); }
 
@@ -1457,6 +1449,22 @@ orch_result orch_failf(int error, const char *format, ...) {
     return r;
 }
 
+/* Copies a result field by field. A callback has just written it with narrow stores, and wide loads, which a
+ * struct copy compiles to, cannot be forwarded from those: each would wait 12 cycles for the stores. */
+static inline void orchi_move(orch_result *to, const orch_result *from) {
+    int error = from->error;
+    unsigned index = from->index;
+    void *value = from->value, *owner = from->owner;
+    void (*release)(void *) = from->release;
+    ORCHI_SCALAR(value);
+    ORCHI_SCALAR(error);
+    to->error = error;
+    to->index = index;
+    to->value = value;
+    to->owner = owner;
+    to->release = release;
+}
+
 void *orch_take(orch_result *r) {
     if (r == NULL || r->owner != r->value) return NULL;
     void *value = r->value;
@@ -1472,10 +1480,6 @@ void orch_result_free(orch_result *r) {
     r->release = NULL;
     r->owner = r->value = NULL;
     if (release != NULL) release(owner);
-}
-
-intptr_t orch_int(const orch_result *r) {
-    return r != NULL && r->error == 0 ? (intptr_t)r->value : 0;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -1537,9 +1541,10 @@ typedef void *(*orchi_context_fn)(void *arg); // returns what to enter when it h
 #if ORCHI_ASSEMBLY
 /* Saves this point of execution in *save and enters `load`. */
 extern void orchi_switch(void **save, void *load);
-/* Where a new stack starts: calls its function with its argument, both put into registers, and enters what
- * that returns. The call frame information says that there is nothing above: a backtrace ends here. */
-extern void orchi_switch_entry(void);
+/* Saves this point of execution in *save, calls fn(arg) on a new stack, and enters what it returns. That is
+ * a call and a return to the processor too, which predicts both. The call frame information says that there
+ * is nothing above, so a backtrace ends here. */
+extern void orchi_switch_start(void **save, void *top, orchi_context_fn fn, void *arg);
 #endif
 
 // clang-format off
@@ -1569,11 +1574,18 @@ __asm__(
     "    jmp 2b\n"
     ".cfi_endproc\n"
     ORCHI_FUNCTION_END("orchi_switch")
-    ORCHI_FUNCTION("orchi_switch_entry")
+    ORCHI_FUNCTION("orchi_switch_start")
     ".cfi_startproc\n"
+    "    pushq %rbp\n    pushq %rbx\n    pushq %r12\n    pushq %r13\n    pushq %r14\n    pushq %r15\n"
+    "    subq $8, %rsp\n"
+    "    stmxcsr (%rsp)\n"
+    "    fnstcw 4(%rsp)\n"
+    "    movq %rsp, (%rdi)\n"
+    "    movq %rsi, %rsp\n"
+    "    movq %rcx, %rdi\n"
+    "    xorl %ebp, %ebp\n"
     ".cfi_undefined rip\n"
-    "    movq %r12, %rdi\n"
-    "    callq *%r13\n"
+    "    callq *%rdx\n"
     "    movq %rax, %rsi\n"
     "    subq $8, %rsp\n"
     "    stmxcsr (%rsp)\n"
@@ -1582,41 +1594,26 @@ __asm__(
     "    movzwl 4(%rsp), %edx\n"
     "    jmp 3b\n"
     ".cfi_endproc\n"
-    ORCHI_FUNCTION_END("orchi_switch_entry")
+    ORCHI_FUNCTION_END("orchi_switch_start")
 );
 
-typedef struct orchi_frame { // what orchi_switch finds on a stack
-    uint32_t mxcsr;
-    uint16_t x87, unused;
-    void *r15, *r14;
-    orchi_context_fn r13;
-    void *r12, *rbx, *rbp;
-    void (*jump)(void);
-    void *end[2]; // keeps the stack aligned at the entry; zero ends a walk by frame pointers
-} orchi_frame;
-
-static void orchi_frame_fill(orchi_frame *frame, orchi_context_fn fn, void *arg) {
-    __asm__ volatile("stmxcsr %0\n\tfnstcw %1" : "=m"(frame->mxcsr), "=m"(frame->x87));
-    frame->r13 = fn;
-    frame->r12 = arg;
-    frame->jump = orchi_switch_entry;
-}
-
 #elif ORCHI_ASSEMBLY && defined(__aarch64__)
+#define ORCHI_A64_SAVE \
+    "    sub sp, sp, #176\n" \
+    "    stp x19, x20, [sp]\n    stp x21, x22, [sp, #16]\n    stp x23, x24, [sp, #32]\n" \
+    "    stp x25, x26, [sp, #48]\n    stp x27, x28, [sp, #64]\n    stp x29, x30, [sp, #80]\n" \
+    "    stp d8, d9, [sp, #96]\n    stp d10, d11, [sp, #112]\n" \
+    "    stp d12, d13, [sp, #128]\n    stp d14, d15, [sp, #144]\n" \
+    "    mrs x9, fpcr\n" \
+    "    str x9, [sp, #160]\n" \
+    "    mov x10, sp\n" \
+    "    str x10, [x0]\n"
 __asm__(
     ".text\n"
     ORCHI_FUNCTION("orchi_switch")
     ".cfi_startproc\n"
     "    hint #34\n"                       // bti c
-    "    sub sp, sp, #176\n"
-    "    stp x19, x20, [sp]\n    stp x21, x22, [sp, #16]\n    stp x23, x24, [sp, #32]\n"
-    "    stp x25, x26, [sp, #48]\n    stp x27, x28, [sp, #64]\n    stp x29, x30, [sp, #80]\n"
-    "    stp d8, d9, [sp, #96]\n    stp d10, d11, [sp, #112]\n"
-    "    stp d12, d13, [sp, #128]\n    stp d14, d15, [sp, #144]\n"
-    "    mrs x9, fpcr\n"
-    "    str x9, [sp, #160]\n"
-    "    mov x10, sp\n"
-    "    str x10, [x0]\n"
+    ORCHI_A64_SAVE
     "2:  mov sp, x1\n"
     "    ldr x10, [sp, #160]\n"
     "    cmp x9, x10\n"
@@ -1630,32 +1627,21 @@ __asm__(
     "    ret\n"
     ".cfi_endproc\n"
     ORCHI_FUNCTION_END("orchi_switch")
-    ORCHI_FUNCTION("orchi_switch_entry")
+    ORCHI_FUNCTION("orchi_switch_start")
     ".cfi_startproc\n"
+    "    hint #34\n"
+    ORCHI_A64_SAVE
+    "    mov sp, x1\n"
+    "    mov x29, xzr\n"
+    "    mov x0, x3\n"
     ".cfi_undefined x30\n"
-    "    mov x0, x19\n"
-    "    blr x20\n"
+    "    blr x2\n"
     "    mov x1, x0\n"
     "    mrs x9, fpcr\n"
     "    b 2b\n"
     ".cfi_endproc\n"
-    ORCHI_FUNCTION_END("orchi_switch_entry")
+    ORCHI_FUNCTION_END("orchi_switch_start")
 );
-
-typedef struct orchi_frame {
-    void *x19;
-    orchi_context_fn x20;
-    void *x21_29[9];
-    void (*x30)(void);
-    uint64_t d8_15[8], fpcr, unused;
-} orchi_frame;
-
-static void orchi_frame_fill(orchi_frame *frame, orchi_context_fn fn, void *arg) {
-    __asm__ volatile("mrs %0, fpcr" : "=r"(frame->fpcr));
-    frame->x19 = arg;
-    frame->x20 = fn;
-    frame->x30 = orchi_switch_entry;
-}
 
 #elif ORCHI_ASSEMBLY
 #if defined(__riscv_flen) && __riscv_flen >= 64
@@ -1669,22 +1655,22 @@ static void orchi_frame_fill(orchi_frame *frame, orchi_context_fn fn, void *arg)
     "    fld fs4, 136(sp)\n    fld fs5, 144(sp)\n    fld fs6, 152(sp)\n    fld fs7, 160(sp)\n"     \
     "    fld fs8, 168(sp)\n    fld fs9, 176(sp)\n    fld fs10, 184(sp)\n    fld fs11, 192(sp)\n"   \
     "    ld t0, 200(sp)\n    fscsr t0\n"
-#define ORCHI_READ_FCSR(target) __asm__ volatile("frcsr %0" : "=r"(target))
 #else
 #define ORCHI_SAVE_FLOATS ""
 #define ORCHI_LOAD_FLOATS ""
-#define ORCHI_READ_FCSR(target) (void)0
 #endif
+#define ORCHI_RISCV_SAVE \
+    "    addi sp, sp, -208\n" \
+    "    sd ra, 0(sp)\n    sd s0, 8(sp)\n    sd s1, 16(sp)\n    sd s2, 24(sp)\n    sd s3, 32(sp)\n" \
+    "    sd s4, 40(sp)\n    sd s5, 48(sp)\n    sd s6, 56(sp)\n    sd s7, 64(sp)\n    sd s8, 72(sp)\n" \
+    "    sd s9, 80(sp)\n    sd s10, 88(sp)\n    sd s11, 96(sp)\n" \
+    ORCHI_SAVE_FLOATS \
+    "    sd sp, 0(a0)\n"
 __asm__(
     ".text\n"
     ORCHI_FUNCTION("orchi_switch")
     ".cfi_startproc\n"
-    "    addi sp, sp, -208\n"
-    "    sd ra, 0(sp)\n    sd s0, 8(sp)\n    sd s1, 16(sp)\n    sd s2, 24(sp)\n    sd s3, 32(sp)\n"
-    "    sd s4, 40(sp)\n    sd s5, 48(sp)\n    sd s6, 56(sp)\n    sd s7, 64(sp)\n    sd s8, 72(sp)\n"
-    "    sd s9, 80(sp)\n    sd s10, 88(sp)\n    sd s11, 96(sp)\n"
-    ORCHI_SAVE_FLOATS
-    "    sd sp, 0(a0)\n"
+    ORCHI_RISCV_SAVE
     "1:  mv sp, a1\n"
     ORCHI_LOAD_FLOATS
     "    ld ra, 0(sp)\n    ld s0, 8(sp)\n    ld s1, 16(sp)\n    ld s2, 24(sp)\n    ld s3, 32(sp)\n"
@@ -1694,43 +1680,21 @@ __asm__(
     "    ret\n"
     ".cfi_endproc\n"
     ORCHI_FUNCTION_END("orchi_switch")
-    ORCHI_FUNCTION("orchi_switch_entry")
+    ORCHI_FUNCTION("orchi_switch_start")
     ".cfi_startproc\n"
+    ORCHI_RISCV_SAVE
+    "    mv sp, a1\n"
+    "    mv a0, a3\n"
+    "    li s0, 0\n"
     ".cfi_undefined ra\n"
-    "    mv a0, s0\n"
-    "    jalr s1\n"
+    "    jalr a2\n"
     "    mv a1, a0\n"
     "    j 1b\n"
     ".cfi_endproc\n"
-    ORCHI_FUNCTION_END("orchi_switch_entry")
+    ORCHI_FUNCTION_END("orchi_switch_start")
 );
-
-typedef struct orchi_frame {
-    void (*ra)(void);
-    void *s0;
-    orchi_context_fn s1;
-    void *s2_11[10];
-    uint64_t fs0_11[12], fcsr;
-} orchi_frame;
-
-static void orchi_frame_fill(orchi_frame *frame, orchi_context_fn fn, void *arg) {
-    ORCHI_READ_FCSR(frame->fcsr);
-    frame->s0 = arg;
-    frame->s1 = fn;
-    frame->ra = orchi_switch_entry;
-}
 #endif
 // clang-format on
-
-#if ORCHI_ASSEMBLY
-static void *orchi_assembly_start(void *top, orchi_context_fn fn, void *arg) {
-    orchi_frame *frame =
-        (orchi_frame *)(void *)((char *)top - (sizeof(orchi_frame) + 15) / 16 * 16);
-    memset(frame, 0, sizeof *frame);
-    orchi_frame_fill(frame, fn, arg);
-    return frame;
-}
-#endif
 
 #if ORCHI_UCONTEXT
 typedef struct orchi_start { // at the top of a new stack
@@ -1742,13 +1706,13 @@ typedef struct orchi_start { // at the top of a new stack
 static __thread orchi_start *orchi_starting; // makecontext passes only ints
 
 static void orchi_ucontext_entry(void) {
-    void *next = orchi_starting->fn(orchi_starting->arg);
-    orchi_starting = (orchi_start *)next;
-    setcontext((ucontext_t *)next);
+    setcontext((ucontext_t *)orchi_starting->fn(orchi_starting->arg));
 }
 
 /* The start record lies on the new stack; the context of a running stack is a local of the switch. */
-static void *orchi_ucontext_start(void *bottom, void *top, orchi_context_fn fn, void *arg) {
+static void orchi_ucontext_start(void **save, void *bottom, void *top, orchi_context_fn fn,
+                                 void *arg) {
+    ucontext_t here;
     orchi_start *start =
         (orchi_start *)(void *)((char *)top - (sizeof(orchi_start) + 63) / 64 * 64);
     start->fn = fn;
@@ -1758,13 +1722,14 @@ static void *orchi_ucontext_start(void *bottom, void *top, orchi_context_fn fn, 
     start->context.uc_stack.ss_size = (size_t)((char *)start - (char *)bottom);
     start->context.uc_link = NULL;
     makecontext(&start->context, orchi_ucontext_entry, 0);
-    return start;
+    *save = &here;
+    orchi_starting = start;
+    swapcontext(&here, &start->context);
 }
 
 static void orchi_ucontext_switch(void **save, void *load) {
     ucontext_t here;
     *save = &here;
-    orchi_starting = (orchi_start *)load; // only read by a stack that starts
     swapcontext(&here, (ucontext_t *)load);
 }
 #endif
@@ -1775,23 +1740,24 @@ static bool orchi_shadow_stack(void) { // rdssp is a no-op where shadow stacks a
     __asm__ volatile("rdsspq %0" : "+r"(pointer));
     return pointer != 0;
 }
-static void *orchi_start_raw(void *bottom, void *top, orchi_context_fn fn, void *arg) {
-    if (orchi_shadow_stack()) return orchi_ucontext_start(bottom, top, fn, arg);
-    return orchi_assembly_start(top, fn, arg);
+static void orchi_start_raw(void **save, void *bottom, void *top, orchi_context_fn fn, void *arg) {
+    if (orchi_shadow_stack()) orchi_ucontext_start(save, bottom, top, fn, arg);
+    else orchi_switch_start(save, top, fn, arg);
 }
 static void orchi_switch_raw(void **save, void *load) {
     if (orchi_shadow_stack()) orchi_ucontext_switch(save, load);
     else orchi_switch(save, load);
 }
 #elif ORCHI_ASSEMBLY
-static void *orchi_start_raw(void *bottom, void *top, orchi_context_fn fn, void *arg) {
+static inline void orchi_start_raw(void **save, void *bottom, void *top, orchi_context_fn fn,
+                                   void *arg) {
     (void)bottom;
-    return orchi_assembly_start(top, fn, arg);
+    orchi_switch_start(save, top, fn, arg);
 }
 static inline void orchi_switch_raw(void **save, void *load) { orchi_switch(save, load); }
 #else
-static void *orchi_start_raw(void *bottom, void *top, orchi_context_fn fn, void *arg) {
-    return orchi_ucontext_start(bottom, top, fn, arg);
+static void orchi_start_raw(void **save, void *bottom, void *top, orchi_context_fn fn, void *arg) {
+    orchi_ucontext_start(save, bottom, top, fn, arg);
 }
 static void orchi_switch_raw(void **save, void *load) { orchi_ucontext_switch(save, load); }
 #endif
@@ -1833,6 +1799,21 @@ static inline void orchi_tool_enter(orchi_context *self) { (void)self; }
 static inline void orchi_tool_begin(orchi_context *main) { (void)main; }
 #endif
 
+#if ORCHI_ASAN || ORCHI_TSAN
+static void orchi_tool_describe(orchi_context *c, orchi_stack *stack, char *top) {
+    c->fake = NULL;
+    c->bottom = stack->bottom;
+    c->size = (size_t)(top - stack->bottom);
+    c->fiber = stack->fiber;
+}
+#else
+static inline void orchi_tool_describe(orchi_context *c, orchi_stack *stack, char *top) {
+    (void)c;
+    (void)stack;
+    (void)top;
+}
+#endif
+
 #if ORCHI_TSAN
 static void *orchi_fiber_self(void) { return __tsan_get_current_fiber(); }
 static void *orchi_fiber_new(void) { return __tsan_create_fiber(0); }
@@ -1843,19 +1824,35 @@ static void *orchi_fiber_new(void) { return NULL; }
 static void orchi_fiber_free(void *fiber) { (void)fiber; }
 #endif
 
-#if ORCHI_VALGRIND
-static void orchi_valgrind_stack(char *bottom, char *top) {
-    unsigned id = VALGRIND_STACK_REGISTER(bottom, top);
-    (void)id; // the registration ends with the mapping
-    (void)bottom;
-    (void)top;
+/* Valgrind is told of a stack by a client request: an instruction sequence that does nothing outside it, with
+ * the arguments' address in a register (its manual, "The client request mechanism"). Written out here, since
+ * its header is seldom installed. The registration ends with the mapping. */
+// clang-format off
+#if defined(__x86_64__)
+static void orchi_valgrind_request(const uintptr_t *arguments) {
+    uintptr_t answer = 0;
+    __asm__ volatile("rolq $3, %%rdi\n rolq $13, %%rdi\n rolq $61, %%rdi\n rolq $51, %%rdi\n"
+                     "xchgq %%rbx, %%rbx"
+                     : "+d"(answer) : "a"(arguments) : "cc", "memory");
+}
+#elif defined(__aarch64__)
+static void orchi_valgrind_request(const uintptr_t *arguments) {
+    __asm__ volatile("mov x3, #0\n mov x4, %0\n"
+                     "ror x12, x12, #3\n ror x12, x12, #13\n ror x12, x12, #51\n ror x12, x12, #61\n"
+                     "orr x10, x10, x10"
+                     : : "r"(arguments) : "cc", "memory", "x3", "x4");
 }
 #else
-static void orchi_valgrind_stack(char *bottom, char *top) {
-    (void)bottom;
-    (void)top;
-}
+static void orchi_valgrind_request(const uintptr_t *arguments) { (void)arguments; }
 #endif
+// clang-format on
+
+enum { ORCHI_VALGRIND_STACK_REGISTER = 0x1501 };
+
+static void orchi_valgrind_stack(char *bottom, char *top) {
+    uintptr_t arguments[6] = {ORCHI_VALGRIND_STACK_REGISTER, (uintptr_t)bottom, (uintptr_t)top, 0, 0, 0};
+    orchi_valgrind_request(arguments);
+}
 
 /* Leaves `from` and enters `to`. Returns when somebody enters `from`. */
 static inline void orchi_context_switch(orchi_context *from, orchi_context *to) {
@@ -1878,13 +1875,13 @@ static inline void *orchi_context_end(orchi_context *from, orchi_context *to) {
 }
 #endif
 
-static void orchi_context_start(orchi_context *c, orchi_stack *stack, char *top,
-                                orchi_context_fn fn, void *arg) {
-    c->sp = orchi_start_raw(stack->bottom, top, fn, arg);
-    c->fake = NULL;
-    c->bottom = stack->bottom;
-    c->size = (size_t)(top - stack->bottom);
-    c->fiber = stack->fiber;
+/* Leaves `from` and calls fn(arg) on a new stack below top; fn ends with orchi_context_end. */
+static inline void orchi_context_start(orchi_context *from, orchi_context *to, orchi_stack *stack,
+                                       char *top, orchi_context_fn fn, void *arg) {
+    orchi_tool_describe(to, stack, top);
+    orchi_tool_leave(from, to, false);
+    orchi_start_raw(&from->sp, stack->bottom, top, fn, arg);
+    orchi_tool_enter(from);
 }
 
 // ---- stacks
@@ -1901,11 +1898,11 @@ static bool orchi_guard_madvise(char *start) {
 }
 #endif
 
-/* Whether a page is really out of bounds: the kernel refuses to read a path from it. An emulator that
- * swallows the request answers ENOENT for the empty string there. */
-static bool orchi_guard_holds(const char *start) {
+/* Whether a page is really out of bounds: the kernel refuses to write to it. An emulator that swallows
+ * the request to guard it lets the write through. */
+static bool orchi_guard_holds(char *start) {
     int before = errno;
-    bool holds = access(start, F_OK) != 0 && errno == EFAULT;
+    bool holds = uname((struct utsname *)(void *)start) != 0 && errno == EFAULT;
     errno = before;
     return holds;
 }
@@ -2662,13 +2659,24 @@ static void orchi_settle_proxies(orch_loop *loop, orch_future *f) {
     }
 }
 
-/* Settles a pending future with a plain result. */
-static void orchi_settle(orch_loop *loop, orch_future *f, orch_result r) {
-    f->as.result = r;
+/* Settles a pending future with a plain result, which moves into it. */
+static void orchi_settle(orch_loop *loop, orch_future *f, const orch_result *r) {
+    orchi_move(&f->as.result, r);
     f->kind = ORCHI_DONE;
-    if (f->flags & ORCHI_CONSUMED) orchi_deliver(loop, f, r.error == 0);
+    if (f->flags & ORCHI_CONSUMED) orchi_deliver(loop, f, r->error == 0);
     else if (f->flags & ORCHI_LISTED) orchi_settle_proxies(loop, f);
     else if (f->references == 0) orchi_abandon(loop, f);
+}
+
+static void orchi_reject(orch_loop *loop, orch_future *f, int error) {
+    orch_result r = orch_fail(error);
+    orchi_settle(loop, f, &r);
+}
+
+/* Settles a future as its settled source has; consumes the source. */
+static void orchi_settle_as(orch_loop *loop, orch_future *f, orch_future *source) {
+    orch_result r = orchi_take_result(source);
+    orchi_settle(loop, f, &r);
 }
 
 // ---- cancelling and giving up
@@ -2831,10 +2839,10 @@ static void orchi_bypass(orch_loop *loop, orch_future *a, orch_future *f) {
 /* Locks the pending future a in to a claimed f. */
 static void orchi_lock_in(orch_loop *loop, orch_future *a, orch_future *f) {
     if (orchi_root(f) == a) {
-        orchi_settle(loop, a, orch_fail(ORCH_ECYCLE));
+        orchi_reject(loop, a, ORCH_ECYCLE);
         orchi_release(f);
     } else if (orchi_settled(f)) {
-        orchi_settle(loop, a, orchi_take_result(f));
+        orchi_settle_as(loop, a, f);
     } else if (orchi_can_bypass(a)) {
         orchi_bypass(loop, a, f);
     } else {
@@ -2855,19 +2863,19 @@ static void orchi_own(orch_result *r) {
 }
 
 /* Settles a pending future with a result that may be a chain. */
-static inline void orchi_resolve(orch_loop *loop, orch_future *f, orch_result r) {
-    if (r.release == orchi_chain_release) {
-        orchi_lock_in(loop, f, (orch_future *)r.owner);
+static inline void orchi_resolve(orch_loop *loop, orch_future *f, orch_result *r) {
+    if (ORCHI_UNLIKELY(r->release == orchi_chain_release)) {
+        orchi_lock_in(loop, f, (orch_future *)r->owner);
         return;
     }
-    if (r.release != NULL) orchi_own(&r);
+    orchi_own(r);
     orchi_settle(loop, f, r);
 }
 
 /* A promise whose cancel hook was queued may have locked in meanwhile: then there is nothing to do yet. */
 static void orchi_follow_run(orch_future *f) {
     if (!orchi_settled(f->as.follow.source)) return;
-    orchi_settle(orchi_loop_of(f), f, orchi_take_result(f->as.follow.source));
+    orchi_settle_as(orchi_loop_of(f), f, f->as.follow.source);
 }
 
 static orch_future *orchi_follow_cancel(orch_future *f, int reason) {
@@ -2897,7 +2905,7 @@ static orch_future *orchi_proxy_cancel(orch_future *f, int reason) {
     if (source->references == 1 && !(f->flags & ORCHI_LOOKING)) return source;
     orchi_list_remove(source, f);
     source->references--;
-    orchi_settle(orchi_loop_of(f), f, orch_fail(ORCH_ECANCELED));
+    orchi_reject(orchi_loop_of(f), f, ORCH_ECANCELED);
     return NULL;
 }
 
@@ -2931,7 +2939,7 @@ bool orch_settle(orch_promise p, orch_result r) {
         orch_result_free(&r);
         return false;
     }
-    orchi_resolve(orchi_loop, p.future, r);
+    orchi_resolve(orchi_loop, p.future, &r);
     return true;
 }
 
@@ -2956,7 +2964,7 @@ bool orch_promise_on_cancel(orch_promise p, orch_cancel_fn fn, void *context) {
 static orch_future *orchi_promise_cancel(orch_future *f, int reason) {
     f->flags |= ORCHI_CANCEL;
     if (!(f->flags & ORCHI_HOOKED)) {
-        orchi_settle(orchi_loop_of(f), f, orch_fail(ORCH_ECANCELED));
+        orchi_reject(orchi_loop_of(f), f, ORCH_ECANCELED);
     } else if (!(f->flags & ORCHI_ASKED)) {
         f->flags |= ORCHI_ASKED;
         f->as.promise.reason = reason;
@@ -2972,7 +2980,7 @@ static void orchi_promise_run(orch_future *f) {
     bool ended = f->as.promise.fn(f->as.promise.context, f->as.promise.reason);
     f->flags &= (uint16_t)~ORCHI_QUEUED;
     if (f->kind == ORCHI_PROMISE) {
-        if (ended) orchi_settle(loop, f, orch_fail(ORCH_ECANCELED));
+        if (ended) orchi_reject(loop, f, ORCH_ECANCELED);
     } else {
         orchi_kinds[f->kind].run(f);
     }
@@ -3123,15 +3131,30 @@ static bool orchi_same_owner(const orch_result *a, const orch_result *b) {
 }
 
 /* Calls a callback with a lent result. It may have returned *in: then that is not freed but moved. */
-static orch_result orchi_call(orch_then_fn fn, orch_result in, void *context) {
-    orch_result r = fn(&in, context);
-    if (!orchi_same_owner(&r, &in)) orch_result_free(&in);
-    return r;
+static void orchi_call(orch_loop *loop, orch_future *t, orch_then_fn fn, orch_result *in,
+                       void *context) {
+    orch_result r = fn(in, context);
+    if (!orchi_same_owner(&r, in)) orch_result_free(in);
+    orchi_resolve(loop, t, &r);
 }
 
-static orch_result orchi_finalise(orch_future *t, orch_result in) {
-    t->as.finally.fn(t->as.finally.context);
-    return in;
+/* The rare forms: a finaliser, or a context that is owned. */
+ORCHI_NO_INLINE static void orchi_then_special(orch_loop *loop, orch_future *t, orch_result *in,
+                                               orch_then_fn fn) {
+    if (t->flags & ORCHI_FINALLY) {
+        t->as.finally.fn(t->as.finally.context);
+        orchi_resolve(loop, t, in);
+        return;
+    }
+    orchi_owned owned = *(orchi_owned *)t->as.then.context;
+    orchi_extra_free(loop, t->as.then.context);
+    orch_result r = *in;
+    if (fn != NULL) {
+        r = fn(in, owned.context);
+        if (!orchi_same_owner(&r, in)) orch_result_free(in);
+    }
+    orchi_owned_release(&owned);
+    orchi_resolve(loop, t, &r);
 }
 
 /* The source has settled. While the callback runs there is no source, so that cancelling t does nothing. */
@@ -3139,18 +3162,14 @@ static void orchi_then_run(orch_future *t) {
     orch_loop *loop = orchi_loop_of(t);
     orch_result in = orchi_take_result(t->as.then.source);
     orch_then_fn fn = in.error == 0 ? t->as.then.on_ok : t->as.then.on_error;
-    void *context = t->as.then.context;
-    orchi_owned owned = {NULL, NULL};
-    if (t->flags & ORCHI_OWNING) {
-        owned = *(orchi_owned *)context;
-        orchi_extra_free(loop, context);
-        context = owned.context;
-    }
     t->as.then.source = NULL;
-    if (t->flags & ORCHI_FINALLY) in = orchi_finalise(t, in);
-    else if (fn != NULL) in = orchi_call(fn, in, context);
-    orchi_owned_release(&owned);
-    orchi_resolve(loop, t, in);
+    if (ORCHI_UNLIKELY(t->flags & (ORCHI_FINALLY | ORCHI_OWNING))) {
+        orchi_then_special(loop, t, &in, fn);
+    } else if (fn != NULL) {
+        orchi_call(loop, t, fn, &in, t->as.then.context);
+    } else {
+        orchi_settle(loop, t, &in);
+    }
 }
 
 orch_future *orch_finally(orch_future *f, void (*fn)(void *context), void *context) {
@@ -3241,7 +3260,8 @@ orch_future *orch_after(uint64_t ms) {
 
 static void orchi_timer_fire_future(orch_future *f, int events) {
     (void)events;
-    orchi_settle(orchi_loop_of(f), f, orch_ok(NULL, NULL));
+    orch_result r = orch_ok(NULL, NULL);
+    orchi_settle(orchi_loop_of(f), f, &r);
 }
 
 static orch_future *orchi_timer_cancel(orch_future *f, int reason) {
@@ -3249,7 +3269,7 @@ static orch_future *orchi_timer_cancel(orch_future *f, int reason) {
     orch_loop *loop = orchi_loop_of(f);
     f->flags |= ORCHI_CANCEL;
     orchi_timer_disarm(loop, f);
-    orchi_settle(loop, f, orch_fail(ORCH_ECANCELED));
+    orchi_reject(loop, f, ORCH_ECANCELED);
     return NULL;
 }
 
@@ -3465,7 +3485,9 @@ static orch_result orchi_combine_result(orch_future *c) {
 
 static void orchi_combine_run(orch_future *c) {
     if (!(c->flags & ORCHI_LOSERS)) orchi_cancel_losers(c);
-    if (c->as.combine.unended == 0) orchi_settle(orchi_loop_of(c), c, orchi_combine_result(c));
+    if (c->as.combine.unended > 0) return;
+    orch_result r = orchi_combine_result(c);
+    orchi_settle(orchi_loop_of(c), c, &r);
 }
 
 static orch_future *orchi_combine_source(const orch_future *c) {
@@ -3658,9 +3680,9 @@ static void orchi_timeout_run(orch_future *t) {
     if (t->flags & ORCHI_LOSERS) {
         orch_result r = orchi_timeout_result(t->as.timed.ms);
         orchi_release(t->as.timed.source);
-        orchi_settle(loop, t, r);
+        orchi_settle(loop, t, &r);
     } else {
-        orchi_settle(loop, t, orchi_take_result(t->as.timed.source));
+        orchi_settle_as(loop, t, t->as.timed.source);
     }
 }
 
@@ -3828,10 +3850,8 @@ enum { ORCHI_PATIENCE = 1000 }; // refused waits until a task is reported
 
 // ---- entering and leaving
 
-/* Enters a task from the main stack. It may come back with a call for the main stack. */
-static void orchi_enter(orch_loop *loop, orch_task *task) {
-    loop->current = task;
-    orchi_context_switch(&loop->main, &task->context);
+/* On the main stack, when a task has left to it: it may have left a call to be made here. */
+static inline void orchi_serve(orch_loop *loop) {
     while (ORCHI_UNLIKELY(loop->call.fn != NULL)) {
         void *(*fn)(void *) = loop->call.fn;
         orch_task *caller = loop->call.task;
@@ -3841,6 +3861,13 @@ static void orchi_enter(orch_loop *loop, orch_task *task) {
         loop->current = caller;
         orchi_context_switch(&loop->main, &caller->context);
     }
+}
+
+/* Enters a task from the main stack. */
+static void orchi_enter(orch_loop *loop, orch_task *task) {
+    loop->current = task;
+    orchi_context_switch(&loop->main, &task->context);
+    orchi_serve(loop);
 }
 
 /* Where a task goes when it leaves: back to its starter, to the next ready task, or to the main stack. */
@@ -3900,7 +3927,7 @@ static void orchi_task_run(orch_future *f) { orchi_enter(orchi_loop_of(f), f->as
 
 /* The end of a task. Nothing may wait in here any more: releases and hooks are refused as outside a task.
  * The stack is given back first of all that comes after it, and nobody can take it before it is left. */
-static void *orchi_task_end(orch_loop *loop, orch_task *task, orch_result r) {
+static inline void *orchi_task_end(orch_loop *loop, orch_task *task, orch_result *r) {
     task->ended = true;
     if (task->release != NULL) task->release(task->arg);
     loop->stats.tasks--;
@@ -3917,7 +3944,8 @@ static void *orchi_task_main(void *argument) {
     orch_task *task = (orch_task *)argument;
     orch_loop *loop = orchi_loop_of(task->future);
     orchi_tool_begin(&loop->main);
-    return orchi_task_end(loop, task, task->fn(task->arg));
+    orch_result r = task->fn(task->arg);
+    return orchi_task_end(loop, task, &r);
 }
 
 // ---- cancelling
@@ -4016,14 +4044,13 @@ static char *orchi_task_copy(orch_task *task, char *top, const orch_task_desc *d
     return top;
 }
 
-static void orchi_task_start(orch_loop *loop, orch_task *task) {
+/* Runs a new task until it first waits. */
+static inline void orchi_task_start(orch_loop *loop, orch_task *task, char *top) {
     orch_task *self = loop->current;
-    if (self == NULL) {
-        orchi_enter(loop, task);
-        return;
-    }
     loop->current = task;
-    orchi_context_switch(&self->context, &task->context);
+    orchi_context_start(orchi_context_of(loop, self), &task->context, task->stack, top,
+                        orchi_task_main, task);
+    if (self == NULL) orchi_serve(loop);
 }
 
 static orch_future *orchi_go(orch_loop *loop, const orch_task_desc *desc, uint32_t size_log) {
@@ -4038,20 +4065,17 @@ static orch_future *orchi_go(orch_loop *loop, const orch_task_desc *desc, uint32
     orch_task *task = (orch_task *)(void *)top;
     orchi_task_init(loop, task, f, stack, desc);
     if (desc->arg_size > 0) top = orchi_task_copy(task, top, desc);
-    orchi_context_start(&task->context, stack, top, orchi_task_main, task);
     f->as.task.task = task;
     loop->stats.tasks++;
-    loop->join = orchi_join;
-    orchi_task_start(loop, task);
+    orchi_task_start(loop, task, top);
     return f;
 }
 
 static int orchi_task_error(const orch_task_desc *desc, uint32_t *size_log) {
     if (orchi_loop == NULL) return ORCH_ENOLOOP;
     if (desc == NULL || desc->fn == NULL) return ORCH_EINVAL;
-    size_t size = desc->stack_size != 0 ? desc->stack_size : orchi_loop->desc.stack_size;
-    *size_log = orchi_stack_log(size);
-    if (*size_log == 0 || desc->arg_size > size / 2) return ORCH_EINVAL;
+    *size_log = desc->stack_size != 0 ? orchi_stack_log(desc->stack_size) : orchi_loop->stack_log;
+    if (*size_log == 0 || desc->arg_size > ((size_t)1 << *size_log) / 2) return ORCH_EINVAL;
     return desc->arg_size > 0 && desc->arg == NULL ? ORCH_EINVAL : 0;
 }
 
@@ -4322,6 +4346,8 @@ static void orchi_loop_init(orch_loop *loop, const orch_loop_desc *desc) {
     loop->generation = 3; // 1 belongs to the static futures
     loop->main.fiber = orchi_fiber_self();
     loop->poller.ops = &orchi_poll_ops;
+    loop->stack_log = orchi_stack_log(desc->stack_size);
+    loop->join = orchi_join;
     loop->trimmed = orchi_clock();
 }
 
@@ -4534,7 +4560,7 @@ orch_future *orch_ready(int fd, int events) {
     f->as.ready.fd = fd;
     f->as.ready.events = events;
     error = orchi_watch_start(loop, f);
-    if (error != 0) orchi_settle(loop, f, orch_fail(error));
+    if (error != 0) orchi_reject(loop, f, error);
     return f;
 }
 
@@ -4542,7 +4568,8 @@ static void orchi_ready_fire(orch_future *f, int events) {
     orch_loop *loop = orchi_loop_of(f);
     int came = events & f->as.ready.events;
     orchi_unwatch(loop, f);
-    orchi_settle(loop, f, events & ORCHI_BAD_FD ? orch_fail(-EBADF) : orch_ok_int(came));
+    orch_result r = events & ORCHI_BAD_FD ? orch_fail(-EBADF) : orch_ok_int(came);
+    orchi_settle(loop, f, &r);
 }
 
 static orch_future *orchi_ready_cancel(orch_future *f, int reason) {
@@ -4550,7 +4577,7 @@ static orch_future *orchi_ready_cancel(orch_future *f, int reason) {
     orch_loop *loop = orchi_loop_of(f);
     f->flags |= ORCHI_CANCEL;
     orchi_unwatch(loop, f);
-    orchi_settle(loop, f, orch_fail(ORCH_ECANCELED));
+    orchi_reject(loop, f, ORCH_ECANCELED);
     return NULL;
 }
 
@@ -4626,7 +4653,6 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
 #undef ORCHI_TSAN
 #undef ORCHI_UCONTEXT
 #undef ORCHI_UNLIKELY
-#undef ORCHI_VALGRIND
 
 #endif // ASYNCORCH_IMPLEMENTATION
 
