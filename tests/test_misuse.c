@@ -734,8 +734,7 @@ IN_LOOP(a_run_beside_a_loop, "orch_run" DO_NEST) {
 }
 
 static void run_in_callback(orch_result *in, void *context) {
-    (void)in;
-    *(int *)context = result_error(orch_run(task, NULL));
+    if (in->error == 0) *(int *)context = result_error(orch_run(task, NULL));
 }
 
 IN_LOOP(a_run_in_a_callback, "orch_run" DO_NEST) {
@@ -754,8 +753,7 @@ IN_LOOP(a_run_in_a_callback, "orch_run" DO_NEST) {
     }                                                                                              \
     static void name##_callback(orch_result *in, void *context) {                                  \
         orch_loop *loop = orch_loop_current();                                                     \
-        (void)in;                                                                                  \
-        *(int *)context = call;                                                                    \
+        if (in->error == 0) *(int *)context = call; /* not when memory is refused: a plain call */ \
     }                                                                                              \
     IN_LOOP(name##_in_a_callback, "orch_" #name DO_NEST) {                                         \
         int error = 0;                                                                             \

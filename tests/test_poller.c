@@ -401,10 +401,10 @@ static int pairs[PAIRS][2];
 static orch_result echo_once(void *arg) {
     const int *fd = arg;
     char byte = 0;
-    if (soon(orch_ready(fd[0], ORCH_READABLE)) != ORCH_READABLE) return orch_fail(1);
-    if (read(fd[0], &byte, 1) != 1) return orch_fail(2);
-    if (soon(orch_ready(fd[0], ORCH_WRITABLE)) != ORCH_WRITABLE) return orch_fail(3);
-    if (write(fd[0], &byte, 1) != 1) return orch_fail(4);
+    if (soon(orch_ready(fd[0], ORCH_READABLE)) != ORCH_READABLE) return orch_fail(-1001);
+    if (read(fd[0], &byte, 1) != 1) return orch_fail(-1002);
+    if (soon(orch_ready(fd[0], ORCH_WRITABLE)) != ORCH_WRITABLE) return orch_fail(-1003);
+    if (write(fd[0], &byte, 1) != 1) return orch_fail(-1004);
     return orch_ok_int(byte);
 }
 
@@ -524,7 +524,7 @@ TASK_TEST(busy_descriptors_hold_up_neither_timers_nor_tasks) {
 
 static pthread_t sleeper_thread;
 static volatile sig_atomic_t signals_seen;
-static volatile int signals_stop;
+static int signals_stop;
 
 static void count_signal(int number) {
     (void)number;
@@ -533,7 +533,7 @@ static void count_signal(int number) {
 
 static void *send_signals(void *arg) {
     (void)arg;
-    for (int i = 0; i < 10000 && !signals_stop; i++) {
+    for (int i = 0; i < 10000 && !__atomic_load_n(&signals_stop, __ATOMIC_ACQUIRE); i++) {
         pthread_kill(sleeper_thread, SIGUSR1);
         nanosleep(&(struct timespec){0, 300000}, NULL);
     }
@@ -565,7 +565,7 @@ TEST(signals_are_invisible) {
     sleeper_thread = pthread_self();
     if (!make_pair(fd) || !CHECK(pthread_create(&sender, NULL, send_signals, NULL) == 0)) return;
     orch_result r = orch_run(sleep_through_signals, fd);
-    signals_stop = 1;
+    __atomic_store_n(&signals_stop, 1, __ATOMIC_RELEASE);
     pthread_join(sender, NULL);
     CHECK_INT(orch_int(&r), 1);
     CHECK(signals_seen > 10);
@@ -582,8 +582,7 @@ static void *write_later(void *arg) {
         pthread_kill(sleeper_thread, SIGUSR1);
         nanosleep(&(struct timespec){0, 300000}, NULL);
     }
-    put(*(int *)arg);
-    return NULL;
+    return write(*(int *)arg, "x", 1) == 1 ? NULL : arg; // no CHECK in another thread
 }
 
 TEST(a_wait_without_any_timer_outlasts_signals) {
