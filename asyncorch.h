@@ -3005,8 +3005,11 @@ orch_promise orch_promise_unbox(void *box) {
     if (f == NULL || f == ORCH_END || !(f->generation & 1) || !(f->flags & ORCHI_BOXED))
         return dead;
     f->flags &= (uint16_t)~ORCHI_BOXED;
-    if (f->kind == ORCHI_DONE && f->references == 0) orchi_slot_free(orchi_loop_of(f), f);
-    if (f->kind != ORCHI_PROMISE || !(f->generation & 1)) return dead;
+    if (f->kind != ORCHI_PROMISE) {
+        bool last = f->kind == ORCHI_DONE && f->references == 0;
+        if (last) orchi_slot_free(orchi_loop_of(f), f);
+        return dead;
+    }
     orch_promise p = {f, f->generation};
     return p;
 }
