@@ -87,6 +87,8 @@ static void balance(void) {
 }
 
 static void finish(void) {
+    for (int i = 0; i < WORKS && test_shared->fail_at; i++) // which a case in a sweep did not reach
+        orch_settle(work[i].promise, orch_fail(ORCH_ECANCELED));
     turns();
     orch_loop_stats stats = orch_loop_statistics(loop);
     int error = orch_loop_free(loop);
@@ -402,6 +404,7 @@ TEST(race_settles_as_the_first) {
         CHECK_STR(seen[0].message, ok ? "ok" : "six");
         if (ok) CHECK(seen[0].value == &tokens[0]);
         CHECK_INT(work[0].asked, 1);
+        CHECK_INT(work[0].reason, ORCH_ECANCELED);
         CHECK(work[0].order < seen[0].order);
         CHECK_INT(work[1].asked, 0);
         finish();
@@ -541,6 +544,7 @@ TEST(gather_shows_what_was_done_in_time) {
     CHECK_INT(seen[0].at[2].error, 3);
     CHECK(seen[0].at[3].value == &tokens[1]);
     CHECK_INT(work[0].asked, 1);
+    CHECK_INT(work[0].reason, ORCH_ETIMEDOUT);
     CHECK(work[0].order < seen[0].order);
     CHECK_INT(work[3].asked, 0);
     finish();
@@ -612,7 +616,7 @@ TEST(timeout_says_how_long) {
     CHECK_STR(seen[0].message, "Timeout after 30 ms");
     CHECK_STR(seen[1].message, "Timeout after 0 ms");
     CHECK_INT(work[0].asked, 1);
-    CHECK(work[0].reason != 0);
+    CHECK_INT(work[0].reason, ORCH_ETIMEDOUT);
     CHECK(work[0].order < seen[0].order);
     CHECK(orch_promise_pending(work[0].promise) == false);
     finish();
@@ -753,8 +757,7 @@ TEST(cancel_reaches_every_input) {
             CHECK_INT(work[i].reason, 42);
         }
         const orch_result *r = orch_peek(f);
-        if (CHECK(r != NULL)) CHECK_INT(orch_at(r, 0)->error, ORCH_ECANCELED); // or r's own
-        if (r && (kind == ALL || kind == RACE)) CHECK_INT(r->error, ORCH_ECANCELED);
+        if (CHECK(r != NULL)) CHECK_INT(r->error, ORCH_ECANCELED);
         CHECK_INT(timers(), 0);
         orch_drop(f);
         finish();
@@ -838,9 +841,10 @@ TEST(drop_inside_a_task_waits_for_every_input) {
         orch_future *f = combine(kind, 2, in);
         settle_after(1, 2);
         orch_on(orch_go(drop_in_task, f), end, &seen[0]);
+        turns();
+        if (seen[0].error) orch_drop(f); // the task did not start
         run();
         CHECK_INT(seen[0].calls, 1);
-        if (seen[0].error) orch_drop(f); // the task did not start
         finish();
     }
 }

@@ -88,7 +88,10 @@ static void balance(void) {
 }
 
 static void finish(void) {
-    for (int i = 0; i < SEENS; i++) orch_result_free(&seen[i].reply); // not asked for: in a sweep
+    if (test_shared->fail_at) { // a case in a sweep may not have come to settling and replying
+        for (int i = 0; i < WORKS; i++) orch_settle(work[i].promise, orch_fail(ORCH_ECANCELED));
+        for (int i = 0; i < SEENS; i++) orch_result_free(&seen[i].reply);
+    }
     turns();
     size_t left = in_use();
     int error = orch_loop_free(loop);
@@ -1097,23 +1100,50 @@ TEST(cancel_reaches_what_a_callback_returned) {
     }
 }
 
-// A callback that recovers from being cancelled by starting new work: that can be given up as well.
 static orch_result recover(orch_result *in, void *context) {
-    struct work *w = context;
-    (void)in;
-    return orch_chain(begin(w, true));
+    record(in, &seen[0]);
+    return orch_chain(begin(context, false));
 }
 
-TEST(cancel_recovered_into_new_work) {
-    if (!start()) return;
-    orch_future *f = orch_then(begin(&work[0], true), recover, recover, &work[1]);
-    orch_cancel(f, 0);
-    turns();
-    CHECK_INT(work[0].asked, 1);
-    orch_drop(f);
-    turns();
-    CHECK_INT(work[1].asked, 1);
-    finish();
+// A callback that answers to being cancelled with new work: that is asked as well, and how it ends
+// is nobody's unhandled rejection.
+TEST(cancel_is_passed_on_to_new_work) {
+    for (int shared = 0; shared < 2; shared++) {
+        if (!start()) return;
+        orch_future *f = orch_then(begin(&work[0], true), recover, recover, &work[1]);
+        orch_future *held = shared ? orch_ref(f) : NULL;
+        orch_cancel(f, 7);
+        turns();
+        CHECK_INT(work[0].asked, 1);
+        CHECK_INT(seen[0].error, ORCH_ECANCELED);
+        CHECK_INT(work[1].asked, 1);
+        CHECK(!orch_is_settled(f));
+        orch_detach(f);
+        CHECK(orch_settle(work[1].promise, orch_fail(9)));
+        turns();
+        if (held) check_error(held, 9);
+        orch_drop(held);
+        CHECK_INT(unhandled, 0);
+        finish();
+    }
+}
+
+// The same when the producer itself follows new work after it was asked.
+TEST(cancel_is_passed_on_to_what_is_followed) {
+    for (int shared = 0; shared < 2; shared++) {
+        if (!start()) return;
+        orch_future *f = begin(&work[0], false), *held = shared ? orch_ref(f) : NULL;
+        orch_cancel(f, 7);
+        turns();
+        CHECK_INT(work[0].asked, 1);
+        CHECK(orch_follow(work[0].promise, begin(&work[1], true)));
+        turns();
+        CHECK_INT(work[1].asked, 1);
+        check_error(f, ORCH_ECANCELED);
+        orch_drop(f);
+        orch_drop(held);
+        finish();
+    }
 }
 
 TEST(drop_cancels) {
@@ -1146,6 +1176,23 @@ TEST(drop_of_one_of_two_does_not_cancel) {
     orch_drop(f);
     turns();
     CHECK_INT(work[0].asked, 1);
+    finish();
+}
+
+// Work that one holder let run goes on, whatever the others do.
+TEST(drop_after_detach_does_not_cancel) {
+    if (!start()) return;
+    orch_future *f = begin(&work[0], true);
+    orch_detach(orch_ref(f));
+    orch_drop(f);
+    f = begin(&work[1], true);
+    orch_drop(orch_ref(f));
+    orch_detach(f);
+    turns();
+    for (int i = 0; i < 2; i++) {
+        CHECK_INT(work[i].asked, 0);
+        CHECK(orch_settle(work[i].promise, token()));
+    }
     finish();
 }
 
@@ -1436,8 +1483,14 @@ TEST(ref_10000_holders) {
 TEST(loop_free_refuses_while_futures_are_held) {
     if (!start()) return;
     orch_future *f = begin(&work[0], true);
+    bool pending = orch_promise_pending(work[0].promise);
     orch_detach(orch_then(begin(&work[1], true), pass, pass, &seen[0]));
-    CHECK_INT(orch_loop_free(loop), ORCH_EBUSY);
+    int error = orch_loop_free(loop);
+    CHECK_INT(error, ORCH_EBUSY);
+    if (error == 0) { // in a sweep, when there was no memory for it
+        if (pending) abort();
+        return;
+    }
     CHECK_INT(work[0].asked, 1); // it cancelled everything all the same
     CHECK_INT(work[1].asked, 1);
     CHECK_INT(seen[0].error, ORCH_ECANCELED);
@@ -1789,6 +1842,12 @@ TEST(no_memory_for_then) {
     orch_future *g = then_owning(orch_ref(shared), context_in_use, context_in_use);
     check_error(g, ORCH_ENOMEM);
     CHECK_INT(tokens[1], 1);
+    orch_future *h = orch_then(orch_ref(shared), pass, pass, &seen[0]);
+    check_error(h, ORCH_ENOMEM);
+    orch_drop(h);
+    h = orch_finally(orch_ref(shared), count_call, &calls);
+    check_error(h, ORCH_ENOMEM);
+    orch_drop(h);
     const orch_result *r = orch_peek(f);
     if (r) CHECK_INT(r->error, ORCH_ENOMEM), CHECK_INT(tokens[0], 1);
     orch_drop(f);
@@ -1900,6 +1959,29 @@ NULL_DIES(orch_ref, orch_drop(orch_ref(NULL)))
 NULL_DIES(orch_cancel, orch_cancel(NULL, 0))
 NULL_DIES(orch_is_settled, (void)orch_is_settled(NULL))
 NULL_DIES(orch_peek, (void)orch_peek(NULL))
+
+TEST_DIES(misuse_no_callback_orch_on, "asyncorch: orch_on") {
+    if (!start()) return;
+    orch_on(orch_settled(token()), NULL, NULL);
+}
+
+TEST_DIES(misuse_no_callback_orch_finally, "asyncorch: orch_finally") {
+    if (!start()) return;
+    orch_drop(orch_finally(orch_settled(token()), NULL, NULL));
+}
+
+TEST_DIES(misuse_no_callback_orch_promise_on_cancel, "asyncorch: orch_promise_on_cancel") {
+    if (!start()) return;
+    orch_promise p;
+    orch_future *f = orch_future_new(&p);
+    orch_promise_on_cancel(p, NULL, NULL);
+    orch_drop(f);
+}
+
+TEST_DIES(misuse_no_desc_orch_then_with, "asyncorch: orch_then_with") {
+    if (!start()) return;
+    orch_drop(orch_then_with(orch_settled(token()), NULL));
+}
 
 TEST_DIES(misuse_null_orch_follow, "asyncorch: orch_follow") {
     if (!start()) return;
@@ -2017,6 +2099,25 @@ TEST(misuse_null) {
     orch_promise p;
     orch_future *f = orch_future_new(&p);
     orch_follow(p, NULL);
+    orch_drop(f);
+    finish();
+}
+
+// Nothing to call: what was handed over is released all the same.
+TEST(misuse_no_callback) {
+    if (!start()) return;
+    orch_on(orch_settled(token()), NULL, NULL);
+    orch_on(begin(&work[0], true), NULL, NULL);
+    settle_work(NULL, &work[0]);
+    orch_drop(orch_finally(orch_settled(token()), NULL, NULL));
+    orch_drop(orch_then_with(orch_settled(token()), NULL));
+    orch_future *f = orch_finally(orch_settled(token()), NULL, NULL);
+    turns();
+    CHECK(orch_is_settled(f));
+    orch_drop(f);
+    orch_promise p;
+    f = orch_future_new(&p);
+    CHECK(!orch_promise_on_cancel(p, NULL, NULL));
     orch_drop(f);
     finish();
 }
