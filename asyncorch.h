@@ -1101,12 +1101,13 @@ struct orch_loop {
     orchi_context main;
     struct orchi_stack_map *maps;
     orchi_stack_pool pools[ORCHI_STACK_POOLS];
-    uint32_t stack_log;           // the default size
-    void *alternate;              // signal stack
-    uint64_t looked;              // when the poller was last asked
-    uint64_t look_cost;           // ns
-    uint64_t trimmed;             // when idle stacks were last given back
-    void (*join)(orch_future *f); // cancels, and in a task waits for the end; set by >>task
+    uint32_t stack_log;             // the default size
+    void *alternate;                // signal stack
+    uint64_t looked;                // when the poller was last asked
+    uint64_t look_cost;             // ns
+    uint64_t trimmed;               // when idle stacks were last given back
+    void (*join)(orch_future *f);   // cancels, and in a task waits for the end; set by >>task
+    void (*close)(orch_loop *loop); // frees a loop that was kept for a result; set by >>run
     struct {
         void *(*fn)(void *arg);
         void *arg;
@@ -1158,7 +1159,9 @@ const char *orch_error_text(int error) {
     if (known != NULL) return known->text;
     if (error == 0) return "ok";
     if (error > 0) return "application error";
-    return strerror(error > INT_MIN ? -error : INT_MAX);
+    const char *text = strerror(error > INT_MIN ? -error : INT_MAX);
+    return strncmp(text, "Unknown error", 13) != 0 ? text
+                                                   : "unknown error"; // libc's is no static text
 }
 
 const char *orch_error_name(int error) {
@@ -1850,7 +1853,8 @@ static void orchi_valgrind_request(const uintptr_t *arguments) { (void)arguments
 enum { ORCHI_VALGRIND_STACK_REGISTER = 0x1501 };
 
 static void orchi_valgrind_stack(char *bottom, char *top) {
-    uintptr_t arguments[6] = {ORCHI_VALGRIND_STACK_REGISTER, (uintptr_t)bottom, (uintptr_t)top, 0, 0, 0};
+    uintptr_t arguments[6] = {
+        ORCHI_VALGRIND_STACK_REGISTER, (uintptr_t)bottom, (uintptr_t)top, 0, 0, 0};
     orchi_valgrind_request(arguments);
 }
 
@@ -2521,6 +2525,22 @@ static void orchi_share_release(void *future) { orchi_release((orch_future *)fut
 /* The release of a lent result: nothing to give back. */
 static void orchi_lent_release(void *future) { (void)future; }
 
+/* The release of a result that outlives its loop: the loop was kept for it. */
+static void orchi_kept_release(void *loop) { ((orch_loop *)loop)->close((orch_loop *)loop); }
+
+/* The result that a share, a lent or a kept one shows. */
+static const orch_result *orchi_shown(const orch_result *r) {
+    for (;;) {
+        if (r->release == orchi_share_release || r->release == orchi_lent_release) {
+            r = &((const orch_future *)r->owner)->as.result;
+        } else if (r->release == orchi_kept_release) {
+            r = &((const orch_loop *)r->owner)->outcome;
+        } else {
+            return r;
+        }
+    }
+}
+
 /* The release of a chain: what orch_chain returns, unless somebody settles with it. */
 static void orchi_chain_release(void *future) { orchi_release((orch_future *)future); }
 
@@ -3089,14 +3109,19 @@ static orch_future *orchi_consumer(orch_future *f, orchi_kind_id kind) {
     return t;
 }
 
-orch_future *orch_then(orch_future *f, orch_then_fn on_ok, orch_then_fn on_error, void *context) {
-    if (orchi_here("orch_then") == NULL) return orchi_rejected(ORCH_ENOLOOP);
-    orch_future *t = orchi_consumer(orchi_claim(f, "orch_then"), ORCHI_THEN);
+static orch_future *orchi_then(orch_future *f, orch_then_fn on_ok, orch_then_fn on_error,
+                               void *context, const char *function) {
+    if (orchi_here(function) == NULL) return orchi_rejected(ORCH_ENOLOOP);
+    orch_future *t = orchi_consumer(orchi_claim(f, function), ORCHI_THEN);
     if (t == NULL) return orchi_rejected(ORCH_ENOMEM);
     t->as.then.on_ok = on_ok;
     t->as.then.on_error = on_error;
     t->as.then.context = context;
     return t;
+}
+
+orch_future *orch_then(orch_future *f, orch_then_fn on_ok, orch_then_fn on_error, void *context) {
+    return orchi_then(f, on_ok, on_error, context, "orch_then");
 }
 
 static void orchi_owned_release(const orchi_owned *owned) {
@@ -3111,7 +3136,7 @@ static orch_future *orchi_then_owning(orch_future *f, const orch_then_desc *desc
     }
     owned->context = desc->context;
     owned->release = desc->release;
-    orch_future *t = orch_then(f, desc->on_ok, desc->on_error, owned);
+    orch_future *t = orchi_then(f, desc->on_ok, desc->on_error, owned, "orch_then_with");
     if (t->flags & ORCHI_IMMORTAL) orchi_extra_free(orchi_loop, owned);
     else t->flags |= ORCHI_OWNING;
     return t;
@@ -3123,7 +3148,9 @@ orch_future *orch_then_with(orch_future *f, const orch_then_desc *desc) {
         return orchi_rejected(desc != NULL ? ORCH_ENOLOOP
                                            : orchi_misuse("orch_then_with", ORCH_EINVAL));
     }
-    if (desc->release == NULL) return orch_then(f, desc->on_ok, desc->on_error, desc->context);
+    if (desc->release == NULL) {
+        return orchi_then(f, desc->on_ok, desc->on_error, desc->context, "orch_then_with");
+    }
     orch_future *t = orchi_then_owning(f, desc);
     if (t->flags & ORCHI_IMMORTAL) desc->release(desc->context);
     return t;
@@ -3134,50 +3161,57 @@ static bool orchi_same_owner(const orch_result *a, const orch_result *b) {
 }
 
 /* Calls a callback with a lent result. It may have returned *in: then that is not freed but moved. */
-static void orchi_call(orch_loop *loop, orch_future *t, orch_then_fn fn, orch_result *in,
-                       void *context) {
+static inline orch_result orchi_call(orch_then_fn fn, orch_result *in, void *context) {
     orch_result r = fn(in, context);
     if (!orchi_same_owner(&r, in)) orch_result_free(in);
-    orchi_resolve(loop, t, &r);
+    return r;
 }
 
 /* The rare forms: a finaliser, or a context that is owned. */
-ORCHI_NO_INLINE static void orchi_then_special(orch_loop *loop, orch_future *t, orch_result *in,
-                                               orch_then_fn fn) {
+ORCHI_NO_INLINE static orch_result orchi_then_special(orch_loop *loop, orch_future *t,
+                                                      orch_then_fn fn, orch_result *in) {
     if (t->flags & ORCHI_FINALLY) {
         t->as.finally.fn(t->as.finally.context);
-        orchi_resolve(loop, t, in);
-        return;
+        return *in;
     }
     orchi_owned owned = *(orchi_owned *)t->as.then.context;
     orchi_extra_free(loop, t->as.then.context);
-    orch_result r = *in;
-    if (fn != NULL) {
-        r = fn(in, owned.context);
-        if (!orchi_same_owner(&r, in)) orch_result_free(in);
-    }
+    orch_result r = fn != NULL ? orchi_call(fn, in, owned.context) : *in;
     orchi_owned_release(&owned);
-    orchi_resolve(loop, t, &r);
+    return r;
 }
 
-/* The source has settled. While the callback runs there is no source, so that cancelling t does nothing. */
-static void orchi_then_run(orch_future *t) {
-    orch_loop *loop = orchi_loop_of(t);
-    orch_result in = orchi_take_result(t->as.then.source);
-    orch_then_fn fn = in.error == 0 ? t->as.then.on_ok : t->as.then.on_error;
+/* Calls what t is for and settles it. While a callback runs there is no source: cancelling t does nothing. */
+static inline void orchi_then_with(orch_loop *loop, orch_future *t, orch_result *in) {
+    orch_then_fn fn = in->error == 0 ? t->as.then.on_ok : t->as.then.on_error;
     t->as.then.source = NULL;
     if (ORCHI_UNLIKELY(t->flags & (ORCHI_FINALLY | ORCHI_OWNING))) {
-        orchi_then_special(loop, t, &in, fn);
+        orch_result r = orchi_then_special(loop, t, fn, in);
+        orchi_resolve(loop, t, &r);
     } else if (fn != NULL) {
-        orchi_call(loop, t, fn, &in, t->as.then.context);
+        orch_result r = orchi_call(fn, in, t->as.then.context);
+        orchi_resolve(loop, t, &r);
     } else {
-        orchi_settle(loop, t, &in);
+        orchi_settle(loop, t, in);
+    }
+}
+
+/* The source has settled. The callback reads its result where it is, unless it is shared. */
+static void orchi_then_run(orch_future *t) {
+    orch_loop *loop = orchi_loop_of(t);
+    orch_future *source = t->as.then.source;
+    if (ORCHI_LIKELY(source->references == 1)) {
+        orchi_then_with(loop, t, &source->as.result);
+        orchi_slot_free(loop, source);
+    } else {
+        orch_result share = orchi_take_result(source);
+        orchi_then_with(loop, t, &share);
     }
 }
 
 orch_future *orch_finally(orch_future *f, void (*fn)(void *context), void *context) {
     if (fn == NULL) orchi_misuse("orch_finally", ORCH_EINVAL);
-    orch_future *t = orch_then(f, NULL, NULL, NULL);
+    orch_future *t = orchi_then(f, NULL, NULL, NULL, "orch_finally");
     if (fn == NULL || (t->flags & ORCHI_IMMORTAL)) return t;
     t->flags |= ORCHI_FINALLY;
     t->as.finally.fn = fn;
@@ -3232,12 +3266,9 @@ void orch_on(orch_future *f, orch_on_fn fn, void *context) {
 }
 
 static void orchi_on_run(orch_future *f) {
-    orch_result in = f->as.result;
-    orch_on_fn fn = f->waiter.on.fn;
-    void *context = f->waiter.on.context;
+    f->waiter.on.fn(&f->as.result, f->waiter.on.context);
+    orch_result_free(&f->as.result);
     orchi_slot_free(orchi_loop_of(f), f);
-    fn(&in, context);
-    orch_result_free(&in);
 }
 
 // ---- timers as futures
@@ -3344,9 +3375,7 @@ static void orchi_list_release(void *owner) {
 /* The list a result shows: its own, or that of the future it is a share of. */
 static const orchi_list *orchi_list_of(const orch_result *r) {
     if (r == NULL) return NULL;
-    while (r->release == orchi_share_release || r->release == orchi_lent_release) {
-        r = &((const orch_future *)r->owner)->as.result;
-    }
+    r = orchi_shown(r);
     return r->release == orchi_list_release ? (const orchi_list *)r->value : NULL;
 }
 
@@ -3396,8 +3425,8 @@ static orch_future *orchi_combine_cancel(orch_future *c, int reason) {
     return NULL;
 }
 
-/* An input that missed gather's deadline: the list shows this future in its place. Its own reference goes
- * when its cancelled work has ended; bit 0 of its place remembers it. */
+/* An input that gather or quorum cancelled: the list shows the reason in its place, whatever comes of it. Its
+ * own reference goes when its work has ended; bit 0 of its place remembers it. */
 static bool orchi_is_late(const orch_future *item) { return ((uintptr_t)item & 1) != 0; }
 
 static orch_future *orchi_late(orch_future *item) { return (orch_future *)((uintptr_t)item | 1); }
@@ -3420,12 +3449,13 @@ static void orchi_cancel_losers(orch_future *c) {
     orch_future **items = orchi_items(list);
     uint32_t places = list->count + list->hidden;
     bool deadline = list->hidden && c->as.combine.winner == list->count;
+    bool replace = deadline || list->mode == ORCHI_QUORUM;
     int reason = deadline ? ORCH_ETIMEDOUT : (int)c->as.combine.fail_left;
     c->flags |= ORCHI_LOSERS;
     for (uint32_t i = 0; i < places && c->as.combine.unended > 0; i++) {
         orch_future *item = items[i];
         if (!orchi_open(item)) continue;
-        if (deadline) items[i] = orchi_late(item);
+        if (replace) items[i] = orchi_late(item);
         item->flags |= ORCHI_CANCEL;
         orchi_cancel(item, reason);
     }
@@ -3437,17 +3467,18 @@ static orch_result orchi_timeout_result(uint64_t ms) {
     return r;
 }
 
-/* Replaces what missed the deadline by one shared rejected future. */
+/* Replaces what was cancelled by one shared rejected future. */
 static void orchi_show_late(orch_loop *loop, orchi_list *list) {
     orch_future **items = orchi_items(list), *shown = NULL;
-    orchi_release(items[list->count]); // the deadline
+    int error = list->hidden ? ORCH_ETIMEDOUT : ORCH_ECANCELED;
+    if (list->hidden) orchi_release(items[list->count]); // the deadline
     for (uint32_t i = 0; i < list->count; i++) {
         if (!orchi_is_late(items[i])) continue;
         orchi_release(orchi_not_late(items[i]));
         if (shown == NULL) {
             shown = orchi_slot_new(loop, ORCHI_DONE);
-            if (shown == NULL) shown = orchi_rejected(ORCH_ETIMEDOUT);
-            else shown->as.result = orch_fail(ORCH_ETIMEDOUT);
+            if (shown == NULL) shown = orchi_rejected(error);
+            else shown->as.result = orch_fail(error);
         } else if (!(shown->flags & ORCHI_IMMORTAL)) {
             shown->references++;
         }
@@ -3474,7 +3505,7 @@ static orch_result orchi_combine_result(orch_future *c) {
     orchi_list *list = c->as.combine.list;
     uint32_t winner = c->as.combine.winner;
     bool ok = (c->flags & ORCHI_DECIDED_OK) != 0;
-    if (list->hidden) orchi_show_late(orchi_loop_of(c), list);
+    orchi_show_late(orchi_loop_of(c), list);
     if (winner == ORCHI_NO_WINNER) {
         orchi_list_release(list);
         return orch_fail(ORCH_ECANCELED);
@@ -3540,6 +3571,10 @@ static orch_future *orchi_combine(const char *function, orchi_mode mode, size_t 
     c->as.combine.unended = (uint32_t)count + list->hidden;
     c->as.combine.ok_left = (uint32_t)ok_left;
     c->as.combine.fail_left = (uint32_t)fail_left;
+    if (ok_left == 0) { // a quorum of none: nothing of what follows counts
+        c->flags |= ORCHI_DECIDED | ORCHI_DECIDED_OK;
+        orchi_combine_decide(c, 0);
+    }
     for (uint32_t i = 0; i < count; i++) orchi_combine_add(c, i, orchi_claim(futures[i], function));
     if (deadline != NULL) orchi_combine_add(c, (uint32_t)count, deadline);
     return c;
@@ -3592,10 +3627,7 @@ orch_future *orch_quorum_n(size_t needed, size_t count, orch_future *const *futu
     int error = orchi_combine_error(count, futures);
     if (error == 0 && needed > count) error = ORCH_EINVAL;
     if (error != 0) return orchi_combine_refuse("orch_quorum", error, count, futures);
-    if (needed == 0) {
-        orchi_give_up(count, futures);
-        return orchi_empty_list(ORCHI_QUORUM);
-    }
+    if (count == 0) return orchi_empty_list(ORCHI_QUORUM);
     return orchi_combine("orch_quorum", ORCHI_QUORUM, needed, count - needed + 1, count, futures,
                          NULL);
 }
@@ -3858,8 +3890,11 @@ static inline void orchi_serve(orch_loop *loop) {
     while (ORCHI_UNLIKELY(loop->call.fn != NULL)) {
         void *(*fn)(void *) = loop->call.fn;
         orch_task *caller = loop->call.task;
+        bool outer = loop->running;
         loop->call.fn = NULL;
+        loop->running = true;
         void *result = fn(loop->call.arg);
+        loop->running = outer;
         loop->call.arg = result;
         loop->current = caller;
         orchi_context_switch(&loop->main, &caller->context);
@@ -3879,6 +3914,7 @@ static inline orch_task *orchi_next_task(orch_loop *loop, orch_task *task) {
         task->nested = false;
         return task->starter;
     }
+    loop->streak = 0;
     if (loop->budget <= 0 || orchi_ring_empty(loop)) return NULL;
     orch_future *front = orchi_front(loop);
     if (front->kind != ORCHI_TASK) return NULL;
@@ -3903,7 +3939,6 @@ static inline void orchi_suspend(orch_loop *loop, orch_task *task) {
     if (ORCHI_UNLIKELY(task->canary) && !orchi_canary_lives(task->stack)) {
         orchi_overflowed(loop, task);
     }
-    loop->streak = 0;
     orch_task *next = orchi_next_task(loop, task);
     if (next == task) return;
     loop->current = next;
@@ -3937,7 +3972,6 @@ static inline void *orchi_task_end(orch_loop *loop, orch_task *task, orch_result
     orchi_resolve(loop, task->future, r);
     orch_task *next = orchi_next_task(loop, task);
     orchi_stack_give(loop, task->stack);
-    loop->streak = 0;
     loop->current = next;
     return orchi_context_end(&task->context, orchi_context_of(loop, next));
 }
@@ -3956,9 +3990,10 @@ static void *orchi_task_main(void *argument) {
 static orch_future *orchi_task_cancel(orch_future *f, int reason) {
     orch_task *task = f->as.task.task;
     f->flags |= ORCHI_CANCEL;
-    if (task->reason == 0) task->reason = reason;
-    if ((task->shields > 0 && !task->exposed) || task->joining) return NULL;
-    return task->waiting;
+    if (task->reason != 0)
+        return NULL; // was asked before; tasks that await each other end the walk
+    task->reason = reason;
+    return task->shields > 0 || task->joining ? NULL : task->waiting;
 }
 
 static void orchi_task_retarget(orch_future *f, uint32_t input, orch_future *to) {
@@ -4382,8 +4417,18 @@ orch_loop *orch_loop_new(const orch_loop_desc *desc) {
     return loop;
 }
 
+/* What a slot that is left still owns. */
+static void orchi_discard_visit(orch_future *f, void *context) {
+    orch_loop *loop = (orch_loop *)context;
+    if (f->kind == ORCHI_DONE || f->kind == ORCHI_ON) orch_result_free(&f->as.result);
+    else if (f->kind == ORCHI_THEN && (f->flags & ORCHI_OWNING))
+        orchi_owned_release((orchi_owned *)f->as.then.context);
+    else if (f->kind == ORCHI_COMBINE) orchi_list_free(loop, f->as.combine.list);
+}
+
 /* Gives everything back, whatever is left. */
 static void orchi_loop_dispose(orch_loop *loop) {
+    orchi_each_slot(loop, orchi_discard_visit, loop);
     orchi_fault_uninstall(loop);
     orchi_maps_free(loop);
     loop->poller.ops->close(loop);
@@ -4400,18 +4445,22 @@ static void orchi_loop_dispose(orch_loop *loop) {
     allocator.resize(allocator.user, loop, sizeof *loop, 0);
 }
 
+/* What has a consumer is left to it: a task that shields keeps what it waits for. */
 static void orchi_cancel_visit(orch_future *f, void *context) {
     (void)context;
-    if (orchi_settled(f)) return;
+    if (orchi_settled(f) || (f->flags & (ORCHI_WAITED | ORCHI_LISTED)) || f->kind == ORCHI_HUB)
+        return;
     f->flags |= ORCHI_CANCEL;
     orchi_cancel(f, ORCH_ECANCELED);
 }
+
+static void orchi_cancel_all(orch_loop *loop) { orchi_each_slot(loop, orchi_cancel_visit, NULL); }
 
 static void orchi_expose_visit(orch_future *f, void *context) {
     if (f->kind != ORCHI_TASK || f->as.task.task->reason == 0 || f->as.task.task->exposed) return;
     f->as.task.task->exposed = true;
     *(bool *)context = true;
-    orchi_cancel(f, f->as.task.task->reason);
+    if (!f->as.task.task->joining) orchi_cancel(f->as.task.task->waiting, ORCH_ECANCELED);
 }
 
 /* The loop is deadlocked: shields of cancelled tasks do not hold any more. Whether there were any. */
@@ -4421,7 +4470,26 @@ static bool orchi_expose(orch_loop *loop) {
     return any;
 }
 
-static void orchi_cancel_all(orch_loop *loop) { orchi_each_slot(loop, orchi_cancel_visit, NULL); }
+static void orchi_break_visit(orch_future *f, void *context) {
+    if (f->kind != ORCHI_TASK || f->as.task.task->waiting == NULL) return;
+    orch_task *task = f->as.task.task;
+    orch_future *lost = task->waiting;
+    if (orchi_settled(lost)) return;
+    lost->flags = (uint16_t)((lost->flags & ~ORCHI_WAITED) | ORCHI_DETACHED | ORCHI_CANCEL);
+    lost->references--;
+    task->waiting = orchi_rejected(ORCH_ECANCELED);
+    if (task->reason == 0) task->reason = ORCH_ECANCELED;
+    orchi_push(orchi_loop_of(f), f);
+    *(bool *)context = true;
+}
+
+/* Nothing can end any more, as tasks await each other or producers do not settle: their waits are broken off.
+ * Whether there were any. */
+static bool orchi_break(orch_loop *loop) {
+    bool any = false;
+    orchi_each_slot(loop, orchi_break_visit, &any);
+    return any;
+}
 
 int orch_loop_free(orch_loop *loop) {
     int error = orchi_loop_check(loop, "orch_loop_free");
@@ -4457,13 +4525,14 @@ static void orchi_run_rest(orch_loop *loop) {
         if (more < 0) return;
         if (more == 1) continue;
         orchi_cancel_all(loop); // what was started while ending
-        if (orchi_ring_empty(loop) && !orchi_expose(loop)) return;
+        if (!orchi_ring_empty(loop) || orchi_expose(loop) || orchi_break(loop)) continue;
+        return;
     }
 }
 
-/* The release of a result that shows futures of a loop that has ended. */
-static void orchi_run_release(void *owner) {
-    orch_loop *loop = (orch_loop *)owner, *here = orchi_loop;
+/* The end of a loop that was kept for its result. */
+static void orchi_close_kept(orch_loop *loop) {
+    orch_loop *here = orchi_loop;
     orchi_loop = loop;
     orch_result_free(&loop->outcome);
     orchi_loop_dispose(loop);
@@ -4475,14 +4544,16 @@ static bool orchi_shows_loop(const orch_result *r) {
 }
 
 static orch_result orchi_run_outcome(orch_loop *loop, orch_result r) {
-    orchi_loop = NULL;
     if (!orchi_shows_loop(&r)) {
         orchi_loop_dispose(loop);
+        orchi_loop = NULL;
         return r;
     }
+    orchi_loop = NULL;
     loop->outcome = r;
+    loop->close = orchi_close_kept;
     r.owner = loop;
-    r.release = orchi_run_release;
+    r.release = orchi_kept_release;
     return r;
 }
 
@@ -4588,10 +4659,7 @@ static orch_future *orchi_ready_cancel(orch_future *f, int reason) {
 
 const char *orch_message(const orch_result *r) {
     if (r == NULL) return orch_error_text(ORCH_EINVAL);
-    const orch_result *own = r;
-    while (own->release == orchi_share_release || own->release == orchi_lent_release) {
-        own = &((const orch_future *)own->owner)->as.result;
-    }
+    const orch_result *own = orchi_shown(r);
     if (own->release == orchi_message_release) return (const char *)own->value;
     return orch_error_text(r->error);
 }
