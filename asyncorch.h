@@ -4517,16 +4517,18 @@ static int orchi_run_main(orch_loop *loop, orch_future *main) {
     return 0;
 }
 
-/* Asks all that is left to end and runs it until it has, or until nothing can happen any more. */
+/* Asks all that is left to end, what was started meanwhile included, and runs it until it has, or until
+ * nothing can happen any more. */
 static void orchi_run_rest(orch_loop *loop) {
-    orchi_cancel_all(loop);
+    uint64_t seen = 0;
     for (;;) {
-        int more = orchi_turn(loop, UINT64_MAX);
+        if (orchi_ring_empty(loop) && seen != loop->generation) {
+            orchi_cancel_all(loop);
+            seen = loop->generation;
+        }
+        int more = orchi_turn(loop, orchi_ring_empty(loop) ? UINT64_MAX : 0);
         if (more < 0) return;
-        if (more == 1) continue;
-        orchi_cancel_all(loop); // what was started while ending
-        if (!orchi_ring_empty(loop) || orchi_expose(loop) || orchi_break(loop)) continue;
-        return;
+        if (more == 0 && !orchi_expose(loop) && !orchi_break(loop)) return;
     }
 }
 
