@@ -6,21 +6,23 @@
 //
 // Search for >>name to reach a section. Each layer calls only what stands above it in the file.
 //
-//     >>manual          model, first program, futures, tasks, cancellation, time, ownership, errors,
-//                       misuse, threads, limits, caveats
+//     >>manual          model, first program, ownership, order, cancellation, time, errors,
+//                       misuse, threads, limits and caveats
 //     >>config          what can be set before the include
-//     >>api             results, futures, combinators, tasks, loop: one contract block per function
+//     >>api             results, futures, combinators, tasks, loop: one contract block each
 //     >>implementation  bottom first:
 //
-//       8 >>task        coroutines, await, cancellation, shield ........ orch_go, orch_await, orch_run
-//       7 >>combinator  all, any, race, quorum, gather, timeout ........ orch_all, orch_timeout
-//       6 >>future      slots, tickets, settle, then, follow, cancel ... orch_then, orch_settle
-//       5 >>loop        turns, rounds, readiness, deadlock ............. orch_loop_step, orch_ready
-//       4 >>timer       a heap of deadlines
-//       3 >>poller      one contract; poll(2)
-//       2 >>context     stacks with guards, the switch
-//       1 >>base        errors, misuse, allocator, slots, ready ring
 //       0 >>platform    operating system, processor, compiler, tools
+//       1 >>base        errors, misuse, allocator, slots, ready ring
+//       2 >>context     the switch, stacks with guards
+//       3 >>poller      one contract; poll(2)
+//       4 >>timer       a heap of deadlines
+//       5 >>loop        turns, rounds, who awaits what ........ orch_loop_run, orch_loop_step
+//       6 >>future      tickets, settle, then, follow, cancel . orch_then, orch_settle, orch_drop
+//       7 >>combinator  all, any, race, quorum, timeout ....... orch_all, orch_timeout
+//       8 >>task        coroutines, await, shield ............. orch_go, orch_await, orch_sleep
+//         >>run         the life of a loop, the main task ..... orch_loop_new, orch_run
+//       9 >>io          descriptors ........................... orch_ready
 //
 //     >>end             macros undefined, licence
 
@@ -29,14 +31,146 @@
 
 // ------------------------------------------------------------------------------------------------
 // >>manual
-
+//
+// 1. The model
+//
+// A future is the read end of work in progress: pending, then settled once and for ever, with a
+// value or an error. A promise is its write end. A task is a C function that may wait for futures
+// (orch_await) while other tasks run. A loop runs all of this on one thread: it runs what is ready,
+// and sleeps in poll(2) when nothing is. Whatever you compose with all, any, race or timeout is a
+// future again.
+//
+// 2. A first program
+//
+//     #define ASYNCORCH_IMPLEMENTATION
+//     #include "asyncorch.h"
+//     #include <stdio.h>
+//
+//     static orch_result work(void *arg) {           // a task: an ordinary function
+//         orch_sleep(20);                            // only this task waits
+//         return orch_ok_int(*(int *)arg * 2);
+//     }
+//
+//     static orch_result start(void *arg) {
+//         int a = 3, b = 4;
+//         orch_future *first = orch_go(work, &a);    // both run at the same time
+//         orch_future *second = orch_go(work, &b);
+//         (void)arg;
+//         orch_result r = orch_await(orch_timeout(orch_all(first, second), 1000));
+//         if (r.error != 0) return r;                // prints the message and exits with 1
+//         printf("%d\n", (int)(orch_int(orch_at(&r, 0)) + orch_int(orch_at(&r, 1))));
+//         orch_result_free(&r);
+//         return orch_ok(NULL, NULL);
+//     }
+//
+//     int main(void) { return orch_exit(orch_run(start, NULL)); }
+//
+// 3. Ownership
+//
+// Every function that takes a future consumes it, whatever happens. Every function that returns one
+// hands it over. So an expression like the one above leaks nothing on any path and needs no check
+// inside: what could not be made is a future that is rejected already. orch_ref makes one more
+// reference; a reference ends with orch_drop (give up), orch_detach (let it run) or by being
+// consumed. Giving up the last reference to pending work cancels it. Inside a task that call
+// returns only when the work has ended, so a child never touches its parent's variables after they
+// are gone. Outside a task the work ends later, and must own what it uses.
+// A result owns what it shows. Free it with orch_result_free, whoever else may hold the future;
+// orch_take moves the value out when nobody does. A result that a callback gets, or orch_wait
+// gives, is lent. A promise owns nothing: settling twice, or after the future has gone, returns
+// false and does no harm.
+//
+// 4. Order
+//
+// Callbacks run from the loop, never inside orch_then or orch_settle; for one future in the order
+// in which they were registered, overall in the order in which they became runnable. A task starts
+// at once and runs until it first waits. C leaves the order in which arguments are evaluated open:
+// start tasks in statements when their order matters. Awaiting what is settled goes on at once, but
+// the 128th time in a row lets others run first.
+//
+// 5. Cancellation
+//
+// Cancelling is a request. It walks from what was asked to where the work is done: a task in
+// orch_await, a promise with orch_promise_on_cancel, a timer, a descriptor. Work that somebody else
+// holds too is left alone. In a cancelled task everything that would have to wait returns
+// ORCH_ECANCELED until the task ends; between orch_shield_begin and orch_shield_end it may wait,
+// for its clean-up. An await that is under way ends when what it waits for has ended, and returns
+// what that came to: no value is lost. A combinator that is decided cancels its losers and is
+// delivered when they have ended, which takes no time unless a loser shields or its producer said
+// that it will still settle.
+//
+// 6. Time
+//
+// Milliseconds, never early. The clock is monotonic and read once per round of ready work: a timer
+// that is armed in a round counts from the round's end.
+//
+// 7. Errors
+//
+// 0 is success, negative is -errno or ORCH_E..., positive is yours. Rejections can carry a message
+// (orch_failf) that orch_message finds. A detached future that is rejected and seen by nobody is
+// reported to on_unhandled. When everything is blocked for good, orch_run returns ORCH_EDEADLK and
+// reports who awaits what.
+//
+// 8. Misuse
+//
+// debug: builds without NDEBUG print "asyncorch: <function>: <what to do>", a backtrace, and abort.
+// release: builds with NDEBUG return the error named here. What was handed over is released in
+// both.
+//
+//     misuse                                          debug    release
+//     NULL for a future (but drop, detach: nothing)   aborts   ORCH_EINVAL
+//     a future used after it was consumed, pending    aborts   ORCH_ECONSUMED
+//     ... after it was freed                          aborts   ORCH_ECONSUMED, until reused
+//     the same future twice in a list                 aborts   ORCH_ECONSUMED for the second
+//     NULL for a callback, hook or task function      aborts   ORCH_EINVAL; futures are dropped
+//     NULL for a list that is not empty               aborts   ORCH_EINVAL
+//     a count above 2^31 - 16                         aborts   ORCH_EINVAL; the list is not read
+//     needed > count in a quorum                      aborts   ORCH_EINVAL; the inputs are dropped
+//     await, wait, sleep, yield, shield outside task  aborts   ORCH_ENOTASK; await drops its future
+//     no loop on this thread                          aborts   ORCH_ENOLOOP
+//     a loop or orch_run where one is running         aborts   ORCH_ENESTED (orch_loop_new: NULL)
+//     running or freeing a loop from inside it        aborts   ORCH_ENESTED
+//     a future or promise of another thread's loop    aborts   ORCH_ETHREAD; settle: false
+//     a stack size below 16 KiB or above 1 GiB        aborts   ORCH_EINVAL
+//     an argument copy above half the stack           aborts   ORCH_EINVAL
+//     orch_shield_end without a beginning             aborts   ignored
+//     a second next while one is pending              aborts   ORCH_EBUSY
+//     a promise boxed twice at a time                 aborts   the first unbox wins
+//     orch_ready with no or unknown events            aborts   ORCH_EINVAL
+//     a stack overflow                                dies on the guard and names the task, in both
+//     a cancelled task that goes on waiting           reported once, in both
+//
+// Not detected: a handle used after its slot was used again (release), a result copied and freed
+// twice, an element of a list kept longer than the list, a box that is never unboxed while its
+// callback still comes.
+//
+// 9. Threads
+//
+// Each thread may have a loop of its own; loops share nothing, and nothing in this file is to be
+// called for another thread's loop. Only orch_ok, orch_fail, orch_failf, orch_message and the like
+// need no loop.
+//
+// 10. Limits and caveats
+//
+// - A task's stack is 64 KiB by default, of which only touched pages cost memory. Compile with
+//   -fstack-clash-protection, so that even a large frame meets the guard. orch_on_main_stack runs a
+//   hungry call on the thread's own stack.
+// - Callbacks and hooks must not wait. C++ exceptions must not leave a task or callback; longjmp
+//   must not cross a switch.
+// - Blocking calls block the loop. A thread pool, I/O calls, scopes, retry and queues are planned.
+// - A process-wide handler for SIGSEGV and SIGBUS names the task on a stack overflow and then hands
+//   on to what was installed before; orch_loop_desc.no_overflow_report leaves them alone.
+// - Built with -fcf-protection for a processor whose shadow stack is on, and on processors without
+//   assembly here, switching uses ucontext: right, but two system calls a switch.
+// - Under qemu-user there are no cheap guards; mprotect takes their place. orch_loop_statistics
+//   says which.
+//
 // ------------------------------------------------------------------------------------------------
 // >>config
 //
 // Nothing has to be set. Where to define: before the include that has ASYNCORCH_IMPLEMENTATION.
 //
-//     NDEBUG                  not defined   a misuse prints a message and aborts; consumed futures are
-//                                           kept in quarantine, so that a later use is named
+//     NDEBUG                  not defined   a misuse prints a message and aborts; consumed futures
+//                                           stay in quarantine, so that a later use is named
 //                             defined       a misuse returns the documented error
 //     ORCH_USE_UCONTEXT       not defined   define to 1 to switch with ucontext instead of assembly
 //
@@ -72,8 +206,8 @@ extern "C" {
 // Each function has a block that says what it does, what it Returns (with each error), its Context
 // (any thread, loop thread, task only; whether it suspends) and what it Owns. Unless a block says
 // otherwise, "a future" that is returned is never NULL: when it cannot be made it is a rejected one
-// (ORCH_ENOMEM, ORCH_ENOLOOP outside a loop's thread, ORCH_EINVAL for NULL, ORCH_ECONSUMED for a future
-// that was given away before).
+// (ORCH_ENOMEM, ORCH_ENOLOOP outside a loop's thread, ORCH_EINVAL for NULL, ORCH_ECONSUMED for a
+// future that was given away before).
 
 typedef struct orch_future orch_future;         // the read end of work in progress
 typedef struct orch_loop orch_loop;             // one per thread
@@ -135,7 +269,8 @@ typedef struct orch_result {
 /* A fulfilled result with a value.
  * Returns the result.
  * Context: any thread.
- * Owns: the value, when release is not NULL; release(value) is called once, at the end of the last share. */
+ * Owns: the value, when release is not NULL; release(value) is called once, at the end of the last
+ * share. */
 static inline orch_result orch_ok(void *value, void (*release)(void *value)) {
     orch_result r = {0, 0, value, value, release};
     return r;
@@ -156,13 +291,15 @@ static inline orch_result orch_fail(int error) {
     return r;
 }
 
-/* A rejected result with a message, formatted as by printf. Out of memory loses the message, not the error.
+/* A rejected result with a message, formatted as by printf. Out of memory loses the message, not
+ * the error.
  * Returns the result.
  * Context: any thread.
  * Owns: the result owns its message. */
 orch_result orch_failf(int error, const char *format, ...) ORCH_PRINTF(2, 3);
 
-/* What a person should read about a result: its own message, else the text of its error, "ok" for none.
+/* What a person should read about a result: its own message, else the text of its error, "ok" for
+ * none.
  * Returns a string, never NULL.
  * Context: any thread.
  * Owns nothing; the string lives as long as the result. */
@@ -195,7 +332,8 @@ size_t orch_count(const orch_result *r);
  * Owns: hands the value over to the caller; the result no longer owns it. */
 void *orch_take(orch_result *r);
 
-/* Gives back what a result owns and clears it. Freeing twice is harmless; so is freeing a lent result.
+/* Gives back what a result owns and clears it. Freeing twice is harmless; so is freeing a lent
+ * result.
  * Returns nothing.
  * Context: the thread of the loop that made it; does not suspend.
  * Owns: consumes what r owns. */
@@ -203,10 +341,11 @@ void orch_result_free(orch_result *r);
 
 // ---- futures
 //
-// Every function that takes a future consumes it, whatever happens, out of memory included. orch_ref
-// gives one more reference. Giving up the last reference to pending work cancels it.
+// Every function that takes a future consumes it, whatever happens, out of memory included.
+// orch_ref gives one more reference. Giving up the last reference to pending work cancels it.
 
-/* The write end: a ticket, passed by value. It owns nothing, and a late or second use is harmless. */
+/* The write end: a ticket, passed by value. It owns nothing, and a late or second use is harmless.
+ *  */
 typedef struct orch_promise {
     orch_future *future;
     uint64_t generation;
@@ -239,8 +378,8 @@ ORCH_NODISCARD orch_future *orch_future_new(orch_promise *promise);
 ORCH_NODISCARD orch_future *orch_settled(orch_result r);
 
 /* Settles a promise. r may be orch_chain(f), which follows f.
- * Returns whether this call decided it; if not (settled before, locked in, future gone, wrong thread)
- * r is freed.
+ * Returns whether this call decided it; if not (settled before, locked in, future gone, wrong
+ * thread) r is freed.
  * Context: the loop's own thread; never suspends, allocates or calls back.
  * Owns: consumes r. */
 bool orch_settle(orch_promise promise, orch_result r);
@@ -283,22 +422,22 @@ orch_promise orch_promise_unbox(void *box);
  * Owns: hands over a reference. */
 ORCH_NODISCARD orch_future *orch_ref(orch_future *f);
 
-/* Gives up a reference. The last one to pending work cancels it; inside a task the call then returns
- * as soon as that work has ended, outside one the work ends later.
+/* Gives up a reference. The last one to pending work cancels it; inside a task the call then
+ * returns as soon as that work has ended, outside one the work ends later.
  * Returns nothing.
  * Context: loop thread; in a task it may suspend.
  * Owns: consumes f. NULL does nothing. */
 void orch_drop(orch_future *f);
 
-/* Gives up a reference and lets the work run on. Its rejection, if nobody else looks at it, is reported
- * to on_unhandled.
+/* Gives up a reference and lets the work run on. Its rejection, if nobody else looks at it, is
+ * reported to on_unhandled.
  * Returns nothing.
  * Context: loop thread; does not suspend.
  * Owns: consumes f. NULL does nothing. */
 void orch_detach(orch_future *f);
 
-/* Asks pending work to end, without giving up the reference. Work that others hold too is asked as well:
- * the caller decides. Settled work stays as it is.
+/* Asks pending work to end, without giving up the reference. Work that others hold too is asked as
+ * well: the caller decides. Settled work stays as it is.
  * Returns nothing.
  * Context: loop thread; does not suspend.
  * Owns: borrows f. reason is for the work to read (0: ORCH_ECANCELED). */
@@ -316,9 +455,9 @@ bool orch_is_settled(const orch_future *f);
  * Owns: borrows f; the result is f's and lives as long as the caller's reference. */
 const orch_result *orch_peek(orch_future *f);
 
-/* A future of what a callback makes of f: on_ok for a value, on_error for an error, NULL passes on. The
- * callback may return a value, an error, orch_chain of another future, or *in. Cancelling the new future
- * cancels f, and the callback sees ORCH_ECANCELED.
+/* A future of what a callback makes of f: on_ok for a value, on_error for an error, NULL passes on.
+ * The callback may return a value, an error, orch_chain of another future, or *in. Cancelling the
+ * new future cancels f, and the callback sees ORCH_ECANCELED.
  * Returns the new future.
  * Context: loop thread; callbacks run from the loop, never inside this call, and must not suspend.
  * Owns: consumes f; borrows context until the new future is settled. Source: Promises/A+ 2.2. */
@@ -332,7 +471,8 @@ ORCH_NODISCARD orch_future *orch_then(orch_future *f, orch_then_fn on_ok, orch_t
 ORCH_NODISCARD orch_future *orch_then_with(orch_future *f, const orch_then_desc *desc);
 
 /* The end of a chain: fn is called once with the outcome of f, and there is no new future.
- * Returns nothing. When it cannot be registered for want of memory, fn gets ORCH_ENOMEM from this call.
+ * Returns nothing. When it cannot be registered for want of memory, fn gets ORCH_ENOMEM from this
+ * call.
  * Context: loop thread; fn is called from the loop and must not suspend.
  * Owns: consumes f; borrows context until fn was called. */
 void orch_on(orch_future *f, orch_on_fn fn, void *context);
@@ -357,12 +497,13 @@ ORCH_NODISCARD orch_future *orch_after(uint64_t ms);
 
 // ---- combinators
 //
-// They consume their inputs, nest without limit and keep the inputs' order. When the outcome is decided,
-// the losers are cancelled, and the outcome is delivered as soon as they have ended. A loser that others
-// hold too is left alone and not waited for. Each has an array form ending in _n and a variadic form.
+// They consume their inputs, nest without limit and keep the inputs' order. When the outcome is
+// decided, the losers are cancelled, and the outcome is delivered as soon as they have ended. A
+// loser that others hold too is left alone and not waited for. Each has an array form ending in _n
+// and a variadic form.
 
-/* Fulfilled with the list of all values when every input is; rejected with the first error (index: whose)
- * otherwise. No input: fulfilled with an empty list.
+/* Fulfilled with the list of all values when every input is; rejected with the first error (index:
+ * whose) otherwise. No input: fulfilled with an empty list.
  * Returns the future.
  * Context: loop thread; does not suspend. futures is read during the call.
  * Owns: consumes every future, also when it fails. Source: ECMAScript Promise.all. */
@@ -374,34 +515,37 @@ ORCH_NODISCARD orch_future *orch_all_n(size_t count, orch_future *const *futures
  * Owns: as orch_all_n. Source: ECMAScript Promise.allSettled. */
 ORCH_NODISCARD orch_future *orch_all_settled_n(size_t count, orch_future *const *futures);
 
-/* Fulfilled with the first value (index: whose); rejected with ORCH_EALLFAILED and the list of errors when
- * every input is, which an empty list is at once.
+/* Fulfilled with the first value (index: whose); rejected with ORCH_EALLFAILED and the list of
+ * errors when every input is, which an empty list is at once.
  * Returns the future.
  * Context: as orch_all_n.
  * Owns: as orch_all_n. Source: ECMAScript Promise.any. */
 ORCH_NODISCARD orch_future *orch_any_n(size_t count, orch_future *const *futures);
 
-/* Settles as the first input does (index: which one). No input: ORCH_EINVAL, as it could never settle.
+/* Settles as the first input does (index: which one). No input: ORCH_EINVAL, as it could never
+ * settle.
  * Returns the future.
  * Context: as orch_all_n.
  * Owns: as orch_all_n. Source: ECMAScript Promise.race. */
 ORCH_NODISCARD orch_future *orch_race_n(size_t count, orch_future *const *futures);
 
-/* Fulfilled with the list of outcomes as soon as `needed` inputs are fulfilled (what was cancelled then
- * shows ORCH_ECANCELED); rejected with ORCH_EQUORUM and the list when that has become impossible.
+/* Fulfilled with the list of outcomes as soon as `needed` inputs are fulfilled (what was cancelled
+ * then shows ORCH_ECANCELED); rejected with ORCH_EQUORUM and the list when that has become
+ * impossible.
  * Returns the future; needed > count: ORCH_EINVAL.
  * Context: as orch_all_n.
  * Owns: as orch_all_n. */
 ORCH_NODISCARD orch_future *orch_quorum_n(size_t needed, size_t count, orch_future *const *futures);
 
-/* all_settled with a deadline: fulfilled with the list after ms at the latest; what was not done by then
- * is cancelled and shows ORCH_ETIMEDOUT.
+/* all_settled with a deadline: fulfilled with the list after ms at the latest; what was not done by
+ * then is cancelled and shows ORCH_ETIMEDOUT.
  * Returns the future.
  * Context: as orch_all_n.
  * Owns: as orch_all_n. Units: milliseconds. */
 ORCH_NODISCARD orch_future *orch_gather_n(size_t count, orch_future *const *futures, uint64_t ms);
 
-/* A race of f and a timer: settles as f does, or with ORCH_ETIMEDOUT ("Timeout after 2000 ms") and index 1.
+/* A race of f and a timer: settles as f does, or with ORCH_ETIMEDOUT ("Timeout after 2000 ms") and
+ * index 1.
  * Returns the future.
  * Context: loop thread; does not suspend.
  * Owns: consumes f. Units: milliseconds. */
@@ -475,7 +619,8 @@ typedef struct orch_task_desc {
 ORCH_NODISCARD orch_future *orch_go(orch_task_fn fn, void *arg);
 
 /* Starts a task with a name, a copied argument, a release or a stack size.
- * Returns its future; ORCH_EINVAL for no fn, a stack size out of range, or an arg_size above half the stack.
+ * Returns its future; ORCH_EINVAL for no fn, a stack size out of range, or an arg_size above half
+ * the stack.
  * Context: as orch_go.
  * Owns: consumes arg when there is a release, on every path. */
 ORCH_NODISCARD orch_future *orch_go_with(const orch_task_desc *desc);
@@ -487,9 +632,10 @@ ORCH_NODISCARD orch_future *orch_go_with(const orch_task_desc *desc);
 int orch_spawn(orch_task_fn fn, void *arg);
 
 /* Waits for a future and takes its outcome.
- * Returns the result, which is the caller's to free. Cancelled: ORCH_ECANCELED, after the work of f has ended
- * (if nobody else holds it). ORCH_ENOTASK outside a task, where f is dropped.
- * Context: task only; suspends unless f is settled, and then too when it is the 128th call in a row.
+ * Returns the result, which is the caller's to free. Cancelled: ORCH_ECANCELED, after the work of f
+ * has ended (if nobody else holds it). ORCH_ENOTASK outside a task, where f is dropped.
+ * Context: task only; suspends unless f is settled, and then too when it is the 128th call in a
+ * row.
  * Owns: consumes f; hands over the result. */
 orch_result orch_await(orch_future *f);
 
@@ -511,8 +657,8 @@ int orch_yield(void);
  * Owns nothing. Units: milliseconds. */
 int orch_sleep(uint64_t ms);
 
-/* From here to orch_shield_end a cancelled task may wait, for its clean-up. Shields nest. They hold until the
- * loop is deadlocked.
+/* From here to orch_shield_end a cancelled task may wait, for its clean-up. Shields nest. They hold
+ * until the loop is deadlocked.
  * Returns nothing.
  * Context: task only; does not suspend.
  * Owns nothing. */
@@ -563,7 +709,8 @@ void *orch_on_main_stack(void *(*fn)(void *arg), void *arg);
 // ---- loop
 
 typedef struct orch_allocator {
-    // realloc with sizes: old NULL: allocate; size 0: free and return NULL; NULL otherwise: out of memory
+    // realloc with sizes: old NULL: allocate; size 0: free and return NULL; NULL otherwise: out of
+    // memory
     void *(*resize)(void *user, void *old, size_t old_size, size_t size);
     void *user;
 } orch_allocator;
@@ -582,9 +729,8 @@ typedef struct orch_loop_desc {
     orch_allocator allocator; // default: malloc
     orch_poller poller;       // default: poll(2)
     size_t stack_size;        // bytes of a task's stack; default: 64 KiB
-    bool
-        no_overflow_report; // leave SIGSEGV alone: a stack overflow then dies without naming its task
-    void *context;          // for the hooks below
+    bool no_overflow_report;  // leave SIGSEGV alone: a stack overflow is not named
+    void *context;            // for the hooks below
     void (*on_unhandled)(const orch_result *r, void *context); // default: one line on stderr
     void (*on_report)(const char *text,
                       void *context); // deadlocks, ignored cancels; default: stderr
@@ -609,15 +755,15 @@ typedef struct orch_loop_stats {
 ORCH_NODISCARD orch_loop *orch_loop_new(const orch_loop_desc *desc);
 
 /* Cancels everything, runs what is ready until it has ended, and frees the loop and every slot.
- * Returns 0; ORCH_EBUSY, and the loop lives on, while tasks shield, producers still have to settle, or
- * futures are held outside. ORCH_EINVAL for NULL, ORCH_ENESTED inside a task or callback.
+ * Returns 0; ORCH_EBUSY, and the loop lives on, while tasks shield, producers still have to settle,
+ * or futures are held outside. ORCH_EINVAL for NULL, ORCH_ENESTED inside a task or callback.
  * Context: loop thread.
  * Owns: consumes loop when it returns 0. */
 int orch_loop_free(orch_loop *loop);
 
 /* Runs turns until nothing is left to do, or orch_loop_stop.
- * Returns 0; ORCH_EDEADLK when tasks or callbacks are left that nothing can wake (reported); ORCH_ENESTED
- * inside a task or callback; ORCH_EINVAL for NULL; an -errno of the poller.
+ * Returns 0; ORCH_EDEADLK when tasks or callbacks are left that nothing can wake (reported);
+ * ORCH_ENESTED inside a task or callback; ORCH_EINVAL for NULL; an -errno of the poller.
  * Context: loop thread.
  * Owns: borrows loop. */
 int orch_loop_run(orch_loop *loop);
@@ -667,16 +813,18 @@ uint64_t orch_now(void);
 #define ORCH_READABLE 1 // also the end of the stream, and errors
 #define ORCH_WRITABLE 2 // also errors
 
-/* A future of a descriptor's readiness: orch_int of the result has the events that came, of those asked for.
- * Returns the future; rejected: -EBADF for a bad descriptor, ORCH_EINVAL for no or unknown events, ORCH_EBUSY
- * for a second waiter in one direction, ORCH_ENOMEM.
+/* A future of a descriptor's readiness: orch_int of the result has the events that came, of those
+ * asked for.
+ * Returns the future; rejected: -EBADF for a bad descriptor, ORCH_EINVAL for no or unknown events,
+ * ORCH_EBUSY for a second waiter in one direction, ORCH_ENOMEM.
  * Context: loop thread. Drop it before the descriptor is closed.
  * Owns: borrows fd until settled. */
 ORCH_NODISCARD orch_future *orch_ready(int fd, int events);
 
-/* Makes a loop, runs one main task on it, and when that ends cancels and awaits the rest and frees the loop.
- * Returns the main task's result; ORCH_EDEADLK when it can never end (reported); ORCH_ENESTED when this thread
- * has a loop already; ORCH_ENOMEM.
+/* Makes a loop, runs one main task on it, and when that ends cancels and awaits the rest and frees
+ * the loop.
+ * Returns the main task's result; ORCH_EDEADLK when it can never end (reported); ORCH_ENESTED when
+ * this thread has a loop already; ORCH_ENOMEM.
  * Context: any thread without a loop; blocks until all has ended.
  * Owns: borrows arg; the result is the caller's to free. */
 orch_result orch_run(orch_task_fn main, void *arg);
@@ -698,7 +846,8 @@ int orch_exit(orch_result r);
 
 #include <initializer_list>
 
-// C++ has neither compound literals nor the address of a temporary: initialiser lists and references.
+// C++ has neither compound literals nor the address of a temporary: initialiser lists and
+// references.
 typedef std::initializer_list<orch_future *> orch_list;
 static inline orch_future *orch_all_of(orch_list l) { return orch_all_n(l.size(), l.begin()); }
 static inline orch_future *orch_all_settled_of(orch_list l) {
@@ -878,14 +1027,17 @@ static void orchi_print_backtrace(void) {}
 //
 // Errors and misuse, the allocator, the objects every layer shares, slots for futures and the ready
 // ring. Invariants:
-//   - A slot's first word is its generation, odd while it is live; else a free-list link, which is even.
-//     So a ticket or a consumed handle can be checked against a freed slot; slabs live as long as the loop.
-//   - A slot is 64 bytes in a 4 KiB page, whose head names the loop; frees go back to their own page,
-//     because one list over all pages, scrambled by random frees, costs a cache miss per allocation.
-//   - The ring holds pointers to futures that have something to run, each at most once (QUEUED). It grows
-//     with the slots, so that pushing never allocates. A queued slot is not reused before it was popped.
-//   - Settled means kind >= ORCHI_DONE. What a kind does is in one table, orchi_kinds, at the end of the
-//     file: the function pointers by which lower layers reach upper ones.
+//   - A slot's first word is its generation, odd while it is live; else a free-list link, which is
+//     even. So a ticket or a consumed handle can be checked against a freed slot; slabs live as
+//     long as the loop.
+//   - A slot is 64 bytes in a 4 KiB page, whose head names the loop; frees go back to their own
+//     page, because one list over all pages, scrambled by random frees, costs a cache miss per
+//     allocation.
+//   - The ring holds pointers to futures that have something to run, each at most once (QUEUED). It
+//     grows with the slots, so that pushing never allocates. A queued slot is not reused before it
+//     was popped.
+//   - Settled means kind >= ORCHI_DONE. What a kind does is in one table, orchi_kinds, at the end
+//     of the file: the function pointers by which lower layers reach upper ones.
 
 typedef enum orchi_kind_id {
     ORCHI_PROMISE, // settled by a ticket
@@ -1011,8 +1163,8 @@ typedef struct orchi_kind {
     const char *(*label)(const orch_future *f);   // its name, for reports
 } orchi_kind;
 
-// >>forward: the one declaration before its definition. Kinds belong to layers further down; the table
-// at the end of the file is how the loop and settle reach them.
+// >>forward: the one declaration before its definition. Kinds belong to layers further down; the
+// table at the end of the file is how the loop and settle reach them.
 extern const orchi_kind orchi_kinds[ORCHI_KINDS];
 
 struct orchi_page { // 4 KiB, aligned to 4 KiB
@@ -1176,8 +1328,8 @@ static orch_future *orchi_rejected(int error) {
     return (orch_future *)(uintptr_t)&orchi_static_futures[known - orchi_errors];
 }
 
-/* Says what was done wrong. Debug builds stop there; release builds go on, and the caller returns the
- * error that its contract names. */
+/* Says what was done wrong. Debug builds stop there; release builds go on, and the caller returns
+ * the error that its contract names. */
 ORCHI_COLD static int orchi_misuse(const char *function, int error) {
     if (!ORCHI_DEBUG) return error;
     fprintf(stderr, "asyncorch: %s: %s\n", function, orch_error_text(error));
@@ -1223,7 +1375,8 @@ static bool orchi_grow(orch_loop *loop, void **array, uint32_t *capacity, size_t
 
 // ---- ready ring
 
-/* Makes room for `wanted` futures. Positions are taken modulo the capacity, so what is queued moves. */
+/* Makes room for `wanted` futures. Positions are taken modulo the capacity, so what is queued
+ * moves. */
 static bool orchi_ring_reserve(orch_loop *loop, size_t wanted) {
     orchi_ring *ring = &loop->ready;
     if (wanted <= ring->capacity) return true;
@@ -1257,7 +1410,8 @@ static orch_future *orchi_front(const orch_loop *loop) {
     return loop->ready.items[loop->ready.head & (loop->ready.capacity - 1)];
 }
 
-/* Pops the front. The one after next is fetched, as a million ready futures are not in the cache. */
+/* Pops the front. The one after next is fetched, as a million ready futures are not in the cache.
+ *  */
 static orch_future *orchi_pop(orch_loop *loop) {
     orchi_ring *ring = &loop->ready;
     orch_future *f = ring->items[ring->head++ & (ring->capacity - 1)];
@@ -1342,7 +1496,8 @@ static orch_future *orchi_page_take(orchi_page *page) {
     return page->fresh < ORCHI_PAGE_SLOTS ? orchi_page_slot(page, page->fresh++) : NULL;
 }
 
-/* A live slot with one reference, or NULL when out of memory. The kind's part is the caller's to fill. */
+/* A live slot with one reference, or NULL when out of memory. The kind's part is the caller's to
+ * fill. */
 static orch_future *orchi_slot_new(orch_loop *loop, orchi_kind_id kind) {
     orch_future *f = loop->page != NULL ? orchi_page_take(loop->page) : NULL;
     if (ORCHI_UNLIKELY(f == NULL)) {
@@ -1452,8 +1607,9 @@ orch_result orch_failf(int error, const char *format, ...) {
     return r;
 }
 
-/* Copies a result field by field. A callback has just written it with narrow stores, and wide loads, which a
- * struct copy compiles to, cannot be forwarded from those: each would wait 12 cycles for the stores. */
+/* Copies a result field by field. A callback has just written it with narrow stores, and wide
+ * loads, which a struct copy compiles to, cannot be forwarded from those: each would wait 12 cycles
+ * for the stores. */
 static inline void orchi_move(orch_result *to, const orch_result *from) {
     int error = from->error;
     unsigned index = from->index;
@@ -1489,15 +1645,20 @@ void orch_result_free(orch_result *r) {
 // >>context
 //
 // The switch and the stacks. Invariants:
-//   - orchi_switch is assembly at file scope, a function the compiler cannot see into. gcc takes inline
-//     assembly, even with a memory clobber, never to change a non-escaping static; a task's change to one
-//     was then read stale. It keeps callee-saved registers, MXCSR and x87 control word (FPCR, fcsr), and
-//     leaves through a register jump: a `ret` into another stack mispredicts, 8.7 ns against 1.7.
-//   - Built for shadow stacks (CET) the assembly is used only while they are off; else ucontext, which
-//     glibc makes right. So an object marked SHSTK never lies.
-//   - Stacks are cut from maps. Under each lies a guard of 16 KiB: one page is jumped over by a large
-//     frame. Linux 6.13 guards without a mapping of its own; qemu-user says it does and does not, so each
-//     map's guard is tried. Tops are coloured, or all would fight for one cache set.
+//   - orchi_switch is assembly at file scope, a function the compiler cannot see into. gcc takes
+//     inline assembly, even with a memory clobber, never to change a non-escaping static; a task's
+//     change to one was then read stale. It keeps callee-saved registers, MXCSR and x87 control
+//     word (FPCR, fcsr).
+//   - It is left by `ret`. That is predicted when the other task waits at the same place, as tasks
+//     that run the same code do, and a new task is a call and a return to the processor too
+//     (orchi_switch_start). A register jump is faster between two bare switches, but leaves the
+//     call behind on the processor's return stack, and then every return up to the user's loop is
+//     mispredicted: 18 ns a yield against 7.
+//   - Built for shadow stacks (CET) the assembly is used only while they are off; else ucontext,
+//     which glibc makes right. So an object marked SHSTK never lies.
+//   - Stacks are cut from maps. Under each lies a guard of 16 KiB: one page is jumped over by a
+//     large frame. Linux 6.13 guards without a mapping of its own; qemu-user says it does and does
+//     not, so each map's guard is tried. Tops are coloured, or all would fight for one cache set.
 //   - What is idle for a second is given back to the system, all but 64 stacks of each size.
 
 #define ORCHI_GUARD_BYTES ((size_t)16384)
@@ -1544,9 +1705,9 @@ typedef void *(*orchi_context_fn)(void *arg); // returns what to enter when it h
 #if ORCHI_ASSEMBLY
 /* Saves this point of execution in *save and enters `load`. */
 extern void orchi_switch(void **save, void *load);
-/* Saves this point of execution in *save, calls fn(arg) on a new stack, and enters what it returns. That is
- * a call and a return to the processor too, which predicts both. The call frame information says that there
- * is nothing above, so a backtrace ends here. */
+/* Saves this point of execution in *save, calls fn(arg) on a new stack, and enters what it returns.
+ * That is a call and a return to the processor too, which predicts both. The call frame information
+ * says that there is nothing above, so a backtrace ends here. */
 extern void orchi_switch_start(void **save, void *top, orchi_context_fn fn, void *arg);
 #endif
 
@@ -1556,7 +1717,8 @@ __asm__(
     ".text\n"
     ORCHI_FUNCTION("orchi_switch")
     ".cfi_startproc\n"
-    "    pushq %rbp\n    pushq %rbx\n    pushq %r12\n    pushq %r13\n    pushq %r14\n    pushq %r15\n"
+    "    pushq %rbp\n    pushq %rbx\n    pushq %r12\n"
+    "    pushq %r13\n    pushq %r14\n    pushq %r15\n"
     "    subq $8, %rsp\n"
     "    stmxcsr (%rsp)\n"
     "    fnstcw 4(%rsp)\n"
@@ -1579,7 +1741,8 @@ __asm__(
     ORCHI_FUNCTION_END("orchi_switch")
     ORCHI_FUNCTION("orchi_switch_start")
     ".cfi_startproc\n"
-    "    pushq %rbp\n    pushq %rbx\n    pushq %r12\n    pushq %r13\n    pushq %r14\n    pushq %r15\n"
+    "    pushq %rbp\n    pushq %rbx\n    pushq %r12\n"
+    "    pushq %r13\n    pushq %r14\n    pushq %r15\n"
     "    subq $8, %rsp\n"
     "    stmxcsr (%rsp)\n"
     "    fnstcw 4(%rsp)\n"
@@ -1664,8 +1827,10 @@ __asm__(
 #endif
 #define ORCHI_RISCV_SAVE \
     "    addi sp, sp, -208\n" \
-    "    sd ra, 0(sp)\n    sd s0, 8(sp)\n    sd s1, 16(sp)\n    sd s2, 24(sp)\n    sd s3, 32(sp)\n" \
-    "    sd s4, 40(sp)\n    sd s5, 48(sp)\n    sd s6, 56(sp)\n    sd s7, 64(sp)\n    sd s8, 72(sp)\n" \
+    "    sd ra, 0(sp)\n    sd s0, 8(sp)\n    sd s1, 16(sp)\n" \
+    "    sd s2, 24(sp)\n    sd s3, 32(sp)\n" \
+    "    sd s4, 40(sp)\n    sd s5, 48(sp)\n    sd s6, 56(sp)\n" \
+    "    sd s7, 64(sp)\n    sd s8, 72(sp)\n" \
     "    sd s9, 80(sp)\n    sd s10, 88(sp)\n    sd s11, 96(sp)\n" \
     ORCHI_SAVE_FLOATS \
     "    sd sp, 0(a0)\n"
@@ -1677,7 +1842,8 @@ __asm__(
     "1:  mv sp, a1\n"
     ORCHI_LOAD_FLOATS
     "    ld ra, 0(sp)\n    ld s0, 8(sp)\n    ld s1, 16(sp)\n    ld s2, 24(sp)\n    ld s3, 32(sp)\n"
-    "    ld s4, 40(sp)\n    ld s5, 48(sp)\n    ld s6, 56(sp)\n    ld s7, 64(sp)\n    ld s8, 72(sp)\n"
+    "    ld s4, 40(sp)\n    ld s5, 48(sp)\n    ld s6, 56(sp)\n"
+    "    ld s7, 64(sp)\n    ld s8, 72(sp)\n"
     "    ld s9, 80(sp)\n    ld s10, 88(sp)\n    ld s11, 96(sp)\n"
     "    addi sp, sp, 208\n"
     "    ret\n"
@@ -1712,7 +1878,8 @@ static void orchi_ucontext_entry(void) {
     setcontext((ucontext_t *)orchi_starting->fn(orchi_starting->arg));
 }
 
-/* The start record lies on the new stack; the context of a running stack is a local of the switch. */
+/* The start record lies on the new stack; the context of a running stack is a local of the switch.
+ *  */
 static void orchi_ucontext_start(void **save, void *bottom, void *top, orchi_context_fn fn,
                                  void *arg) {
     ucontext_t here;
@@ -1827,9 +1994,10 @@ static void *orchi_fiber_new(void) { return NULL; }
 static void orchi_fiber_free(void *fiber) { (void)fiber; }
 #endif
 
-/* Valgrind is told of a stack by a client request: an instruction sequence that does nothing outside it, with
- * the arguments' address in a register (its manual, "The client request mechanism"). Written out here, since
- * its header is seldom installed. The registration ends with the mapping. */
+/* Valgrind is told of a stack by a client request: an instruction sequence that does nothing
+ * outside it, with the arguments' address in a register (its manual, "The client request
+ * mechanism"). Written out here, since its header is seldom installed. The registration ends with
+ * the mapping. */
 // clang-format off
 #if defined(__x86_64__)
 static void orchi_valgrind_request(const uintptr_t *arguments) {
@@ -1841,7 +2009,8 @@ static void orchi_valgrind_request(const uintptr_t *arguments) {
 #elif defined(__aarch64__)
 static void orchi_valgrind_request(const uintptr_t *arguments) {
     __asm__ volatile("mov x3, #0\n mov x4, %0\n"
-                     "ror x12, x12, #3\n ror x12, x12, #13\n ror x12, x12, #51\n ror x12, x12, #61\n"
+                     "ror x12, x12, #3\n ror x12, x12, #13\n"
+                     "ror x12, x12, #51\n ror x12, x12, #61\n"
                      "orr x10, x10, x10"
                      : : "r"(arguments) : "cc", "memory", "x3", "x4");
 }
@@ -1866,7 +2035,8 @@ static inline void orchi_context_switch(orchi_context *from, orchi_context *to) 
 }
 
 #if ORCHI_TSAN
-/* Leaves for good at once: TSan counts returns of functions, and they must not be the next fiber's. */
+/* Leaves for good at once: TSan counts returns of functions, and they must not be the next fiber's.
+ *  */
 static void *orchi_context_end(orchi_context *from, orchi_context *to) {
     orchi_context_switch(from, to);
     return NULL;
@@ -1902,8 +2072,8 @@ static bool orchi_guard_madvise(char *start) {
 }
 #endif
 
-/* Whether a page is really out of bounds: the kernel refuses to write to it. An emulator that swallows
- * the request to guard it lets the write through. */
+/* Whether a page is really out of bounds: the kernel refuses to write to it. An emulator that
+ * swallows the request to guard it lets the write through. */
 static bool orchi_guard_holds(char *start) {
     int before = errno;
     bool holds = uname((struct utsname *)(void *)start) != 0 && errno == EFAULT;
@@ -2052,8 +2222,8 @@ static void orchi_pool_trim(orchi_stack_pool *pool, uint32_t count) {
     }
 }
 
-/* Before the loop sleeps: what no task has used for a second is given back. Returns how long the loop
- * may sleep at most, so that this is not forgotten. */
+/* Before the loop sleeps: what no task has used for a second is given back. Returns how long the
+ * loop may sleep at most, so that this is not forgotten. */
 static uint64_t orchi_stacks_idle(orch_loop *loop, uint64_t now) {
     bool due = now - loop->trimmed >= ORCHI_TRIM_NS;
     bool more = false;
@@ -2097,11 +2267,13 @@ static bool orchi_canary_lives(const orchi_stack *stack) {
 // One contract for every way to ask the system which descriptors are ready:
 //   open, close   make and free what the poller needs
 //   update        from now on wait for `events` of a descriptor; 0: forget it; an error code or 0
-//   wait          sleep for at most `ns` (UINT64_MAX: without limit) and pass each descriptor that has
+//   wait          sleep for at most `ns` (UINT64_MAX: without limit) and pass each descriptor that
+//   has
 //                 events to `ready`; an interruption by a signal counts as nothing ready
-// Events are ORCH_READABLE and ORCH_WRITABLE, and ORCHI_BAD_FD for a descriptor that is none. Readiness is
-// level-triggered; whoever does not wait any more has said so by update. `ready` only queues: nothing of
-// the user's runs inside wait. poll(2) is the reference: arming costs no system call.
+// Events are ORCH_READABLE and ORCH_WRITABLE, and ORCHI_BAD_FD for a descriptor that is none.
+// Readiness is level-triggered; whoever does not wait any more has said so by update. `ready` only
+// queues: nothing of the user's runs inside wait. poll(2) is the reference: arming costs no system
+// call.
 
 enum { ORCHI_BAD_FD = 4 };
 
@@ -2191,13 +2363,14 @@ static const orchi_poller_ops orchi_poll_ops = {"poll", orchi_poll_open, orchi_p
 // ------------------------------------------------------------------------------------------------
 // >>timer
 //
-// A 4-ary heap of deadlines, ordered by (deadline, sequence), so that equal ones fire in the order set.
-// A timer armed in a round has no deadline yet, only a duration: it waits behind the heap, in the same
-// array, and is stamped at the round's end with the one clock read of that round. So arming costs no
-// clock read, a timer is never early, and late by at most the round. Arming and cancelling within a round
-// never touches the heap. A future knows its position (as.timed.position).
-// Left out: a timer wheel. It fires a million timers faster, but needs cascades and per-level state; for
-// the common case, equal time-outs that are cancelled, the heap's push and remove are a few compares.
+// A 4-ary heap of deadlines, ordered by (deadline, sequence), so that equal ones fire in the order
+// set. A timer armed in a round has no deadline yet, only a duration: it waits behind the heap, in
+// the same array, and is stamped at the round's end with the one clock read of that round. So
+// arming costs no clock read, a timer is never early, and late by at most the round. Arming and
+// cancelling within a round never touches the heap. A future knows its position
+// (as.timed.position). Left out: a timer wheel. It fires a million timers faster, but needs
+// cascades and per-level state; for the common case, equal time-outs that are cancelled, the heap's
+// push and remove are a few compares.
 
 static bool orchi_timer_before(const orchi_timer *a, const orchi_timer *b) {
     return a->deadline != b->deadline ? a->deadline < b->deadline : a->sequence < b->sequence;
@@ -2296,19 +2469,21 @@ static void orchi_timers_fire(orch_loop *loop, uint64_t now) {
 //
 // A turn is a round of ready work, then a look: stamp new timers, ask the poller, fire what is due.
 // Invariants:
-//   - A round runs at most 128 things. Descriptors and timers are looked at when nothing is ready, and
-//     otherwise after a round, unless the last look was less than ten times its own cost ago: so nothing
-//     starves, and looking costs at most a tenth where it is dear.
+//   - A round runs at most 128 things. Descriptors and timers are looked at when nothing is ready,
+//     and otherwise after a round, unless the last look was less than ten times its own cost ago:
+//     so nothing starves, and looking costs at most a tenth where it is dear.
 //   - The clock is read once per look, and twice when the poller was asked while work was ready.
 //   - Asleep means asleep in the poller: with nothing ready there is no turn without an event.
-//   - Everything runs on this thread's main stack, or on a task's that it switched to; only turns run it.
+//   - Everything runs on this thread's main stack, or on a task's that it switched to; only turns
+//     run it.
 
 static void orchi_dispatch(orch_loop *loop, orch_future *f) {
     loop->stats.resumes++;
     orchi_kinds[f->kind].run(f);
 }
 
-/* Runs what is ready, in order. Tasks take from the same ring and budget when they switch directly. */
+/* Runs what is ready, in order. Tasks take from the same ring and budget when they switch directly.
+ *  */
 static void orchi_round(orch_loop *loop) {
     loop->budget = ORCHI_BUDGET;
     while (!orchi_ring_empty(loop) && loop->budget-- > 0) orchi_dispatch(loop, orchi_pop(loop));
@@ -2346,8 +2521,8 @@ static int orchi_poll(orch_loop *loop, uint64_t ns) {
     return loop->poller.ops->wait(loop, ns, orchi_fd_ready);
 }
 
-/* What a look costs. It may at most double from one to the next, as one that was interrupted by another
- * program would keep the loop from looking for ten times as long. */
+/* What a look costs. It may at most double from one to the next, as one that was interrupted by
+ * another program would keep the loop from looking for ten times as long. */
 static uint64_t orchi_look_cost(const orch_loop *loop, uint64_t measured) {
     uint64_t most = 2 * loop->look_cost + 1000;
     return measured < most ? measured : most;
@@ -2498,17 +2673,18 @@ uint64_t orch_now(void) { return orchi_clock() / 1000000u; }
 // Who owns what. Invariants:
 //   - references counts handles and consumers. Pending work needs none: it lives until it settles.
 //     Settled and without references it is freed.
-//   - Every consumer holds its input exclusively. A future with one reference is consumed itself: the
-//     consumer's address goes into waiter.one, for ever, as nobody else has a handle. One with more gets a
-//     proxy per consumer: a slot in its list that is settled with a share of it. So each input has one
-//     consumer, cancelling walks up one chain, and a second consumption of one handle is seen.
-//   - Settling and cancelling only queue: no callback, hook or wake-up runs inside them, and nothing
-//     recurses, however long a chain or deep a nesting.
-//   - Cancelling walks from consumer to source: what passes results on asks its source and stays, until
-//     that has ended; only the source at the end of the walk settles. A proxy whose source others hold too
-//     lets go of it instead.
-//   - A follower with a single holder is bypassed: its consumer moves to its source. So a loop of follows
-//     stays flat.
+//   - Every consumer holds its input exclusively. A future with one reference is consumed itself:
+//     the consumer's address goes into waiter.one, for ever, as nobody else has a handle. One with
+//     more gets a proxy per consumer: a slot in its list that is settled with a share of it. So
+//     each input has one consumer, cancelling walks up one chain, and a second consumption of one
+//     handle is seen.
+//   - Settling and cancelling only queue: no callback, hook or wake-up runs inside them, and
+//     nothing recurses, however long a chain or deep a nesting.
+//   - Cancelling walks from consumer to source: what passes results on asks its source and stays,
+//     until that has ended; only the source at the end of the walk settles. A proxy whose source
+//     others hold too lets go of it instead.
+//   - A follower with a single holder is bypassed: its consumer moves to its source. So a loop of
+//     follows stays flat.
 //   - A decision (outcome final, losers still ending) climbs at once through followers, proxies and
 //     combinators: see orchi_announce.
 //   - A result is freed iteratively: see orchi_retire.
@@ -2544,8 +2720,8 @@ static const orch_result *orchi_shown(const orch_result *r) {
 /* The release of a chain: what orch_chain returns, unless somebody settles with it. */
 static void orchi_chain_release(void *future) { orchi_release((orch_future *)future); }
 
-/* Frees a settled future without references. Releasing its result may retire others, and so on: then the
- * outermost call does the work, from a list. */
+/* Frees a settled future without references. Releasing its result may retire others, and so on:
+ * then the outermost call does the work, from a list. */
 static void orchi_retire(orch_loop *loop, orch_future *f) {
     if (f->as.result.release == NULL) {
         orchi_slot_free(loop, f);
@@ -2609,8 +2785,8 @@ static void orchi_abandon(orch_loop *loop, orch_future *f) {
 
 // ---- decisions
 
-/* Follows a decision upwards until somebody is not decided by it. What is shared on the way goes on a
- * worklist, linked through `link`. */
+/* Follows a decision upwards until somebody is not decided by it. What is shared on the way goes on
+ * a worklist, linked through `link`. */
 static void orchi_climb(orch_future *f, bool ok, orch_future **shared) {
     for (;;) {
         f->flags |= (uint16_t)(ORCHI_DECIDED | (ok ? ORCHI_DECIDED_OK : 0));
@@ -2626,7 +2802,8 @@ static void orchi_climb(orch_future *f, bool ok, orch_future **shared) {
     }
 }
 
-/* Tells everything that encloses f, whose outcome is final from now on though it may not be settled. */
+/* Tells everything that encloses f, whose outcome is final from now on though it may not be
+ * settled. */
 static void orchi_announce(orch_future *f, bool ok) {
     orch_future *shared = NULL;
     orchi_climb(f, ok, &shared);
@@ -2664,7 +2841,8 @@ static void orchi_deliver(orch_loop *loop, orch_future *f, bool ok) {
     }
 }
 
-/* Settles every proxy of a settled future with a share of it, in the order in which they registered. */
+/* Settles every proxy of a settled future with a share of it, in the order in which they
+ * registered. */
 static void orchi_settle_proxies(orch_loop *loop, orch_future *f) {
     orch_future *proxy = f->waiter.list.first;
     f->flags &= (uint16_t)~ORCHI_LISTED;
@@ -2735,8 +2913,8 @@ static int orchi_check(const orch_future *f, const char *function) {
     return ORCHI_UNLIKELY(error != 0) ? orchi_misuse(function, error) : 0;
 }
 
-/* Gives up an array of futures that was handed over, when it cannot be used. All are asked to end before
- * any is waited for. */
+/* Gives up an array of futures that was handed over, when it cannot be used. All are asked to end
+ * before any is waited for. */
 static void orchi_give_up(size_t count, orch_future *const *futures) {
     for (size_t i = 0; i < count; i++) {
         orch_future *f = futures[i];
@@ -2781,9 +2959,9 @@ static orch_future *orchi_claim_shared(orch_future *f) {
     return orchi_rejected(ORCH_ENOMEM);
 }
 
-/* What every consuming function does first with a handle. Returns a future that the caller now holds
- * exclusively if it is pending: f, a proxy of it, or, where f only follows, what it follows. An unusable
- * handle gives an immortal rejected future. */
+/* What every consuming function does first with a handle. Returns a future that the caller now
+ * holds exclusively if it is pending: f, a proxy of it, or, where f only follows, what it follows.
+ * An unusable handle gives an immortal rejected future. */
 static orch_future *orchi_claim(orch_future *f, const char *function) {
     int error = orchi_check(f, function);
     if (ORCHI_UNLIKELY(error != 0)) return orchi_rejected(error);
@@ -2838,7 +3016,8 @@ static bool orchi_can_bypass(const orch_future *a) {
     return a->references == 0 || (a->references == 1 && (a->flags & ORCHI_CONSUMED));
 }
 
-/* Puts f in the place of a, which locks in to it and has a single holder: a's consumer becomes f's. */
+/* Puts f in the place of a, which locks in to it and has a single holder: a's consumer becomes f's.
+ *  */
 static void orchi_bypass(orch_loop *loop, orch_future *a, orch_future *f) {
     bool asked = (a->flags & ORCHI_CANCEL) != 0, decided = (f->flags & ORCHI_DECIDED) != 0;
     f->references = a->references;
@@ -2892,7 +3071,8 @@ static inline void orchi_resolve(orch_loop *loop, orch_future *f, orch_result *r
     orchi_settle(loop, f, r);
 }
 
-/* A promise whose cancel hook was queued may have locked in meanwhile: then there is nothing to do yet. */
+/* A promise whose cancel hook was queued may have locked in meanwhile: then there is nothing to do
+ * yet. */
 static void orchi_follow_run(orch_future *f) {
     if (!orchi_settled(f->as.follow.source)) return;
     orchi_settle_as(orchi_loop_of(f), f, f->as.follow.source);
@@ -3095,8 +3275,8 @@ typedef struct orchi_owned { // in an extra slot
     void (*release)(void *context);
 } orchi_owned;
 
-/* A pending slot that consumes a claimed f and is queued when it has settled; NULL when out of memory,
- * and f is given up. */
+/* A pending slot that consumes a claimed f and is queued when it has settled; NULL when out of
+ * memory, and f is given up. */
 static orch_future *orchi_consumer(orch_future *f, orchi_kind_id kind) {
     orch_future *t = orchi_slot_new(orchi_loop, kind);
     if (t == NULL) {
@@ -3160,7 +3340,8 @@ static bool orchi_same_owner(const orch_result *a, const orch_result *b) {
     return a->release != NULL && a->release == b->release && a->owner == b->owner;
 }
 
-/* Calls a callback with a lent result. It may have returned *in: then that is not freed but moved. */
+/* Calls a callback with a lent result. It may have returned *in: then that is not freed but moved.
+ *  */
 static inline orch_result orchi_call(orch_then_fn fn, orch_result *in, void *context) {
     orch_result r = fn(in, context);
     if (!orchi_same_owner(&r, in)) orch_result_free(in);
@@ -3181,7 +3362,8 @@ ORCHI_NO_INLINE static orch_result orchi_then_special(orch_loop *loop, orch_futu
     return r;
 }
 
-/* Calls what t is for and settles it. While a callback runs there is no source: cancelling t does nothing. */
+/* Calls what t is for and settles it. While a callback runs there is no source: cancelling t does
+ * nothing. */
 static inline void orchi_then_with(orch_loop *loop, orch_future *t, orch_result *in) {
     orch_then_fn fn = in->error == 0 ? t->as.then.on_ok : t->as.then.on_error;
     t->as.then.source = NULL;
@@ -3310,16 +3492,16 @@ static orch_future *orchi_timer_cancel(orch_future *f, int reason) {
 // ------------------------------------------------------------------------------------------------
 // >>combinator
 //
-// all, all_settled, any, race, quorum and gather are one kind: a list of inputs, how many successes and
-// how many failures decide it, and how many inputs have not ended. Two moments:
-//   - The decision: the counters say so, from settle or from an input's own early decision. It is final and
-//     climbs at once (orchi_announce). The combinator queues itself.
-//   - The delivery: when it runs it cancels the losers; when the last has ended it runs again, builds the
-//     result and settles. Finishing from the queue keeps nesting flat, however deep.
-// Losers stay registered; their ordinary settling counts them out. A loser whose work others hold too is a
-// proxy, which lets go. The deadline of gather is one more, hidden, input behind the others. The list of
-// inputs is the list that orch_at reads. Timeout is the race of one input and a timer, in one slot.
-// As-completed iteration is written on the public API alone.
+// all, all_settled, any, race, quorum and gather are one kind: a list of inputs, how many successes
+// and how many failures decide it, and how many inputs have not ended. Two moments:
+//   - The decision: the counters say so, from settle or from an input's own early decision. It is
+//     final and climbs at once (orchi_announce). The combinator queues itself.
+//   - The delivery: when it runs it cancels the losers; when the last has ended it runs again,
+//     builds the result and settles. Finishing from the queue keeps nesting flat, however deep.
+// Losers stay registered; their ordinary settling counts them out. A loser whose work others hold
+// too is a proxy, which lets go. The deadline of gather is one more, hidden, input behind the
+// others. The list of inputs is the list that orch_at reads. Timeout is the race of one input and a
+// timer, in one slot. As-completed iteration is written on the public API alone.
 
 enum { ORCHI_LIST_IN_SLOT = 5 };
 static const size_t ORCHI_LIST_MOST = 0x7ffffff0;
@@ -3425,8 +3607,8 @@ static orch_future *orchi_combine_cancel(orch_future *c, int reason) {
     return NULL;
 }
 
-/* An input that gather or quorum cancelled: the list shows the reason in its place, whatever comes of it. Its
- * own reference goes when its work has ended; bit 0 of its place remembers it. */
+/* An input that gather or quorum cancelled: the list shows the reason in its place, whatever comes
+ * of it. Its own reference goes when its work has ended; bit 0 of its place remembers it. */
 static bool orchi_is_late(const orch_future *item) { return ((uintptr_t)item & 1) != 0; }
 
 static orch_future *orchi_late(orch_future *item) { return (orch_future *)((uintptr_t)item | 1); }
@@ -3586,7 +3768,8 @@ static orch_future *orchi_empty_list(orchi_mode mode) {
     return list != NULL ? orch_settled(orchi_list_result(0, 0, list)) : orchi_rejected(ORCH_ENOMEM);
 }
 
-/* What every constructor answers to bad arguments; the inputs are given up where they can be read. */
+/* What every constructor answers to bad arguments; the inputs are given up where they can be read.
+ *  */
 static orch_future *orchi_combine_refuse(const char *function, int error, size_t count,
                                          orch_future *const *futures) {
     if (futures != NULL && count <= ORCHI_LIST_MOST && orchi_loop != NULL) {
@@ -3846,18 +4029,22 @@ void orch_completion_free(orch_completion *c) {
 // ------------------------------------------------------------------------------------------------
 // >>task
 //
-// A task is a stack, a control block at its top (on the same page as the first frames, so that a sleeping
-// task is one page), and a future. Invariants:
-//   - A new task runs at once, nested in whoever started it, and control returns there when it first waits.
-//     Later it is entered from the ready ring: by the loop, or directly by the task that waits before it,
-//     within the same budget.
-//   - What a task waits for is one claimed future (waiting); its future is queued when that has settled.
-//   - Cancelling a task is remembered (reason). If it waits and is neither shielded nor joining, what it
-//     waits for is asked to end; it goes on when that has ended. A wait that begins when the task is
-//     cancelled is refused: its future is given up, and has ended when ORCH_ECANCELED is returned.
-//   - Joining is waiting for an end that was asked for (a drop, a refused wait): it cannot be refused.
+// A task is a stack, a control block at its top (on the same page as the first frames, so that a
+// sleeping task is one page), and a future. Invariants:
+//   - A new task runs at once, nested in whoever started it, and control returns there when it
+//     first waits. Later it is entered from the ready ring: by the loop, or directly by the task
+//     that waits before it, within the same budget.
+//   - What a task waits for is one claimed future (waiting); its future is queued when that has
+//     settled.
+//   - Cancelling a task is remembered (reason). If it waits and is neither shielded nor joining,
+//     what it waits for is asked to end; it goes on when that has ended. A wait that begins when
+//     the task is cancelled is refused: its future is given up, and has ended when ORCH_ECANCELED
+//     is returned.
+//   - Joining is waiting for an end that was asked for (a drop, a refused wait): it cannot be
+//     refused.
 //   - A task that ends settles its future last, gives its stack back and is left for good.
-// Suspending functions end in orchi_switch, which no compiler sees into: statics are read again after it.
+// Suspending functions end in orchi_switch, which no compiler sees into: statics are read again
+// after it.
 
 struct orch_task {
     orchi_context context;
@@ -3908,7 +4095,8 @@ static void orchi_enter(orch_loop *loop, orch_task *task) {
     orchi_serve(loop);
 }
 
-/* Where a task goes when it leaves: back to its starter, to the next ready task, or to the main stack. */
+/* Where a task goes when it leaves: back to its starter, to the next ready task, or to the main
+ * stack. */
 static inline orch_task *orchi_next_task(orch_loop *loop, orch_task *task) {
     if (task->nested) {
         task->nested = false;
@@ -3963,8 +4151,9 @@ static void orchi_take_turn(orch_loop *loop, orch_task *task) {
 
 static void orchi_task_run(orch_future *f) { orchi_enter(orchi_loop_of(f), f->as.task.task); }
 
-/* The end of a task. Nothing may wait in here any more: releases and hooks are refused as outside a task.
- * The stack is given back first of all that comes after it, and nobody can take it before it is left. */
+/* The end of a task. Nothing may wait in here any more: releases and hooks are refused as outside a
+ * task. The stack is given back first of all that comes after it, and nobody can take it before it
+ * is left. */
 static inline void *orchi_task_end(orch_loop *loop, orch_task *task, orch_result *r) {
     task->ended = true;
     if (task->release != NULL) task->release(task->arg);
@@ -4269,8 +4458,9 @@ void *orch_on_main_stack(void *(*fn)(void *arg), void *arg) {
 
 // ---- stack overflow
 //
-// A handler for the whole process, installed with the first loop: it names the task whose guard was hit
-// and puts back what was installed before, which then sees the same fault. It runs on an alternate stack.
+// A handler for the whole process, installed with the first loop: it names the task whose guard was
+// hit and puts back what was installed before, which then sees the same fault. It runs on an
+// alternate stack.
 
 static struct {
     int installed;
@@ -4350,10 +4540,10 @@ static void orchi_fault_uninstall(orch_loop *loop) {
 // ------------------------------------------------------------------------------------------------
 // >>run
 //
-// The life of a loop: made, run, closed. orch_run is a loop, a main task, and everything cleaned up: when
-// main has ended, what is left is asked to end and run until it has; what shields, holds until nothing else
-// can happen. A result that main returned may show futures of the loop (a list, a share): then the loop's
-// memory lives until that result is freed.
+// The life of a loop: made, run, closed. orch_run is a loop, a main task, and everything cleaned
+// up: when main has ended, what is left is asked to end and run until it has; what shields, holds
+// until nothing else can happen. A result that main returned may show futures of the loop (a list,
+// a share): then the loop's memory lives until that result is freed.
 
 static void orchi_print_unhandled(const orch_result *r, void *context) {
     (void)context;
@@ -4463,7 +4653,8 @@ static void orchi_expose_visit(orch_future *f, void *context) {
     if (!f->as.task.task->joining) orchi_cancel(f->as.task.task->waiting, ORCH_ECANCELED);
 }
 
-/* The loop is deadlocked: shields of cancelled tasks do not hold any more. Whether there were any. */
+/* The loop is deadlocked: shields of cancelled tasks do not hold any more. Whether there were any.
+ *  */
 static bool orchi_expose(orch_loop *loop) {
     bool any = false;
     orchi_each_slot(loop, orchi_expose_visit, &any);
@@ -4483,8 +4674,8 @@ static void orchi_break_visit(orch_future *f, void *context) {
     *(bool *)context = true;
 }
 
-/* Nothing can end any more, as tasks await each other or producers do not settle: their waits are broken off.
- * Whether there were any. */
+/* Nothing can end any more, as tasks await each other or producers do not settle: their waits are
+ * broken off. Whether there were any. */
 static bool orchi_break(orch_loop *loop) {
     bool any = false;
     orchi_each_slot(loop, orchi_break_visit, &any);
@@ -4517,8 +4708,8 @@ static int orchi_run_main(orch_loop *loop, orch_future *main) {
     return 0;
 }
 
-/* Asks all that is left to end, what was started meanwhile included, and runs it until it has, or until
- * nothing can happen any more. */
+/* Asks all that is left to end, what was started meanwhile included, and runs it until it has, or
+ * until nothing can happen any more. */
 static void orchi_run_rest(orch_loop *loop) {
     uint64_t seen = 0;
     for (;;) {
@@ -4586,10 +4777,11 @@ int orch_exit(orch_result r) {
 // ------------------------------------------------------------------------------------------------
 // >>io
 //
-// A descriptor's readiness as a future. The table of watches, by descriptor, holds at most one waiter for
-// each direction; a future that settles or is cancelled has left it.
+// A descriptor's readiness as a future. The table of watches, by descriptor, holds at most one
+// waiter for each direction; a future that settles or is cancelled has left it.
 
-/* Makes room for a descriptor. One that is not open is refused before the table grows to its number. */
+/* Makes room for a descriptor. One that is not open is refused before the table grows to its
+ * number. */
 static int orchi_watch_reserve(orch_loop *loop, int fd) {
     orchi_poller *p = &loop->poller;
     size_t wanted = (size_t)fd + 1;
@@ -4670,24 +4862,43 @@ const char *orch_message(const orch_result *r) {
 
 static void orchi_extra_run(orch_future *f) { (void)f; } // was retired while it was queued
 
-// clang-format off
+// One row a kind, in the order of orchi_kind_id: name, run, cancel / decided, ended, retarget, fire
+// / source, label.
 const orchi_kind orchi_kinds[ORCHI_KINDS] = {
-    // name, run, cancel, decided, ended, retarget, fire, source, label
-    {"promise", orchi_promise_run, orchi_promise_cancel, NULL, NULL, NULL, NULL, NULL, NULL},
-    {"then", orchi_then_run, orchi_follow_cancel, NULL, NULL, orchi_follow_retarget, NULL, orchi_follow_source, NULL},
-    {"follower", orchi_follow_run, orchi_follow_cancel, orchi_follow_decided, NULL, orchi_follow_retarget, NULL, orchi_follow_source, NULL},
-    {"holder", orchi_done_run, orchi_proxy_cancel, NULL, NULL, NULL, NULL, orchi_follow_source, NULL},
-    {"timer", orchi_done_run, orchi_timer_cancel, NULL, NULL, NULL, orchi_timer_fire_future, NULL, NULL},
-    {"timeout", orchi_timeout_run, orchi_follow_cancel, orchi_timeout_decided, NULL, orchi_follow_retarget, orchi_timeout_fire, orchi_follow_source, NULL},
-    {"combinator", orchi_combine_run, orchi_combine_cancel, orchi_combine_decided, orchi_combine_ended, orchi_combine_retarget, NULL, orchi_combine_source, NULL},
-    {"task", orchi_task_run, orchi_task_cancel, NULL, NULL, orchi_task_retarget, NULL, orchi_task_source, orchi_task_label},
-    {"readiness", orchi_done_run, orchi_ready_cancel, NULL, NULL, NULL, orchi_ready_fire, NULL, NULL},
-    {"iteration", orchi_hub_run, NULL, NULL, orchi_hub_ended, orchi_hub_retarget, NULL, NULL, NULL},
+    {"promise", orchi_promise_run, orchi_promise_cancel, //
+     NULL, NULL, NULL, NULL,                             //
+     NULL, NULL},
+    {"then", orchi_then_run, orchi_follow_cancel, //
+     NULL, NULL, orchi_follow_retarget, NULL,     //
+     orchi_follow_source, NULL},
+    {"follower", orchi_follow_run, orchi_follow_cancel,       //
+     orchi_follow_decided, NULL, orchi_follow_retarget, NULL, //
+     orchi_follow_source, NULL},
+    {"holder", orchi_done_run, orchi_proxy_cancel, //
+     NULL, NULL, NULL, NULL,                       //
+     orchi_follow_source, NULL},
+    {"timer", orchi_done_run, orchi_timer_cancel, //
+     NULL, NULL, NULL, orchi_timer_fire_future,   //
+     NULL, NULL},
+    {"timeout", orchi_timeout_run, orchi_follow_cancel,                      //
+     orchi_timeout_decided, NULL, orchi_follow_retarget, orchi_timeout_fire, //
+     orchi_follow_source, NULL},
+    {"combinator", orchi_combine_run, orchi_combine_cancel,                    //
+     orchi_combine_decided, orchi_combine_ended, orchi_combine_retarget, NULL, //
+     orchi_combine_source, NULL},
+    {"task", orchi_task_run, orchi_task_cancel, //
+     NULL, NULL, orchi_task_retarget, NULL,     //
+     orchi_task_source, orchi_task_label},
+    {"readiness", orchi_done_run, orchi_ready_cancel, //
+     NULL, NULL, NULL, orchi_ready_fire,              //
+     NULL, NULL},
+    {"iteration", orchi_hub_run, NULL,                //
+     NULL, orchi_hub_ended, orchi_hub_retarget, NULL, //
+     NULL, NULL},
     {"settled", orchi_done_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
     {"settled", orchi_on_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
     {"memory", orchi_extra_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
 };
-// clang-format on
 
 #ifdef __cplusplus
 } // extern "C"
@@ -4731,18 +4942,20 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
 
 // This is free and unencumbered software released into the public domain.
 //
-// Anyone is free to copy, modify, publish, use, compile, sell, or distribute this software, either in source
-// code form or as a compiled binary, for any purpose, commercial or non-commercial, and by any means.
+// Anyone is free to copy, modify, publish, use, compile, sell, or distribute this software, either
+// in source code form or as a compiled binary, for any purpose, commercial or non-commercial, and
+// by any means.
 //
-// In jurisdictions that recognize copyright laws, the author or authors of this software dedicate any and all
-// copyright interest in the software to the public domain. We make this dedication for the benefit of the
-// public at large and to the detriment of our heirs and successors. We intend this dedication to be an overt
-// act of relinquishment in perpetuity of all present and future rights to this software under copyright law.
+// In jurisdictions that recognize copyright laws, the author or authors of this software dedicate
+// any and all copyright interest in the software to the public domain. We make this dedication for
+// the benefit of the public at large and to the detriment of our heirs and successors. We intend
+// this dedication to be an overt act of relinquishment in perpetuity of all present and future
+// rights to this software under copyright law.
 //
-// THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT NOT
-// LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO
-// EVENT SHALL THE AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER LIABILITY, WHETHER IN AN ACTION OF
-// CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER
-// DEALINGS IN THE SOFTWARE.
+// THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR IMPLIED, INCLUDING BUT
+// NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY, FITNESS FOR A PARTICULAR PURPOSE AND
+// NONINFRINGEMENT. IN NO EVENT SHALL THE AUTHORS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+// LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM, OUT OF OR IN
+// CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE SOFTWARE.
 //
 // For more information, please refer to <https://unlicense.org>
