@@ -38,12 +38,14 @@ median_line() { # the lines of one program's runs -> one line, numbers replaced 
         }' "$1"
 }
 
+failed=
+limit=$(command -v timeout >/dev/null 2>&1 && echo timeout 120) || limit= # none takes a tenth of it
 programs=$(ls "$dir" | grep '^bench_[a-z_]*$' | grep -v '^bench_parallel$')
 echo "machine: $(uname -sm), $(nproc 2>/dev/null || echo '?') processors," \
     "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo 2>/dev/null | head -n 1)," \
     "load $(cut -d ' ' -f 1 /proc/loadavg 2>/dev/null || echo '?')," "medians of $runs runs"
 for run in $(seq "$runs"); do
-    for program in $programs; do "$dir/$program" >>"$work/$program"; done
+    for program in $programs; do $limit "$dir/$program" >>"$work/$program" || failed="$failed $program"; done
 done
 for program in $programs; do median_line "$work/$program"; done
 if [ -x "$dir/bench_parallel" ]; then
@@ -52,3 +54,4 @@ if [ -x "$dir/bench_parallel" ]; then
     ${CC:-cc} -std=gnu99 -O2 -DNDEBUG "$(dirname "$0")/../examples/server.c" -o "$server" || server=
     "$dir/bench_parallel" "$dir/parallel.svg" ${server:+"$server"}
 fi
+[ -z "$failed" ] || { echo "bench: failed or hung:$failed" >&2; exit 1; }
