@@ -1163,9 +1163,13 @@ typedef struct orchi_kind {
     const char *(*label)(const orch_future *f);   // its name, for reports
 } orchi_kind;
 
-// >>forward: the one declaration before its definition. Kinds belong to layers further down; the
-// table at the end of the file is how the loop and settle reach them.
+// >>forward: what is declared before its definition, and why.
+// Kinds belong to layers further down; the table at the end of the file is how lower ones reach
+// them.
 extern const orchi_kind orchi_kinds[ORCHI_KINDS];
+// Giving up a reference may free a future, which releases its result, which may be a share: a
+// reference. orchi_retire turns this recursion into a loop.
+static void orchi_release(orch_future *f);
 
 struct orchi_page { // 4 KiB, aligned to 4 KiB
     orch_loop *loop;
@@ -1429,7 +1433,7 @@ static orchi_page *orchi_page_of(const void *slot) {
 }
 
 static orch_future *orchi_page_slot(orchi_page *page, uint32_t i) {
-    return (orch_future *)((char *)page + ORCHI_SLOT * (i + 1));
+    return (orch_future *)(void *)((char *)page + (size_t)ORCHI_SLOT * (i + 1));
 }
 
 #if ORCHI_ASAN
@@ -1501,8 +1505,9 @@ static orch_future *orchi_page_take(orchi_page *page) {
 static orch_future *orchi_slot_new(orch_loop *loop, orchi_kind_id kind) {
     orch_future *f = loop->page != NULL ? orchi_page_take(loop->page) : NULL;
     if (ORCHI_UNLIKELY(f == NULL)) {
-        if (orchi_page_next(loop) == NULL) return NULL;
-        f = orchi_page_take(loop->page);
+        orchi_page *page = orchi_page_next(loop);
+        f = page != NULL ? orchi_page_take(page) : NULL;
+        if (f == NULL) return NULL;
     }
     orchi_unpoison(f);
     f->generation = loop->generation;
@@ -1574,9 +1579,7 @@ static void orchi_each_slot(orch_loop *loop, void (*visit)(orch_future *f, void 
 
 static bool orchi_settled(const orch_future *f) { return f->kind >= ORCHI_DONE; }
 
-static void orchi_report(orch_loop *loop, const char *format, ...) ORCH_PRINTF(2, 3);
-
-static void orchi_report(orch_loop *loop, const char *format, ...) {
+ORCH_PRINTF(2, 3) static void orchi_report(orch_loop *loop, const char *format, ...) {
     char line[512];
     va_list arguments;
     va_start(arguments, format);
@@ -2689,8 +2692,6 @@ uint64_t orch_now(void) { return orchi_clock() / 1000000u; }
 //     combinators: see orchi_announce.
 //   - A result is freed iteratively: see orchi_retire.
 
-static void orchi_release(orch_future *f);
-
 static orch_loop *orchi_loop_of(const orch_future *f) { return orchi_page_of(f)->loop; }
 
 // ---- sharing and freeing results
@@ -2715,6 +2716,13 @@ static const orch_result *orchi_shown(const orch_result *r) {
             return r;
         }
     }
+}
+
+const char *orch_message(const orch_result *r) {
+    if (r == NULL) return orch_error_text(ORCH_EINVAL);
+    const orch_result *own = orchi_shown(r);
+    if (own->release == orchi_message_release) return (const char *)own->value;
+    return orch_error_text(r->error);
 }
 
 /* The release of a chain: what orch_chain returns, unless somebody settles with it. */
@@ -4849,15 +4857,6 @@ static orch_future *orchi_ready_cancel(orch_future *f, int reason) {
     return NULL;
 }
 
-// ---- messages, last because they know every kind of result
-
-const char *orch_message(const orch_result *r) {
-    if (r == NULL) return orch_error_text(ORCH_EINVAL);
-    const orch_result *own = orchi_shown(r);
-    if (own->release == orchi_message_release) return (const char *)own->value;
-    return orch_error_text(r->error);
-}
-
 // ---- the table of kinds
 
 static void orchi_extra_run(orch_future *f) { (void)f; } // was retired while it was queued
@@ -4907,6 +4906,7 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
 // ------------------------------------------------------------------------------------------------
 // >>end
 
+#undef ORCHI_A64_SAVE
 #undef ORCHI_ASAN
 #undef ORCHI_ASSEMBLY
 #undef ORCHI_BACKTRACE
@@ -4922,7 +4922,6 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
 #undef ORCHI_HAS_ASSEMBLY
 #undef ORCHI_HAS_FEATURE
 #undef ORCHI_HAS_INCLUDE
-#undef ORCHI_LEAVE
 #undef ORCHI_LIKELY
 #undef ORCHI_LOAD_FLOATS
 #undef ORCHI_MINCORE
@@ -4930,8 +4929,9 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
 #undef ORCHI_NO_WINNER
 #undef ORCHI_OS_LINUX
 #undef ORCHI_OS_MACOS
-#undef ORCHI_READ_FCSR
+#undef ORCHI_RISCV_SAVE
 #undef ORCHI_SAVE_FLOATS
+#undef ORCHI_SCALAR
 #undef ORCHI_STATIC_FUTURE
 #undef ORCHI_SYMBOL
 #undef ORCHI_TSAN
