@@ -462,6 +462,32 @@ TEST_DIES(the_end_of_another_loop_leaves_the_report_in_place, "deep-diver") {
     orch_result_free(&r);
 }
 
+static orch_result return_list(void *arg) {
+    (void)arg;
+    return orch_await(orch_all_settled(orch_go(own_stack_size, NULL)));
+}
+
+static orch_result free_older_then_overflow(void *arg) {
+    orch_result_free(arg); // and with it what was left of the loop it came from
+    return overflow_small(NULL);
+}
+
+static void *overflow_after_older(void *arg) {
+    (void)arg;
+    orch_result older = orch_run(return_list, NULL);
+    orch_result r = orch_run(free_older_then_overflow, &older);
+    orch_result_free(&r);
+    return NULL;
+}
+
+TEST_DIES(the_last_of_an_older_loop_leaves_the_report_in_place, "deep-diver") {
+    overflow_after_older(NULL);
+}
+
+TEST_DIES(and_so_it_is_in_another_thread, "deep-diver") {
+    in_thread(overflow_after_older);
+}
+
 TEST_DIES(the_second_loop_of_a_thread_reports_too, "deep-diver") {
     free_own_loop(NULL);
     overflow(dive_too_deep, NULL);

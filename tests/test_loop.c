@@ -403,12 +403,23 @@ TEST(stop_ends_a_run_which_can_go_on_later) {
     orch_loop *loop = orch_loop_new(NULL);
     if (!CHECK(loop != NULL)) return;
     orch_on(orch_settled(orch_ok_int(1)), stop_now, NULL);
-    orch_on(orch_after(5), count_call, NULL);
+    for (uint64_t i = 1; i <= 3; i++) orch_on(orch_after(5 * i), count_call, NULL);
     bool real = called == 0;
     CHECK_INT(orch_loop_run(loop), 0);
     if (real) CHECK_INT(called, 0);
     CHECK_INT(orch_loop_run(loop), 0); // the stop was for one run
-    CHECK_INT(called, 1);
+    CHECK_INT(called, 3);
+    CHECK_INT(orch_loop_free(loop), 0);
+}
+
+TEST(stop_does_not_wait_for_what_is_far_off) {
+    orch_loop *loop = orch_loop_new(NULL);
+    if (!CHECK(loop != NULL)) return;
+    orch_on(orch_after(1), stop_now, NULL);
+    orch_on(orch_after(60000), count_call, NULL);
+    bool real = called == 0;
+    CHECK_INT(orch_loop_run(loop), 0); // returns after this turn
+    if (real) CHECK_INT(called, 0);
     CHECK_INT(orch_loop_free(loop), 0);
 }
 
@@ -699,6 +710,73 @@ TEST(a_wait_in_a_circle_is_a_deadlock) {
     orch_result_free(&r);
 }
 
+static orch_future *circle[3];
+
+static orch_result await_in_circle(void *arg) {
+    int error = orch_yield(); // until all of the circle are there
+    if (error) return orch_fail(error);
+    orch_result r = orch_await(*(orch_future **)arg);
+    called++;
+    return r;
+}
+
+static void make_circle(int count) {
+    for (int i = 0; i < count; i++) circle[i] = orch_go(await_in_circle, &circle[(i + 1) % count]);
+}
+
+static orch_result await_self_main(void *arg) {
+    make_circle(1);
+    (void)arg;
+    return orch_await(orch_ref(circle[0]));
+}
+
+TEST(a_task_that_awaits_itself_is_a_deadlock) {
+    static notes n;
+    orch_result r = run_noting(&n, await_self_main, NULL);
+    CHECK(r.error == ORCH_EDEADLK || r.error == ORCH_ECYCLE);
+    CHECK(n.reports >= 1 || r.error != ORCH_EDEADLK);
+    CHECK_INT(called, 1); // it was ended, not forgotten
+    orch_result_free(&r);
+}
+
+static orch_result leave_circle(void *arg) {
+    make_circle(*(int *)arg);
+    orch_yield();
+    orch_yield();
+    return orch_ok_int(1);
+}
+
+TEST(tasks_that_await_each_other_end_with_the_loop) {
+    for (int count = 1; count <= 3; count++) {
+        called = 0;
+        orch_result r = orch_run(leave_circle, &count);
+        CHECK_INT(orch_int(&r), 1);
+        CHECK_INT(called, count);
+        orch_result_free(&r);
+    }
+}
+
+static orch_result cancel_circle(void *arg) {
+    make_circle(3);
+    orch_future *f = orch_ref(circle[*(int *)arg]);
+    orch_yield();
+    orch_yield();
+    orch_cancel(f, 0); // goes round, and ends
+    orch_drop(f);
+    orch_yield();
+    return orch_ok_int(1);
+}
+
+TEST(a_task_in_a_circle_can_be_cancelled) {
+    for (int i = 0; i < 3; i++) {
+        called = 0;
+        orch_result r = orch_run(cancel_circle, &i);
+        CHECK_INT(orch_int(&r), 1);
+        CHECK_INT(called, 3);
+        orch_result_free(&r);
+    }
+}
+
 TEST(run_reports_a_deadlock_and_can_go_on) {
     static notes n;
     orch_loop_desc desc = noting(&n);
@@ -796,6 +874,18 @@ TEST(a_shield_holds_until_the_loop_is_deadlocked) {
     CHECK_INT(orch_int(&r), 8);
     CHECK(ended < 0);
     CHECK_INT(ended, ORCH_ECANCELED);
+    orch_result_free(&r);
+}
+
+static orch_result leave_shield_nap(void *arg) {
+    orch_detach(orch_go(shield_nap, arg)); // asleep under its shield when main returns
+    return orch_ok_int(8);
+}
+
+TEST(the_end_of_main_does_not_disturb_a_wait_under_a_shield) {
+    static int done;
+    orch_result r = orch_run(leave_shield_nap, &done);
+    if (CHECK_INT(orch_int(&r), 8)) CHECK_INT(done, 1);
     orch_result_free(&r);
 }
 
@@ -1042,6 +1132,26 @@ TEST(a_list_outlives_its_loop) {
         CHECK_INT(released, 2);
     }
     orch_result_free(&r);
+}
+
+// Their loops' memory lives until then; freed in any order, also inside another loop.
+static orch_result free_older(void *arg) {
+    orch_result_free(arg);
+    orch_sleep(1);
+    return orch_ok_int(1);
+}
+
+TEST(lists_of_several_loops_live_side_by_side) {
+    int number = 12;
+    orch_result r[3];
+    for (int i = 0; i < 3; i++) r[i] = orch_run(list_main, &number);
+    bool real = !r[0].error && !r[1].error && !r[2].error;
+    orch_result_free(&r[1]);
+    orch_result inside = orch_run(free_older, &r[0]);
+    orch_result_free(&inside);
+    if (real) CHECK(orch_at(&r[2], 0)->value == &number);
+    orch_result_free(&r[2]);
+    if (real) CHECK_INT(released, 6);
 }
 
 static orch_result chain_main(void *arg) {

@@ -166,13 +166,15 @@ TASK_TEST(registers_are_kept_over_a_switch) {
 #if defined(__x86_64__) || defined(__i386__)
 #define HAS_CONTROL true
 #define ROUND_UP 2
-static void control_set(unsigned mode) { // both units have a rounding mode; SSE flushes to zero too
+// Each unit has a control word of its own: rounding, and flush to zero or precision. Even kinds set
+// that of SSE, odd ones that of the x87.
+static void control_set(unsigned mode, unsigned kind) {
     unsigned csr;
     unsigned short word;
     __asm__ volatile("stmxcsr %0" : "=m"(csr));
     __asm__ volatile("fnstcw %0" : "=m"(word));
-    csr = (csr & ~0xe000u) | mode << 13 | (mode & 1) << 15;
-    word = (unsigned short)((word & ~0x0f00u) | mode << 10 | (mode == 0 ? 3u : 2u) << 8);
+    if (kind % 2 == 0) csr = (csr & ~0xe000u) | mode << 13 | (mode & 1) << 15;
+    else word = (unsigned short)((word & ~0x0f00u) | mode << 10 | (mode == 0 ? 3u : 2u) << 8);
     __asm__ volatile("ldmxcsr %0" : : "m"(csr));
     __asm__ volatile("fldcw %0" : : "m"(word));
 }
@@ -186,7 +188,8 @@ static unsigned control_get(void) {
 #elif defined(__aarch64__)
 #define HAS_CONTROL true
 #define ROUND_UP 1
-static void control_set(unsigned mode) {
+static void control_set(unsigned mode, unsigned kind) {
+    (void)kind;
     __asm__ volatile("msr fpcr, %0" : : "r"((unsigned long)mode << 22));
 }
 static unsigned control_get(void) {
@@ -197,7 +200,8 @@ static unsigned control_get(void) {
 #elif defined(__riscv) && defined(__riscv_flen)
 #define HAS_CONTROL true
 #define ROUND_UP 3
-static void control_set(unsigned mode) {
+static void control_set(unsigned mode, unsigned kind) {
+    (void)kind;
     __asm__ volatile("fsrm %0" : : "r"((unsigned long)mode));
 }
 static unsigned control_get(void) {
@@ -208,8 +212,9 @@ static unsigned control_get(void) {
 #else
 #define HAS_CONTROL false
 #define ROUND_UP 0
-static void control_set(unsigned mode) {
+static void control_set(unsigned mode, unsigned kind) {
     (void)mode;
+    (void)kind;
 }
 static unsigned control_get(void) {
     return 0;
@@ -219,8 +224,8 @@ static unsigned control_get(void) {
 static int control_lost;
 
 static orch_result control_task(void *arg) {
-    unsigned mode = *(unsigned *)arg;
-    control_set(mode);
+    unsigned number = *(unsigned *)arg;
+    control_set(number % 4, number / 4);
     unsigned mine = control_get();
     for (int i = 0; i < 10; i++) {
         if (i % 2) orch_yield();
@@ -234,15 +239,15 @@ static orch_result control_task(void *arg) {
 
 static orch_result control_main(void *arg) {
     (void)arg;
-    static unsigned modes[4] = {0, 1, 2, 3};
-    orch_future *f[4];
-    control_set(2);
+    static unsigned numbers[8] = {0, 1, 2, 3, 4, 5, 6, 7};
+    orch_future *f[8];
+    control_set(2, 0);
     unsigned mine = control_get();
-    for (int i = 0; i < 4; i++) {
-        f[i] = orch_go(control_task, &modes[i]);
+    for (int i = 0; i < 8; i++) {
+        f[i] = orch_go(control_task, &numbers[i]);
         if (control_get() != mine) control_lost++; // a child that starts inside this call
     }
-    for (int i = 0; i < 4; i++) {
+    for (int i = 0; i < 8; i++) {
         orch_result r = orch_await(f[i]);
         CHECK_INT(orch_int(&r), 1);
         orch_result_free(&r);
@@ -257,9 +262,11 @@ TEST_SKIP(floating_point_control_is_kept_per_task, !HAS_CONTROL) {
     CHECK(control_get() == before); // nor does it leak into the thread
     CHECK_INT(orch_int(&r), 1);
     CHECK_INT(control_lost, 0);
-    control_set(1);
-    CHECK(before != control_get()); // the instrument itself works
-    control_set(0);
+    for (unsigned kind = 0; kind < 2; kind++) {
+        control_set(1, kind);
+        CHECK(before != control_get()); // the instrument itself works
+        control_set(0, kind);
+    }
     orch_result_free(&r);
 }
 
@@ -267,11 +274,13 @@ static volatile double one = 1, three = 3;
 
 static orch_result round_task(void *arg) {
     double *third = arg;
-    control_set(ROUND_UP);
+    control_set(ROUND_UP, 0);
+    control_set(ROUND_UP, 1);
     third[0] = one / three;
     orch_yield();
     third[1] = one / three;
-    control_set(0);
+    control_set(0, 0);
+    control_set(0, 1);
     return orch_ok_int(1);
 }
 
