@@ -622,6 +622,23 @@ TEST(timeout_says_how_long) {
     finish();
 }
 
+// What comes after the timer has decided is too late, in whatever stands around it as well.
+TEST(timeout_is_final) {
+    if (!start()) return;
+    orch_on(orch_timeout(begin(0, false), 1), end, &seen[0]);
+    orch_on(orch_any(orch_timeout(begin(1, false), 1), failed(2)), end, &seen[1]);
+    orch_on(orch_after(5), settle_work, &work[0]);
+    orch_on(orch_after(5), settle_work, &work[1]);
+    run();
+    CHECK_INT(seen[0].calls, 1);
+    CHECK_INT(seen[0].error, ORCH_ETIMEDOUT);
+    CHECK_STR(seen[0].message, "Timeout after 1 ms");
+    CHECK_INT(seen[1].error, ORCH_EALLFAILED);
+    CHECK_INT(seen[1].at[0].error, ORCH_ETIMEDOUT);
+    CHECK_INT(work[0].asked + work[1].asked, 2);
+    finish();
+}
+
 // The message goes with the error, through links and combinators.
 TEST(timeout_message_is_passed_on) {
     if (!start()) return;
@@ -1592,6 +1609,7 @@ TEST(no_memory_for_a_long_list) {
         if (!start_denying()) return;
         for (size_t i = 0; i < 1000; i++) wide[i] = orch_future_new(&wide_promise[i]);
         for (size_t i = 0; i < 64; i++) orch_drop(orch_settled(token())); // slots to spare
+        orch_drop(orch_after(HOUR));                                      // and room for a timer
         deny = true;
         orch_future *f = combine(kind, 1000, wide);
         bool refused = orch_is_settled(f);

@@ -30,6 +30,7 @@ struct work {
     int asked, reason, order;
     bool ends;           // what the hook returns
     bool settles;        // whether the hook settles
+    orch_future *next;   // what the hook follows
     orch_future *victim; // what the hook drops
 };
 
@@ -134,6 +135,7 @@ static bool on_cancel(void *context, int reason) {
     w->reason = reason;
     w->order = ++calls;
     if (w->settles) CHECK(orch_settle(w->promise, orch_ok_int(5)));
+    if (w->next) CHECK(orch_follow(w->promise, w->next));
     orch_drop(w->victim);
     return w->ends;
 }
@@ -1000,6 +1002,37 @@ TEST(cancel_hook_may_settle) {
     }
 }
 
+TEST(cancel_hook_may_settle_what_nobody_holds) {
+    for (int ends = 0; ends < 2; ends++) {
+        if (!start()) return;
+        orch_future *f = begin(&work[0], ends);
+        work[0].settles = true;
+        orch_drop(f);
+        turns();
+        CHECK_INT(work[0].asked, 1);
+        finish(); // where no slot is left
+    }
+}
+
+// A hook that hands the end of the work to other work: what it returns no longer matters.
+TEST(cancel_hook_may_follow) {
+    for (int way = 0; way < 4; way++) {
+        if (!start()) return;
+        orch_future *f = begin(&work[0], way & 1);
+        work[0].next = begin(&work[1], false);
+        // without memory there is no hook that follows it
+        if (!orch_promise_pending(work[0].promise)) orch_drop(work[0].next);
+        orch_cancel(f, 0);
+        if (way & 2) orch_drop(f);
+        turns();
+        CHECK_INT(work[0].asked, 1);
+        CHECK(orch_settle(work[1].promise, token()));
+        turns();
+        if (!(way & 2)) check_error(f, 0), orch_drop(f);
+        finish();
+    }
+}
+
 TEST(cancel_reaches_every_holder) {
     if (!start()) return;
     orch_future *f = begin(&work[0], true), *g = orch_ref(f);
@@ -1457,6 +1490,36 @@ TEST(ref_awaited_outlives_the_other_holders) {
     CHECK(orch_is_settled(t));
     const orch_result *r = orch_peek(t);
     if (r && r->error) orch_drop(f); // the task did not start
+    orch_drop(t);
+    CHECK_INT(tokens[0], 1);
+    finish();
+}
+
+static orch_result give_lent_away(void *arg) {
+    orch_result r = orch_wait(arg);
+    CHECK(r.value == &tokens[0]);
+    CHECK(orch_take(&r) == NULL); // lent
+    orch_result_free(&r);
+    orch_result_free(&r); // which does nothing
+    CHECK_INT(tokens[0], 0);
+    r = orch_wait(arg);
+    CHECK(orch_settle(work[0].promise, r)); // a share from now on
+    return orch_wait(arg);                  // and another
+}
+
+TEST(ref_lent_and_given_away) {
+    if (!start()) return;
+    orch_future *f = orch_settled(token()), *g = begin(&work[0], true);
+    orch_future *t = orch_go(give_lent_away, f);
+    run();
+    orch_drop(f);
+    CHECK_INT(tokens[0], 0);
+    const orch_result *r = orch_peek(g);
+    if (CHECK(r != NULL)) CHECK(r->value == &tokens[0]);
+    orch_drop(g);
+    CHECK_INT(tokens[0], 0);
+    r = orch_peek(t);
+    if (CHECK(r != NULL)) CHECK(r->value == &tokens[0]);
     orch_drop(t);
     CHECK_INT(tokens[0], 1);
     finish();
