@@ -3019,6 +3019,13 @@ static orch_future *orchi_root(orch_future *f) {
     return f;
 }
 
+/* Whether a would follow itself. Only what somebody consumes can stand further up the chain of f: so
+ * chains built from their end are not walked again for each link. */
+static bool orchi_cycles(const orch_future *a, orch_future *f) {
+    if (f == a || (f->kind == ORCHI_PROXY && f->as.follow.source == a)) return true;
+    return (a->flags & (ORCHI_WAITED | ORCHI_LISTED)) && orchi_root(f) == a;
+}
+
 /* Whether a has at most one holder, and that one is a consumer or nobody. */
 static bool orchi_can_bypass(const orch_future *a) {
     return a->references == 0 || (a->references == 1 && (a->flags & ORCHI_CONSUMED));
@@ -3045,7 +3052,7 @@ static void orchi_bypass(orch_loop *loop, orch_future *a, orch_future *f) {
 
 /* Locks the pending future a in to a claimed f. */
 static void orchi_lock_in(orch_loop *loop, orch_future *a, orch_future *f) {
-    if (orchi_root(f) == a) {
+    if (orchi_cycles(a, f)) {
         orchi_reject(loop, a, ORCH_ECYCLE);
         orchi_release(f);
     } else if (orchi_settled(f)) {
