@@ -204,12 +204,30 @@ static int wait_borrowed(void) {
     }
 TASK_ONLY(OUTSIDE_CASE)
 
+// Neither a loop nor a task: both errors would be right.
+static bool is_outside(int error) {
+    return error == ORCH_ENOTASK || error == ORCH_ENOLOOP;
+}
+
 MISUSE(yield_without_a_loop, "orch_yield") {
-    CHECK_INT(orch_yield(), ORCH_ENOTASK);
+    CHECK(is_outside(orch_yield()));
 }
 
 MISUSE(sleep_without_a_loop, "orch_sleep") {
-    CHECK_INT(orch_sleep(1), ORCH_ENOTASK);
+    CHECK(is_outside(orch_sleep(1)));
+}
+
+MISUSE(await_without_a_loop, "orch_await") {
+    CHECK(is_outside(result_error(orch_await(nothing[0]))));
+}
+
+MISUSE(wait_without_a_loop, "orch_wait") {
+    CHECK(is_outside(result_error(orch_wait(nothing[0]))));
+}
+
+MISUSE(shield_without_a_loop, "orch_shield_begin") {
+    orch_shield_begin();
+    orch_shield_end();
 }
 
 IN_LOOP(shield_begin_outside_a_task, "orch_shield_begin" DO_TASK) {
@@ -402,27 +420,35 @@ IN_TASK(two_tasks_await_one_reference, "orch_await" DO_REF) {
     orch_result_free(&rb);
 }
 
-// ---- a future that has been consumed and freed: debug builds keep it in quarantine
+// ---- a future that has been consumed and freed, and whose slot was not used again
 
-#ifndef NDEBUG
+#ifdef NDEBUG
+#define SLOTS_BETWEEN 0 // a release build uses the slot again at once
+#else
+#define SLOTS_BETWEEN 10 // a debug build keeps it in quarantine
+#endif
+
 #define FREED_CASE(name, function, use)                                                            \
     static int freed_use_##name(orch_future *f) { return use; }                                    \
     IN_TASK(freed_##name, function DO_REF) {                                                       \
         orch_future *f = orch_settled(orch_ok_int(1));                                             \
         CHECK_INT(result_error(orch_await(f)), 0);                                                 \
-        for (int i = 0; i < 10; i++) orch_drop(orch_settled(orch_ok_int(2))); /* not reused yet */ \
-        freed_use_##name(f);                                                                       \
+        for (int i = 0; i < SLOTS_BETWEEN; i++) orch_drop(orch_settled(orch_ok_int(2)));           \
+        CHECK_INT(freed_use_##name(f), ORCH_ECONSUMED);                                            \
     }
 FREED_CASE(await, "orch_await", await_error(f))
 FREED_CASE(then, "orch_then", await_error(orch_then(f, pass, pass, NULL)))
+FREED_CASE(finally, "orch_finally", await_error(orch_finally(f, finish, &called)))
 FREED_CASE(wait, "orch_wait", result_error(orch_wait(f)))
 FREED_CASE(ref, "orch_ref", await_error(orch_ref(f)))
-FREED_CASE(drop, "orch_drop", (orch_drop(f), 0))
-FREED_CASE(detach, "orch_detach", (orch_detach(f), 0))
-FREED_CASE(cancel, "orch_cancel", (orch_cancel(f, 0), 0))
-FREED_CASE(peek, "orch_peek", orch_peek(f) != NULL)
-FREED_CASE(is_settled, "orch_is_settled", orch_is_settled(f))
+FREED_CASE(drop, "orch_drop", (orch_drop(f), ORCH_ECONSUMED))
+FREED_CASE(detach, "orch_detach", (orch_detach(f), ORCH_ECONSUMED))
+FREED_CASE(cancel, "orch_cancel", (orch_cancel(f, 0), ORCH_ECONSUMED))
+FREED_CASE(peek, "orch_peek", orch_peek(f)->error)
+FREED_CASE(is_settled, "orch_is_settled", orch_is_settled(f) ? 0 : ORCH_ECONSUMED)
 FREED_CASE(timeout, "orch_timeout", await_error(orch_timeout(f, 1000)))
+FREED_CASE(on, "orch_on", use_on(f))
+FREED_CASE(all, "orch_all", await_error(orch_all(f)))
 
 IN_TASK(dropped_twice, "orch_drop" DO_REF) {
     orch_future *f = orch_after(1);
@@ -438,9 +464,33 @@ static orch_result use_freed_argument(void *arg) {
 IN_TASK(awaited_after_a_drop_elsewhere, "orch_await" DO_REF) {
     orch_future *f = orch_settled(orch_ok_int(1)), *t = orch_go(use_freed_argument, f);
     orch_drop(f);
-    CHECK_INT(await_error(t), 0);
+    CHECK_INT(await_error(t), ORCH_ECONSUMED);
 }
-#endif
+
+// ---- once at a time
+
+IN_TASK(a_second_next_while_one_is_pending, "orch_completion_next") {
+    orch_promise p;
+    orch_completion *c = orch_as_completed(orch_future_new(&p));
+    orch_future *first = orch_completion_next(c);
+    CHECK_INT(await_error(orch_completion_next(c)), ORCH_EBUSY);
+    CHECK(orch_settle(p, orch_ok_int(3)));
+    orch_result r = orch_await(first);
+    CHECK_INT(orch_int(&r), 3);
+    orch_result_free(&r);
+    orch_completion_free(c);
+}
+
+IN_TASK(a_promise_boxed_twice, "orch_promise_box") {
+    orch_promise p;
+    orch_future *f = orch_future_new(&p);
+    void *a = orch_promise_box(p), *b = orch_promise_box(p);
+    CHECK(a != NULL && b != NULL);
+    CHECK(orch_settle(orch_promise_unbox(a), orch_ok_int(3))); // the first wins
+    orch_result r = orch_await(f);
+    CHECK_INT(orch_int(&r), 3);
+    orch_result_free(&r);
+}
 
 // ---- NULL
 

@@ -541,6 +541,23 @@ TASK_TEST(a_cancelled_task_can_read_the_reason) {
     CHECK_INT(orch_cancel_reason(), 0); // nobody asked main
 }
 
+static orch_result parent_of_sleeping(void *arg) {
+    return orch_await(orch_then(orch_go(sleeping_victim, arg), NULL, NULL, NULL));
+}
+
+TASK_TEST(the_reason_reaches_where_the_work_is_done) {
+    victim v = {.rc = 1};
+    orch_future *f = orch_go(parent_of_sleeping, &v);
+    if (begun(f)) {
+        orch_cancel(f, 42);
+        CHECK_INT(join(f), 4);
+        CHECK_INT(v.rc, ORCH_ECANCELED);
+        CHECK_INT(v.reason, 42);
+    } else {
+        orch_drop(f);
+    }
+}
+
 static orch_result yielding_victim(void *arg) {
     victim *v = arg;
     for (int i = 0; i < 1000000 && !v->rc; i++) v->rc = orch_yield();
