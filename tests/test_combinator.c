@@ -1598,6 +1598,9 @@ TEST(no_memory_for_a_completion) {
     orch_future *f = orch_completion_next(c);
     check_error(f, ORCH_ENOMEM);
     orch_drop(f);
+    f = orch_completion_next(c); // that was its only element
+    check_error(f, ORCH_EEND);
+    orch_drop(f);
     orch_completion_free(c);
     replenish();
     finish();
@@ -1674,6 +1677,15 @@ COUNT_DIES(any, SIZE_MAX, in)
 COUNT_DIES(race, SIZE_MAX / 2, in)
 COUNT_DIES(quorum, 1, SIZE_MAX, in)
 COUNT_DIES(gather, SIZE_MAX, in, HOUR)
+
+TEST_DIES(misuse_without_a_loop_orch_all, "asyncorch: orch_all") {
+    orch_future *none = NULL;
+    orch_drop(orch_all_n(1, &none));
+}
+
+TEST_DIES(misuse_without_a_loop_orch_timeout, "asyncorch: orch_timeout") {
+    orch_drop(orch_timeout(NULL, 1));
+}
 
 TEST_DIES(misuse_quorum_of_more_than_there_are, "asyncorch: orch_quorum") {
     if (!start()) return;
@@ -1791,6 +1803,21 @@ TEST(misuse_twice) {
         mistaken_input(kind, in, 2, ORCH_ECONSUMED);
         finish();
     }
+}
+
+TEST(misuse_without_a_loop) {
+    orch_future *none = orch_settled(orch_ok_int(0)); // a rejected one
+    for (int kind = 0; kind <= KINDS; kind++) {
+        orch_future *f = kind == KINDS ? orch_timeout(none, 1) : combine(kind, 1, &none);
+        check_error(f, ORCH_ENOLOOP);
+        orch_drop(f);
+    }
+    orch_completion *c = orch_as_completed_n(1, &none);
+    CHECK(c != NULL);
+    orch_future *f = orch_completion_next(c);
+    CHECK(orch_is_settled(f));
+    orch_drop(f);
+    orch_completion_free(c);
 }
 
 TEST(misuse_of_timeout) {

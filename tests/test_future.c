@@ -1897,6 +1897,20 @@ TEST(no_memory_for_a_future) {
     finish();
 }
 
+// There is a slot for it, but no room among the timers.
+TEST(no_memory_for_a_timer) {
+    if (!start_denying()) return;
+    orch_future *f = orch_settled(token());
+    deny = true;
+    orch_future *g = orch_after(3600000);
+    check_error(g, ORCH_ENOMEM);
+    CHECK_INT(in_use(), 1);
+    orch_drop(g);
+    orch_drop(f);
+    deny = false;
+    finish();
+}
+
 TEST(no_memory_for_then) {
     if (!start_denying()) return;
     orch_future *exclusive = begin(&work[0], true), *shared = begin(&work[1], true);
@@ -2094,6 +2108,11 @@ TEST_DIES(misuse_box_twice, "asyncorch: orch_promise_box") {
     orch_drop(f);
 }
 
+TEST_DIES(misuse_null_orch_future_new, "asyncorch: orch_future_new") {
+    if (!start()) return;
+    orch_drop(orch_future_new(NULL));
+}
+
 TEST_DIES(misuse_future_without_a_loop, "asyncorch: orch_future_new") {
     orch_promise p;
     orch_drop(orch_future_new(&p));
@@ -2154,6 +2173,7 @@ TEST(misuse_null) {
     CHECK_INT(tokens[0], 1);
     check_misused(orch_finally(NULL, count_call, &calls), ORCH_EINVAL);
     check_misused(orch_ref(NULL), ORCH_EINVAL);
+    check_misused(orch_future_new(NULL), ORCH_EINVAL);
     orch_on(NULL, end, &seen[1]);
     turns();
     CHECK_INT(seen[1].calls, 1);
