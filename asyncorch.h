@@ -124,7 +124,6 @@
 //     NULL for a callback, hook or task function      aborts   ORCH_EINVAL; futures are dropped
 //     NULL for a list that is not empty               aborts   ORCH_EINVAL
 //     a count above 2^31 - 16                         aborts   ORCH_EINVAL; the list is not read
-//     needed > count in a quorum                      aborts   ORCH_EINVAL; the inputs are dropped
 //     await, wait, sleep, yield, shield outside task  aborts   ORCH_ENOTASK; await drops its future
 //     no loop on this thread                          aborts   ORCH_ENOLOOP
 //     a loop or orch_run where one is running         aborts   ORCH_ENESTED (orch_loop_new: NULL)
@@ -207,7 +206,8 @@ extern "C" {
 // (any thread, loop thread, task only; whether it suspends) and what it Owns. Unless a block says
 // otherwise, "a future" that is returned is never NULL: when it cannot be made it is a rejected one
 // (ORCH_ENOMEM, ORCH_ENOLOOP outside a loop's thread, ORCH_EINVAL for NULL, ORCH_ECONSUMED for a
-// future that was given away before).
+// future that was given away before). A function that consumes futures and fails gives them up as
+// orch_drop does: in a task it returns when their work has ended.
 
 typedef struct orch_future orch_future;         // the read end of work in progress
 typedef struct orch_loop orch_loop;             // one per thread
@@ -327,7 +327,8 @@ const orch_result *orch_at(const orch_result *r, size_t i);
 size_t orch_count(const orch_result *r);
 
 /* Moves the value out of a result that owns it exclusively.
- * Returns the value; NULL when it is shared or lent (it stays where it is).
+ * Returns the value; NULL when it is shared or lent (it stays where it is). A value without a
+ * release belongs to nobody and can always be taken.
  * Context: any thread.
  * Owns: hands the value over to the caller; the result no longer owns it. */
 void *orch_take(orch_result *r);
@@ -407,7 +408,8 @@ bool orch_promise_on_cancel(orch_promise promise, orch_cancel_fn fn, void *conte
 /* A ticket as one pointer, for C callbacks with a void *user. It needs no memory and cannot fail.
  * Returns the box, never NULL.
  * Context: loop thread.
- * Owns: hands over a box, which orch_promise_unbox takes back exactly once. */
+ * Owns: hands over a box, which orch_promise_unbox takes back exactly once. A promise has at most
+ * one box at a time (ORCH_EBUSY in debug builds). */
 void *orch_promise_box(orch_promise promise);
 
 /* The ticket out of its box.
@@ -499,8 +501,10 @@ ORCH_NODISCARD orch_future *orch_after(uint64_t ms);
 //
 // They consume their inputs, nest without limit and keep the inputs' order. When the outcome is
 // decided, the losers are cancelled, and the outcome is delivered as soon as they have ended. A
-// loser that others hold too is left alone and not waited for. Each has an array form ending in _n
-// and a variadic form.
+// loser that others hold too is left alone and not waited for. An input that is no future (NULL,
+// consumed) counts as one that is rejected with ORCH_EINVAL or ORCH_ECONSUMED. Cancelling a
+// combinator cancels its inputs and rejects it with ORCH_ECANCELED. Each has an array form ending
+// in _n and a variadic form.
 
 /* Fulfilled with the list of all values when every input is; rejected with the first error (index:
  * whose) otherwise. No input: fulfilled with an empty list.
@@ -544,8 +548,8 @@ ORCH_NODISCARD orch_future *orch_quorum_n(size_t needed, size_t count, orch_futu
  * Owns: as orch_all_n. Units: milliseconds. */
 ORCH_NODISCARD orch_future *orch_gather_n(size_t count, orch_future *const *futures, uint64_t ms);
 
-/* A race of f and a timer: settles as f does, or with ORCH_ETIMEDOUT ("Timeout after 2000 ms") and
- * index 1.
+/* A race of f and a timer: settles as f does, or with ORCH_ETIMEDOUT ("Timeout after 2000 ms"). A
+ * result of f keeps its own index; a timeout has index 1.
  * Returns the future.
  * Context: loop thread; does not suspend.
  * Owns: consumes f. Units: milliseconds. */
@@ -558,7 +562,8 @@ ORCH_NODISCARD orch_future *orch_timeout(orch_future *f, uint64_t ms);
 ORCH_NODISCARD orch_completion *orch_as_completed_n(size_t count, orch_future *const *futures);
 
 /* The next outcome to come (index: whose), as a future of its own.
- * Returns the future; ORCH_EEND after the last element.
+ * Returns the future; ORCH_EEND after the last element; ORCH_EBUSY while an earlier one is pending.
+ * One that was dropped loses no element.
  * Context: loop thread.
  * Owns: borrows c; hands over the future. */
 ORCH_NODISCARD orch_future *orch_completion_next(orch_completion *c);
@@ -1391,7 +1396,7 @@ static bool orchi_ring_reserve(orch_loop *loop, size_t wanted) {
     if (capacity > UINT32_MAX / 2) return false;
     orch_future **items = (orch_future **)orchi_allocate(loop, capacity * sizeof *items);
     if (items == NULL) return false;
-    uint32_t count = ring->tail - ring->head;
+    uint32_t count = old > 0 ? ring->tail - ring->head : 0;
     memset(items, 0, capacity * sizeof *items);
     for (uint32_t i = 0; i < count; i++) items[i] = ring->items[(ring->head + i) & ring->mask];
     orchi_free(loop, ring->items, old * sizeof *items);
@@ -2001,11 +2006,18 @@ static inline void orchi_tool_describe(orchi_context *c, orchi_stack *stack, cha
 
 #if ORCHI_TSAN
 static void *orchi_fiber_self(void) { return __tsan_get_current_fiber(); }
-static void *orchi_fiber_new(void) { return __tsan_create_fiber(0); }
-static void orchi_fiber_free(void *fiber) { __tsan_destroy_fiber(fiber); }
+/* A fiber for a task. One cannot serve two: its count of calls goes up with each task, which never
+ * returns from its first function. */
+static void *orchi_fiber_renew(void *fiber) {
+    if (fiber != NULL) __tsan_destroy_fiber(fiber);
+    return __tsan_create_fiber(0);
+}
+static void orchi_fiber_free(void *fiber) {
+    if (fiber != NULL) __tsan_destroy_fiber(fiber);
+}
 #else
 static void *orchi_fiber_self(void) { return NULL; }
-static void *orchi_fiber_new(void) { return NULL; }
+static inline void *orchi_fiber_renew(void *fiber) { return fiber; }
 static void orchi_fiber_free(void *fiber) { (void)fiber; }
 #endif
 
@@ -2141,7 +2153,7 @@ static void orchi_map_cut(orch_loop *loop, orchi_stack_map *map, orchi_stack_poo
         stack->top = start + stride - ORCHI_STACK_HEAD - colour;
         stack->size_log = map->size_log;
         stack->used = false;
-        stack->fiber = orchi_fiber_new();
+        stack->fiber = NULL;
         stack->next = pool->clean;
         pool->clean = stack;
         orch_guard level = orchi_guard_install(loop, start, i + 1 == map->count);
@@ -2206,6 +2218,7 @@ static orchi_stack *orchi_stack_take(orch_loop *loop, uint32_t size_log) {
         pool->clean = stack->next;
     }
     stack->used = true;
+    stack->fiber = orchi_fiber_renew(stack->fiber);
     orchi_unpoison_range(stack->bottom, (size_t)1 << size_log);
     return stack;
 }
@@ -3860,8 +3873,11 @@ orch_future *orch_race_n(size_t count, orch_future *const *futures) {
 
 orch_future *orch_quorum_n(size_t needed, size_t count, orch_future *const *futures) {
     int error = orchi_combine_error(count, futures);
-    if (error == 0 && needed > count) error = ORCH_EINVAL;
     if (error != 0) return orchi_combine_refuse("orch_quorum", error, count, futures);
+    if (needed > count) {
+        orchi_give_up(count, futures);
+        return orch_settled(orch_fail(ORCH_EINVAL));
+    }
     if (count == 0) return orchi_empty_list(ORCHI_QUORUM);
     return orchi_combine("orch_quorum", ORCHI_QUORUM, needed, count - needed + 1, count, futures,
                          NULL);
@@ -4782,8 +4798,8 @@ static void orchi_break_visit(orch_future *f, void *context) {
     breaking->any = true;
 }
 
-/* Nothing can end any more, as tasks await each other, or (not only `circles`) as producers do not settle:
- * their waits are broken off. Whether there were any. */
+/* Nothing can end any more, as tasks await each other, or (not only `circles`) as producers do not
+ * settle: their waits are broken off. Whether there were any. */
 static bool orchi_break(orch_loop *loop, bool circles) {
     orchi_breaking breaking = {circles, false};
     orchi_each_slot(loop, orchi_break_visit, &breaking);

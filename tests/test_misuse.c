@@ -749,12 +749,6 @@ static int absurd_completion(void) {
     }
 COUNTS(COUNT_CASE)
 
-IN_TASK(a_quorum_of_more_than_all, "orch_quorum") {
-    orch_future *f = orch_settled(orch_ok(&value, count_release));
-    CHECK_INT(await_error(orch_quorum(2, f)), ORCH_EINVAL);
-    CHECK_INT(released, 1);
-}
-
 // ---- loops
 
 MISUSE(a_second_loop_on_a_thread, "orch_loop_new" DO_NEST) {
