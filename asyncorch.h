@@ -912,6 +912,13 @@ static inline orch_result orch_run_with(const orch_loop_desc &desc, orch_task_fn
 #define ORCHI_OS_MACOS 0
 #endif
 
+// ppoll sleeps to the nanosecond. It is declared where _GNU_SOURCE was seen before any system header.
+#if ORCHI_OS_LINUX && defined(_GNU_SOURCE) && (!defined(__GLIBC__) || defined(__USE_GNU))
+#define ORCHI_PPOLL 1
+#else
+#define ORCHI_PPOLL 0
+#endif
+
 #if defined(_WIN32)
 #error "asyncorch.h: Windows is not supported yet (it needs Fibers and WSAPoll)"
 #endif
@@ -2313,7 +2320,7 @@ typedef struct orchi_poller_ops {
     int (*wait)(orch_loop *loop, uint64_t ns, void (*ready)(orch_loop *loop, int fd, int events));
 } orchi_poller_ops;
 
-#if ORCHI_OS_LINUX
+#if ORCHI_PPOLL
 static int orchi_poll_call(struct pollfd *fds, nfds_t count, uint64_t ns) {
     struct timespec timeout = {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)};
     return ppoll(fds, count, ns == UINT64_MAX ? NULL : &timeout, NULL);
@@ -5048,6 +5055,7 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
 #undef ORCHI_OS_LINUX
 #undef ORCHI_OS_MACOS
 #undef ORCHI_RISCV_SAVE
+#undef ORCHI_PPOLL
 #undef ORCHI_SAVE_FLOATS
 #undef ORCHI_SCALAR
 #undef ORCHI_STATIC_FUTURE
