@@ -538,6 +538,21 @@ TEST_DIES(the_overflow_report_can_be_left_out, "the program's own handler") {
     orch_result_free(&r);
 }
 
+static orch_result read_handler(void *arg) {
+    sigaction(SIGSEGV, NULL, arg);
+    return orch_ok_int(1);
+}
+
+TEST(left_out_it_installs_nothing) {
+    struct sigaction seen, own;
+    install_own_handler();
+    sigaction(SIGSEGV, NULL, &own);
+    orch_loop_desc desc = {.no_overflow_report = true};
+    orch_result r = orch_run_with(&desc, read_handler, &seen);
+    if (CHECK_INT(orch_int(&r), 1)) CHECK(seen.sa_handler == own.sa_handler);
+    orch_result_free(&r);
+}
+
 static orch_result write_nowhere(void *arg) {
     (void)arg;
     volatile char *volatile nowhere = (volatile char *)(uintptr_t)8192;

@@ -349,11 +349,13 @@ static orch_result read_copy(void *arg) {
     const order *o = arg;
     int number = o->number;
     orch_yield(); // the original is overwritten meanwhile
-    return orch_ok_int(number == o->number && !strcmp(o->text, "original") ? number : -1);
+    bool whole = !strcmp(o->text, "original") && o->text[sizeof o->text - 1] == '!';
+    return orch_ok_int(number == o->number && whole ? number : -1);
 }
 
 TASK_TEST(a_copied_argument_is_the_tasks_own) {
     order o = {41, "original"};
+    o.text[sizeof o.text - 1] = '!';
     orch_future *f =
         orch_go_with(&(orch_task_desc){.fn = read_copy, .arg = &o, .arg_size = sizeof o});
     memset(&o, 'z', sizeof o);
@@ -364,6 +366,7 @@ TASK_TEST(a_copy_may_be_as_large_as_half_the_stack) {
     static char big[32 * 1024];
     static order *o = (order *)(void *)big;
     *o = (order){42, "original"};
+    o->text[sizeof o->text - 1] = '!';
     orch_task_desc desc = {.fn = read_copy, .arg = big, .arg_size = sizeof big};
     orch_future *f = orch_go_with(&desc);
     CHECK_INT(join(f), 42);
@@ -426,6 +429,35 @@ TASK_TEST(an_argument_is_released_when_its_task_is_dropped) {
     orch_yield();
     orch_yield();
     CHECK_INT(released, 2);
+}
+
+static orch_result slow_end(void *arg) {
+    orch_sleep(60000);
+    orch_shield_begin();
+    orch_sleep(1);
+    ++*(int *)arg;
+    orch_shield_end();
+    return orch_ok_int(1);
+}
+
+static orch_future *to_drop;
+
+static void drop_in_release(void *arg) {
+    count_release(arg);
+    orch_drop(to_drop); // the task has ended: nothing can wait here
+}
+
+TASK_TEST(a_release_may_give_up_work) {
+    int ended = 0;
+    to_drop = orch_go(slow_end, &ended);
+    bool real = begun(to_drop);
+    orch_task_desc desc = {.fn = keep_argument, .arg = &ended, .release = drop_in_release};
+    intptr_t got = join(orch_go_with(&desc));
+    CHECK_INT(released, 1);
+    if (got == 1 && real) CHECK_INT(ended, 0); // it ends later
+    for (int i = 0; i < 100 && real && ended == 0; i++) orch_sleep(1);
+    CHECK_INT(ended, 1);
+    CHECK_INT(stats().tasks, 1);
 }
 
 TEST(an_argument_is_released_when_its_task_ends_with_the_loop) {
@@ -1370,6 +1402,17 @@ TEST(tasks_started_while_the_loop_ends_end_too) {
     orch_result r = orch_run(main_with_more, &left);
     if (CHECK_INT(orch_int(&r), 2)) CHECK_INT(left, 0);
     orch_result_free(&r);
+}
+
+TEST(tasks_started_while_a_loop_is_freed_end_too) {
+    orch_loop *loop = orch_loop_new(NULL);
+    if (!CHECK(loop != NULL)) return;
+    int left = 5;
+    orch_future *f = orch_go(starts_more_at_its_end, &left);
+    bool real = begun(f);
+    orch_detach(f);
+    CHECK_INT(orch_loop_free(loop), 0);
+    if (real) CHECK_INT(left, 0);
 }
 
 int main(int argc, char **argv) {
