@@ -89,7 +89,7 @@ test: # everything that fits into five minutes: sanitizers, allocation failures,
 		$(if $(SANITIZE),,no-sanitizers) $(if $(WRAP),,no-sweep)'; \
 	$(call lines,tests) \
 	$(foreach s,$(SCRIPTS),echo '$(s) sh tests/$(s).sh $(B)/examples';) \
-	$(call sweeps,TEST_SWEEP=25) \
+	$(call sweeps) \
 	for group in options-gcc options-clang c cxx static cross units; do \
 		echo "matrix/$$group sh tests/run_matrix.sh $$group"; \
 	done; } | JOBS=$(JOBS) $(RUN)
@@ -97,13 +97,12 @@ test: # everything that fits into five minutes: sanitizers, allocation failures,
 $(TESTS): %: $(B)/tests/%
 	@$<
 
-torture: # the tests in every build there is, and the allocation sweep in full
+torture: # the tests in every build there is
 	@$(call build,tests release ucontext clang lto thread)
 	@{ $(call lines,release,release) $(call lines,ucontext,ucontext) \
 	$(call lines,clang,clang) $(call lines,lto,lto) \
 	$(call lines,thread,thread,,TEST_TIME=4) \
-	$(call lines,tests,stack-use,,ASAN_OPTIONS=detect_stack_use_after_return=1) \
-	$(call sweeps,TEST_TIME=2) } | JOBS=$(JOBS) $(RUN)
+	$(call lines,tests,stack-use,,ASAN_OPTIONS=detect_stack_use_after_return=1) } | JOBS=$(JOBS) $(RUN)
 
 soak: torture # torture, then valgrind, then 200 repeats on a busy machine; hours
 	@$(call build,plain lto)

@@ -107,7 +107,7 @@ group_options() { # compiler
     done
     # Thread sanitizer maps fixed addresses; kernels that randomise more than it expects need -R.
     # Clang 14's crashes when a fiber is made on a ucontext stack (in __tsan_create_fiber).
-    for options in '-std=c99 -O1 -g -fsanitize=thread' \
+    for options in '-std=c99 -O0 -g -fsanitize=thread' '-std=c99 -O2 -g -fsanitize=thread' \
         '-std=c99 -O1 -g -fsanitize=thread -DORCH_USE_UCONTEXT=1'; do
         case "$cc$options" in clang*UCONTEXT*) continue ;; esac
         if usable '' "$cc" "$options" c; then

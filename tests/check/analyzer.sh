@@ -10,6 +10,10 @@ printf '#define ASYNCORCH_IMPLEMENTATION\n#include "asyncorch.h"\n' >"$unit/unit
 for options in '' -DNDEBUG; do
     # shellcheck disable=SC2086
     gcc -std=c99 -O1 -Wall -Wextra -fanalyzer -Werror $options -I. \
-        -c "$unit/unit.c" -o "$unit/unit.o"
+        -c "$unit/unit.c" -o "$unit/unit.o" 2>"$unit/log" || {
+        grep 'error:' "$unit/log" # without the paths it describes; this command shows them
+        echo "gcc -O1 -fanalyzer $options"
+        exit 1
+    }
 done
 gcc --version | head -n 1
