@@ -24,9 +24,7 @@ static void count_release(void *value) {
     CHECK_INT(name, value);                                                                        \
     CHECK(orch_error_text(name)[0] != '\0');
 
-TEST(every_code_has_its_name_and_its_text) {
-    ORCH_ERRORS(CHECK_NAME)
-}
+TEST(every_code_has_its_name_and_its_text){ORCH_ERRORS(CHECK_NAME)}
 
 #define COLLECT(name, value, text) value,
 
@@ -431,6 +429,4 @@ TEST(the_order_holds_while_the_ring_grows) {
     CHECK_INT(orch_loop_free(loop), 0);
 }
 
-int main(int argc, char **argv) {
-    return test_main(argc, argv);
-}
+int main(int argc, char **argv) { return test_main(argc, argv); }

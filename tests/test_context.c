@@ -33,8 +33,8 @@
 #endif
 #define UNCHECKED __attribute__((no_sanitize_address))
 
-// What the sanitizers allow: ThreadSanitizer knows at most 8,128 threads and fibers, and only so deep
-// a call stack; both keep mappings of their own for every stack, and take time to make them.
+// What the sanitizers allow: ThreadSanitizer knows at most 8,128 threads and fibers, and only so
+// deep a call stack; both keep mappings of their own for every stack, and take time to make them.
 #if defined(__SANITIZE_THREAD__)
 #define UNDER_TSAN 1
 #elif defined(__SANITIZE_ADDRESS__)
@@ -73,9 +73,7 @@ enum { DEEP = 100000, MANY = 10000, AGAIN = 100000, OWN_MAPPINGS = ON_LINUX };
     }                                                                                              \
     static void name##_body(void)
 
-static orch_loop_stats stats(void) {
-    return orch_loop_statistics(orch_loop_current());
-}
+static orch_loop_stats stats(void) { return orch_loop_statistics(orch_loop_current()); }
 
 // Awaits and says what the task returned: its number, or its error.
 static intptr_t join(orch_future *f) {
@@ -91,9 +89,7 @@ static orch_future *go_sized(orch_task_fn fn, void *arg, size_t stack_size) {
 }
 
 // Not the address of a local, which the sanitizers may keep elsewhere.
-static uintptr_t here(void) {
-    return (uintptr_t)__builtin_frame_address(0);
-}
+static uintptr_t here(void) { return (uintptr_t)__builtin_frame_address(0); }
 
 // ---- sizes
 
@@ -281,7 +277,8 @@ TEST(no_guard_is_claimed_before_there_is_a_stack) {
 
 TASK_TEST(the_guard_in_force_is_reported) {
     orch_guard guard = stats().guard;
-    CHECK(guard == ORCH_GUARD_CANARY || guard == ORCH_GUARD_MPROTECT || guard == ORCH_GUARD_MADVISE);
+    CHECK(guard == ORCH_GUARD_CANARY || guard == ORCH_GUARD_MPROTECT ||
+          guard == ORCH_GUARD_MADVISE);
     if (ON_LINUX && guard != ORCH_GUARD_CANARY) check_guards();
 }
 
@@ -300,7 +297,8 @@ static int count_mappings(void) {
 // Refuses what is given here, as an older kernel would: MADV_GUARD_INSTALL, and on request every
 // mprotect of 16 KiB or more (the sanitizers' own are smaller).
 static bool pretend_old_kernel(bool no_mprotect) {
-    const unsigned refuse_einval = SECCOMP_RET_ERRNO | EINVAL, refuse_nomem = SECCOMP_RET_ERRNO | ENOMEM;
+    const unsigned refuse_einval = SECCOMP_RET_ERRNO | EINVAL,
+                   refuse_nomem = SECCOMP_RET_ERRNO | ENOMEM;
     struct sock_filter code[] = {
         BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
         BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_madvise, 0, 3),
@@ -396,21 +394,13 @@ static void overflow(orch_task_fn fn, void *arg) {
     orch_result_free(&r);
 }
 
-TEST_DIES(an_overflow_names_its_task, "deep-diver") {
-    overflow(dive_too_deep, NULL);
-}
+TEST_DIES(an_overflow_names_its_task, "deep-diver") { overflow(dive_too_deep, NULL); }
 
-TEST_DIES(an_overflow_says_what_it_is, "stack overflow") {
-    overflow(dive_too_deep, NULL);
-}
+TEST_DIES(an_overflow_says_what_it_is, "stack overflow") { overflow(dive_too_deep, NULL); }
 
-TEST_DIES(an_overflow_after_a_wait_names_its_task, "deep-diver") {
-    overflow(late_dive, NULL);
-}
+TEST_DIES(an_overflow_after_a_wait_names_its_task, "deep-diver") { overflow(late_dive, NULL); }
 
-TEST_DIES(a_large_frame_is_named_too, "deep-diver") {
-    overflow(large_frame, NULL);
-}
+TEST_DIES(a_large_frame_is_named_too, "deep-diver") { overflow(large_frame, NULL); }
 
 TEST_DIES(a_large_frame_of_variable_size_is_named_too, "deep-diver") {
     size_t size = 150 * KIB;
@@ -419,8 +409,8 @@ TEST_DIES(a_large_frame_of_variable_size_is_named_too, "deep-diver") {
 
 static orch_result overflow_small(void *arg) {
     (void)arg;
-    orch_result r = orch_await(orch_go_with(&(orch_task_desc){
-        .name = "deep-diver", .fn = dive_too_deep, .stack_size = 16 * KIB}));
+    orch_result r = orch_await(orch_go_with(
+        &(orch_task_desc){.name = "deep-diver", .fn = dive_too_deep, .stack_size = 16 * KIB}));
     return r;
 }
 
@@ -440,9 +430,7 @@ static void in_thread(void *(*fn)(void *)) {
     if (pthread_create(&thread, NULL, fn, NULL) == 0) pthread_join(thread, NULL);
 }
 
-TEST_DIES(an_overflow_in_another_thread_is_named, "deep-diver") {
-    in_thread(overflow_thread);
-}
+TEST_DIES(an_overflow_in_another_thread_is_named, "deep-diver") { in_thread(overflow_thread); }
 
 static void *free_own_loop(void *arg) {
     (void)arg;
@@ -484,9 +472,7 @@ TEST_DIES(the_last_of_an_older_loop_leaves_the_report_in_place, "deep-diver") {
     overflow_after_older(NULL);
 }
 
-TEST_DIES(and_so_it_is_in_another_thread, "deep-diver") {
-    in_thread(overflow_after_older);
-}
+TEST_DIES(and_so_it_is_in_another_thread, "deep-diver") { in_thread(overflow_after_older); }
 
 TEST_DIES(the_second_loop_of_a_thread_reports_too, "deep-diver") {
     free_own_loop(NULL);
@@ -802,9 +788,7 @@ static void *settle_from_main(void *arg) {
     return arg;
 }
 
-static orch_result await_gate(void *arg) {
-    return orch_await(arg);
-}
+static orch_result await_gate(void *arg) { return orch_await(arg); }
 
 TASK_TEST(the_library_can_be_used_on_the_main_stack) {
     orch_future *waiter = orch_go(await_gate, orch_future_new(&main_stack_ticket));
@@ -812,6 +796,4 @@ TASK_TEST(the_library_can_be_used_on_the_main_stack) {
     CHECK_INT(join(waiter), 9);
 }
 
-int main(int argc, char **argv) {
-    return test_main(argc, argv);
-}
+int main(int argc, char **argv) { return test_main(argc, argv); }

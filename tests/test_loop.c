@@ -32,9 +32,7 @@
     }                                                                                              \
     static void name##_body(void)
 
-static orch_loop_stats stats(void) {
-    return orch_loop_statistics(orch_loop_current());
-}
+static orch_loop_stats stats(void) { return orch_loop_statistics(orch_loop_current()); }
 
 static intptr_t join(orch_future *f) { // consumes f
     orch_result r = orch_await(f);
@@ -63,8 +61,7 @@ static void note_unhandled(const orch_result *r, void *context) {
 }
 
 static orch_loop_desc noting(notes *n) {
-    return (orch_loop_desc){
-        .context = n, .on_report = note_report, .on_unhandled = note_unhandled};
+    return (orch_loop_desc){.context = n, .on_report = note_report, .on_unhandled = note_unhandled};
 }
 
 static orch_result run_noting(notes *n, orch_task_fn fn, void *arg) {
@@ -514,7 +511,7 @@ TASK_TEST(switching_costs_no_system_call) {
     CHECK_INT(join(b), 1);
     orch_loop_stats after = stats();
     CHECK(after.resumes - before.resumes >= 200000);
-    CHECK(after.polls - before.polls <= 200000 / 64);  // at most one look in 128 resumptions
+    CHECK(after.polls - before.polls <= 200000 / 64);   // at most one look in 128 resumptions
     CHECK(after.polls - before.polls >= 200000 / 5000); // but a look now and then
     orch_drop(idle);
     orch_drop(long_timer);
@@ -571,9 +568,7 @@ TASK_TEST(looking_at_a_settled_future_takes_its_turn_too) {
     CHECK_INT(join(other), 1);
 }
 
-static orch_result never_waits(void *arg) {
-    return orch_ok_int(*(int *)arg);
-}
+static orch_result never_waits(void *arg) { return orch_ok_int(*(int *)arg); }
 
 TASK_TEST(a_task_that_never_waits_starves_nobody) {
     int seven = 7, loops = 0;
@@ -807,8 +802,8 @@ TEST(run_reports_a_deadlock_and_can_go_on) {
         CHECK_INT(orch_loop_free(loop), 0);
         return;
     }
-    orch_future *f = orch_go_with(
-        &(orch_task_desc){.name = "stuck-task", .fn = hold_for_ever, .arg = gate});
+    orch_future *f =
+        orch_go_with(&(orch_task_desc){.name = "stuck-task", .fn = hold_for_ever, .arg = gate});
     if (called == 0 && !orch_is_settled(f)) {
         CHECK_INT(orch_loop_run(loop), ORCH_EDEADLK);
         CHECK(strstr(n.text, "stuck-task") != NULL);
@@ -1018,9 +1013,7 @@ TEST(a_dump_names_every_task) {
     orch_result_free(&r);
 }
 
-static orch_result failing(void *arg) {
-    return orch_failf(*(int *)arg, "no luck with %d", 3);
-}
+static orch_result failing(void *arg) { return orch_failf(*(int *)arg, "no luck with %d", 3); }
 
 static orch_result spawn_failing(void *arg) {
     CHECK_INT(orch_spawn(failing, arg), 0);
@@ -1121,9 +1114,7 @@ TEST(exit_of_an_error_is_1_and_prints_its_message) {
 
 // ---- what outlives orch_run
 
-static orch_result return_value(void *arg) {
-    return orch_ok(arg, count_release);
-}
+static orch_result return_value(void *arg) { return orch_ok(arg, count_release); }
 
 TEST(a_value_outlives_its_loop) {
     int value = 5;
@@ -1138,9 +1129,7 @@ TEST(a_value_outlives_its_loop) {
     if (real) CHECK_INT(released, 1);
 }
 
-static orch_result return_message(void *arg) {
-    return orch_failf(9, "message %d", *(int *)arg);
-}
+static orch_result return_message(void *arg) { return orch_failf(9, "message %d", *(int *)arg); }
 
 TEST(a_message_outlives_its_loop) {
     int number = 31;
@@ -1210,9 +1199,7 @@ TEST(lists_of_several_loops_live_side_by_side) {
     if (real) CHECK_INT(released, 6);
 }
 
-static orch_result chain_main(void *arg) {
-    return orch_chain(orch_go(value_task, arg));
-}
+static orch_result chain_main(void *arg) { return orch_chain(orch_go(value_task, arg)); }
 
 TEST(main_may_return_a_future) {
     int value = 5;
@@ -1347,6 +1334,4 @@ TEST(a_loop_is_seen_by_its_own_thread_only) {
     CHECK_INT(orch_loop_free(loop), 0);
 }
 
-int main(int argc, char **argv) {
-    return test_main(argc, argv);
-}
+int main(int argc, char **argv) { return test_main(argc, argv); }

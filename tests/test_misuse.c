@@ -16,7 +16,8 @@
 #include <sys/socket.h>
 #include <unistd.h>
 
-// MISUSE: dies in a debug build with "asyncorch: <function>...", passes its checks in a release one.
+// MISUSE: dies in a debug build with "asyncorch: <function>...", and passes its checks in a release
+// build.
 // IN_TASK: the body runs as the main task of a loop.
 #ifdef NDEBUG
 #define MISUSE(name, text) TEST(name)
@@ -32,7 +33,8 @@
     static orch_result name##_main(void *arg) {                                                    \
         (void)arg;                                                                                 \
         name##_body();                                                                             \
-        CHECK_INT(orch_loop_statistics(orch_loop_current()).futures, 1); /* the main task itself */\
+        /* The main task is the only future left. */                                               \
+        CHECK_INT(orch_loop_statistics(orch_loop_current()).futures, 1);                           \
         return orch_ok_int(1);                                                                     \
     }                                                                                              \
     MISUSE(name, text) {                                                                           \
@@ -71,9 +73,7 @@ static orch_result pass(orch_result *in, void *context) {
     return *in;
 }
 
-static void finish(void *context) {
-    ++*(int *)context;
-}
+static void finish(void *context) { ++*(int *)context; }
 
 static orch_result task(void *arg) {
     called++;
@@ -165,7 +165,8 @@ MISUSE(no_loop_as_completed, "orch_as_completed") {
     X(yield, "orch_yield", orch_yield())                                                           \
     X(sleep, "orch_sleep", orch_sleep(1))                                                          \
     X(await, "orch_await", result_error(orch_await(orch_after(1))))                                \
-    X(await_settled, "orch_await", result_error(orch_await(orch_settled(orch_ok(&value, count_release))))) \
+    X(await_settled, "orch_await",                                                                 \
+      result_error(orch_await(orch_settled(orch_ok(&value, count_release)))))                      \
     X(wait, "orch_wait", wait_borrowed())
 
 static int wait_borrowed(void) {
@@ -205,25 +206,17 @@ static int wait_borrowed(void) {
 TASK_ONLY(OUTSIDE_CASE)
 
 // Neither a loop nor a task: both errors would be right.
-static bool is_outside(int error) {
-    return error == ORCH_ENOTASK || error == ORCH_ENOLOOP;
-}
+static bool is_outside(int error) { return error == ORCH_ENOTASK || error == ORCH_ENOLOOP; }
 
-MISUSE(yield_without_a_loop, "orch_yield") {
-    CHECK(is_outside(orch_yield()));
-}
+MISUSE(yield_without_a_loop, "orch_yield") { CHECK(is_outside(orch_yield())); }
 
-MISUSE(sleep_without_a_loop, "orch_sleep") {
-    CHECK(is_outside(orch_sleep(1)));
-}
+MISUSE(sleep_without_a_loop, "orch_sleep") { CHECK(is_outside(orch_sleep(1))); }
 
 MISUSE(await_without_a_loop, "orch_await") {
     CHECK(is_outside(result_error(orch_await(nothing[0]))));
 }
 
-MISUSE(wait_without_a_loop, "orch_wait") {
-    CHECK(is_outside(result_error(orch_wait(nothing[0]))));
-}
+MISUSE(wait_without_a_loop, "orch_wait") { CHECK(is_outside(result_error(orch_wait(nothing[0])))); }
 
 MISUSE(shield_without_a_loop, "orch_shield_begin") {
     orch_shield_begin();
@@ -388,7 +381,7 @@ IN_TASK(consumed_says_what_to_do, "orch_then" DO_REF) {
     orch_drop(first);
 }
 
-IN_TASK(the_same_future_twice_in_a_list, "orch_all" ) {
+IN_TASK(the_same_future_twice_in_a_list, "orch_all") {
     orch_promise p;
     orch_future *f = orch_future_new(&p);
     CHECK_INT(await_error(orch_all(f, f)), ORCH_ECONSUMED);
@@ -404,9 +397,7 @@ IN_TASK(the_same_future_twice_in_a_race, "orch_race") {
     orch_result_free(&r);
 }
 
-static orch_result await_given(void *arg) {
-    return orch_await(arg);
-}
+static orch_result await_given(void *arg) { return orch_await(arg); }
 
 IN_TASK(two_tasks_await_one_reference, "orch_await" DO_REF) {
     orch_promise p;
@@ -582,7 +573,8 @@ static int null_copy(void) {
     X(chain, "orch_chain", use_chain(NULL))                                                        \
     X(future_new, "orch_future_new", await_error(orch_future_new(NULL)))                           \
     X(on_cancel, "orch_promise_on_cancel", null_on_cancel())                                       \
-    X(unbox, "orch_promise_unbox", orch_promise_pending(orch_promise_unbox(NULL)) ? 0 : ORCH_EINVAL) \
+    X(unbox, "orch_promise_unbox",                                                                 \
+      orch_promise_pending(orch_promise_unbox(NULL)) ? 0 : ORCH_EINVAL)                            \
     X(timeout, "orch_timeout", await_error(orch_timeout(NULL, 1000)))                              \
     X(in_a_list, "orch_all", null_in_list())                                                       \
     X(all, "orch_all", await_error(orch_all_n(1, NULL)))                                           \
@@ -619,17 +611,11 @@ MISUSE(null_run_with, "orch_run") {
     CHECK(orch_loop_current() == NULL);
 }
 
-MISUSE(null_loop_free, "orch_loop_free") {
-    CHECK_INT(orch_loop_free(NULL), ORCH_EINVAL);
-}
+MISUSE(null_loop_free, "orch_loop_free") { CHECK_INT(orch_loop_free(NULL), ORCH_EINVAL); }
 
-MISUSE(null_loop_run, "orch_loop_run") {
-    CHECK_INT(orch_loop_run(NULL), ORCH_EINVAL);
-}
+MISUSE(null_loop_run, "orch_loop_run") { CHECK_INT(orch_loop_run(NULL), ORCH_EINVAL); }
 
-MISUSE(null_loop_step, "orch_loop_step") {
-    CHECK_INT(orch_loop_step(NULL, 1), ORCH_EINVAL);
-}
+MISUSE(null_loop_step, "orch_loop_step") { CHECK_INT(orch_loop_step(NULL, 1), ORCH_EINVAL); }
 
 TEST(null_is_nothing_where_the_contract_says_so) {
     orch_loop *loop = orch_loop_new(NULL);
@@ -642,7 +628,8 @@ TEST(null_is_nothing_where_the_contract_says_so) {
 
 // ---- values
 
-static const size_t bad_sizes[] = {1, 4096, 16383, ((size_t)1 << 30) + 1, SIZE_MAX / 2 + 2, SIZE_MAX};
+static const size_t bad_sizes[] = {1,       4096, 16383, ((size_t)1 << 30) + 1, SIZE_MAX / 2 + 2,
+                                   SIZE_MAX};
 enum { BAD_SIZES = sizeof bad_sizes / sizeof bad_sizes[0] };
 
 static int bad_stack(size_t size) {
@@ -714,9 +701,7 @@ static int bad_events(int events) {
     return error;
 }
 
-IN_TASK(no_events, "orch_ready") {
-    CHECK_INT(bad_events(0), ORCH_EINVAL);
-}
+IN_TASK(no_events, "orch_ready") { CHECK_INT(bad_events(0), ORCH_EINVAL); }
 
 IN_TASK(unknown_events, "orch_ready") {
     CHECK_INT(bad_events(4), ORCH_EINVAL);
@@ -993,6 +978,4 @@ TEST(a_bad_descriptor_is_an_error_not_a_misuse) {
     CHECK_INT(orch_loop_free(loop), 0);
 }
 
-int main(int argc, char **argv) {
-    return test_main(argc, argv);
-}
+int main(int argc, char **argv) { return test_main(argc, argv); }

@@ -74,7 +74,8 @@ TEST(the_clock_is_the_same_inside_and_outside_a_loop) {
     uint64_t seen[2] = {0, 0}, before = orch_now();
     orch_result r = orch_run(clock_in_task, seen);
     uint64_t after = orch_now();
-    if (CHECK_INT(orch_int(&r), 1)) CHECK(before <= seen[0] && seen[0] < seen[1] && seen[1] <= after);
+    if (CHECK_INT(orch_int(&r), 1))
+        CHECK(before <= seen[0] && seen[0] < seen[1] && seen[1] <= after);
     orch_result_free(&r);
 }
 
@@ -114,9 +115,7 @@ TASK_TEST(stacks_are_aligned_whatever_is_copied_to_them) {
 
 // ---- registers
 
-static void *nothing(void *arg) {
-    return arg;
-}
+static void *nothing(void *arg) { return arg; }
 
 static void wait_somehow(int i) {
     if (i % 3 == 0) orch_yield();
@@ -139,9 +138,7 @@ static intptr_t hold_values(uint64_t seed, void (*between)(int)) {
     return (intptr_t)((a ^ b ^ c ^ d ^ e ^ f) + (uint64_t)(sum / 1e6));
 }
 
-static void no_wait(int i) {
-    (void)i;
-}
+static void no_wait(int i) { (void)i; }
 
 static orch_result hold_task(void *arg) {
     return orch_ok_int(hold_values(*(uint64_t *)arg, wait_somehow));
@@ -216,9 +213,7 @@ static void control_set(unsigned mode, unsigned kind) {
     (void)mode;
     (void)kind;
 }
-static unsigned control_get(void) {
-    return 0;
-}
+static unsigned control_get(void) { return 0; }
 #endif
 
 static int control_lost;
@@ -327,7 +322,8 @@ static const char *function_at(const char *image, const void *address) {
         const ElfW(Sym) *best = NULL;
         for (size_t i = 0; i < count; i++) {
             int type = symbols[i].st_info & 15;
-            if ((type != STT_FUNC && type != STT_NOTYPE) || symbols[i].st_shndx == SHN_UNDEF) continue;
+            if ((type != STT_FUNC && type != STT_NOTYPE) || symbols[i].st_shndx == SHN_UNDEF)
+                continue;
             if (symbols[i].st_value > offset || names[symbols[i].st_name] == '\0') continue;
             if (names[symbols[i].st_name] == '$' || names[symbols[i].st_name] == '.') continue;
             if (!best || symbols[i].st_value >= best->st_value) best = &symbols[i];
@@ -428,15 +424,9 @@ static orch_result starter(void *arg) {
     (void)arg;
     return orch_fail(ORCH_EINVAL);
 }
-static orch_result trace_task(void *arg) {
-    return starter(arg);
-}
-static void check_traces(const trace *t) {
-    (void)t;
-}
-static bool ready_to_trace(void) {
-    return true;
-}
+static orch_result trace_task(void *arg) { return starter(arg); }
+static void check_traces(const trace *t) { (void)t; }
+static bool ready_to_trace(void) { return true; }
 #endif
 
 TEST_SKIP(a_backtrace_of_the_main_task_ends_at_its_entry, !HAS_BACKTRACE) {
@@ -453,6 +443,4 @@ TEST_SKIP(a_backtrace_of_a_nested_task_ends_at_its_entry, !HAS_BACKTRACE) {
     orch_result_free(&r);
 }
 
-int main(int argc, char **argv) {
-    return test_main(argc, argv);
-}
+int main(int argc, char **argv) { return test_main(argc, argv); }

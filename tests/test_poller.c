@@ -38,9 +38,7 @@
 
 #define BOTH (ORCH_READABLE | ORCH_WRITABLE)
 
-static orch_loop_stats stats(void) {
-    return orch_loop_statistics(orch_loop_current());
-}
+static orch_loop_stats stats(void) { return orch_loop_statistics(orch_loop_current()); }
 
 // Awaits: the number the future ended with, or its error.
 static intptr_t join(orch_future *f) {
@@ -51,22 +49,16 @@ static intptr_t join(orch_future *f) {
 }
 
 // The same within two seconds.
-static intptr_t soon(orch_future *f) {
-    return join(orch_timeout(f, 2000));
-}
+static intptr_t soon(orch_future *f) { return join(orch_timeout(f, 2000)); }
 
-static bool make_pair(int fd[2]) {
-    return CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == 0);
-}
+static bool make_pair(int fd[2]) { return CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == 0); }
 
 static void close_pair(const int fd[2]) {
     close(fd[0]);
     close(fd[1]);
 }
 
-static bool put(int fd) {
-    return CHECK_INT(write(fd, "x", 1), 1);
-}
+static bool put(int fd) { return CHECK_INT(write(fd, "x", 1), 1); }
 
 static void fill(int fd) {
     static const char block[4096];
@@ -620,6 +612,4 @@ TEST(the_end_of_the_loop_ends_all_waits) {
     close_pair(fd);
 }
 
-int main(int argc, char **argv) {
-    return test_main(argc, argv);
-}
+int main(int argc, char **argv) { return test_main(argc, argv); }

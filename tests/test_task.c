@@ -27,9 +27,7 @@
     }                                                                                              \
     static void name##_body(void)
 
-static orch_loop_stats stats(void) {
-    return orch_loop_statistics(orch_loop_current());
-}
+static orch_loop_stats stats(void) { return orch_loop_statistics(orch_loop_current()); }
 
 // Awaits: the number the task returned, or its error.
 static intptr_t join(orch_future *f) {
@@ -40,9 +38,7 @@ static intptr_t join(orch_future *f) {
 }
 
 // Whether work is truly under way: not so when memory was refused.
-static bool begun(const orch_future *f) {
-    return !orch_is_settled(f);
-}
+static bool begun(const orch_future *f) { return !orch_is_settled(f); }
 
 static int released;
 static void *released_last;
@@ -73,7 +69,7 @@ static orch_result log_three(void *arg) {
 }
 
 TASK_TEST(a_task_starts_at_once) {
-    orch_future *f = orch_go(log_three, (void *)(uintptr_t)"a");
+    orch_future *f = orch_go(log_three, (void *)(uintptr_t) "a");
     if (begun(f)) CHECK_STR(log_text, "a"); // inside the call, up to its first wait
     CHECK_INT(join(f), 'a');
     CHECK_STR(log_text, "aaaA");
@@ -105,7 +101,7 @@ TASK_TEST(a_task_that_never_waits_is_settled_when_go_returns) {
 TEST(a_task_can_start_outside_of_tasks) {
     orch_loop *loop = orch_loop_new(NULL);
     if (!CHECK(loop != NULL)) return;
-    orch_future *f = orch_go(log_three, (void *)(uintptr_t)"a");
+    orch_future *f = orch_go(log_three, (void *)(uintptr_t) "a");
     if (begun(f)) {
         CHECK_STR(log_text, "a");
         CHECK_INT(orch_loop_run(loop), 0);
@@ -126,7 +122,7 @@ static void start_from_callback(orch_result *in, void *context) {
 }
 
 TASK_TEST(a_task_can_start_in_a_callback) {
-    orch_on(orch_settled(orch_ok_int(0)), start_from_callback, (void *)(uintptr_t)"b");
+    orch_on(orch_settled(orch_ok_int(0)), start_from_callback, (void *)(uintptr_t) "b");
     for (int i = 0; i < 6; i++) orch_yield();
     CHECK_STR(log_text, "bbbB");
 }
@@ -148,9 +144,7 @@ TASK_TEST(tasks_start_tasks_to_any_depth) {
 
 // ---- outcomes
 
-static orch_result return_argument(void *arg) {
-    return *(orch_result *)arg;
-}
+static orch_result return_argument(void *arg) { return *(orch_result *)arg; }
 
 static orch_result return_later(void *arg) {
     orch_yield();
@@ -192,9 +186,7 @@ TASK_TEST(a_task_returns_a_message) {
     orch_result_free(&r);
 }
 
-static orch_result return_chain(void *arg) {
-    return orch_chain(orch_go(return_later, arg));
-}
+static orch_result return_chain(void *arg) { return orch_chain(orch_go(return_later, arg)); }
 
 static orch_result return_chain_later(void *arg) {
     orch_yield();
@@ -210,9 +202,7 @@ TASK_TEST(a_task_returns_another_future) {
     CHECK_INT(released, r.error ? 0 : 1);
 }
 
-static orch_result return_given(void *arg) {
-    return orch_chain(*(orch_future **)arg);
-}
+static orch_result return_given(void *arg) { return orch_chain(*(orch_future **)arg); }
 
 TASK_TEST(a_task_that_returned_a_future_has_ended) {
     orch_promise p;
@@ -242,7 +232,7 @@ TASK_TEST(an_outcome_nobody_took_is_released) {
 // ---- await and wait
 
 TASK_TEST(await_of_what_is_settled_does_not_wait) {
-    orch_future *other = orch_go(log_three, (void *)(uintptr_t)"a");
+    orch_future *other = orch_go(log_three, (void *)(uintptr_t) "a");
     for (int i = 0; i < 50; i++) CHECK_INT(join(orch_settled(orch_ok_int(i))), i);
     if (begun(other)) CHECK_STR(log_text, "a");
     CHECK_INT(join(other), 'a');
@@ -331,7 +321,7 @@ TASK_TEST(sleep_and_yield_return_0) {
 
 TASK_TEST(yield_lets_everything_ready_run_first) {
     orch_future *f[20];
-    for (int i = 0; i < 20; i++) f[i] = orch_go(log_three, (void *)(uintptr_t)"y");
+    for (int i = 0; i < 20; i++) f[i] = orch_go(log_three, (void *)(uintptr_t) "y");
     size_t started = strlen(log_text);
     orch_yield();
     CHECK_INT(strlen(log_text), 2 * started);
@@ -407,7 +397,8 @@ static void release_order(void *arg) {
 
 TASK_TEST(release_of_a_copied_argument_gets_the_copy) {
     order o = {43, "original"};
-    orch_task_desc desc = {.fn = keep_argument, .arg = &o, .arg_size = sizeof o, .release = release_order};
+    orch_task_desc desc = {
+        .fn = keep_argument, .arg = &o, .arg_size = sizeof o, .release = release_order};
     orch_future *f = orch_go_with(&desc);
     o.number = 0;
     if (begun(f)) {
@@ -1323,17 +1314,11 @@ static void check_deaf(int mode) {
     orch_result_free(&r);
 }
 
-TEST(a_task_that_goes_on_sleeping_is_reported_and_starves_nobody) {
-    check_deaf(0);
-}
+TEST(a_task_that_goes_on_sleeping_is_reported_and_starves_nobody) { check_deaf(0); }
 
-TEST(a_task_that_goes_on_yielding_is_reported_and_starves_nobody) {
-    check_deaf(1);
-}
+TEST(a_task_that_goes_on_yielding_is_reported_and_starves_nobody) { check_deaf(1); }
 
-TEST(a_task_that_goes_on_awaiting_is_reported_and_starves_nobody) {
-    check_deaf(2);
-}
+TEST(a_task_that_goes_on_awaiting_is_reported_and_starves_nobody) { check_deaf(2); }
 
 static orch_result few_refusals(void *arg) {
     orch_sleep(60000);
@@ -1415,6 +1400,4 @@ TEST(tasks_started_while_a_loop_is_freed_end_too) {
     if (real) CHECK_INT(left, 0);
 }
 
-int main(int argc, char **argv) {
-    return test_main(argc, argv);
-}
+int main(int argc, char **argv) { return test_main(argc, argv); }

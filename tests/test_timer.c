@@ -35,9 +35,7 @@ static uint64_t clock_ns(void) {
     return (uint64_t)t.tv_sec * 1000000000 + (uint64_t)t.tv_nsec;
 }
 
-static orch_loop_stats stats(void) {
-    return orch_loop_statistics(orch_loop_current());
-}
+static orch_loop_stats stats(void) { return orch_loop_statistics(orch_loop_current()); }
 
 static int wait_for(orch_future *f) { // consumes f
     orch_result r = orch_await(f);
@@ -145,9 +143,17 @@ TASK_TEST(zero_is_the_next_look_at_the_clock) {
 }
 
 static const uint64_t endless[] = {
-    UINT64_MAX, UINT64_MAX - 1, UINT64_MAX / 2, UINT64_MAX / 2 + 1, UINT64_MAX / 1000,
-    UINT64_MAX / 1000000, UINT64_MAX / 1000000 + 1, UINT64_MAX / 1000000 - 1,
-    (uint64_t)INT64_MAX / 1000000 + 1, (uint64_t)UINT32_MAX + 1, (uint64_t)INT32_MAX + 1,
+    UINT64_MAX,
+    UINT64_MAX - 1,
+    UINT64_MAX / 2,
+    UINT64_MAX / 2 + 1,
+    UINT64_MAX / 1000,
+    UINT64_MAX / 1000000,
+    UINT64_MAX / 1000000 + 1,
+    UINT64_MAX / 1000000 - 1,
+    (uint64_t)INT64_MAX / 1000000 + 1,
+    (uint64_t)UINT32_MAX + 1,
+    (uint64_t)INT32_MAX + 1,
 };
 #define ENDLESS (sizeof endless / sizeof endless[0])
 
@@ -203,7 +209,8 @@ TASK_TEST(a_cancelled_timer_settles_as_cancelled) {
 }
 
 TASK_TEST(a_timeout_that_was_not_needed_leaves_no_timer) {
-    for (int i = 0; i < 100; i++) CHECK_INT(wait_for(orch_timeout(orch_settled(orch_ok_int(1)), 60000)), 0);
+    for (int i = 0; i < 100; i++)
+        CHECK_INT(wait_for(orch_timeout(orch_settled(orch_ok_int(1)), 60000)), 0);
     CHECK_INT(wait_for(orch_timeout(orch_after(1), 60000)), 0);
     CHECK_INT(stats().timers, 0);
 }
@@ -275,8 +282,9 @@ static bool check_batch(void) {
     return true;
 }
 
-// Half of a batch is armed in one round and thinned in the next, while the other half is armed, which
-// is due so much later that the order is total. Void when the machine was too slow to drop in time.
+// Half of a batch is armed in one round and thinned in the next, while the other half is armed,
+// which is due so much later that the order is total. Void when the machine was too slow to drop in
+// time.
 static bool try_batch(bool *counts) {
     uint64_t from = orch_now();
     order_count = 0;
@@ -323,7 +331,8 @@ static void check_entry(orch_result *in, void *context) {
         while (armed_next[ms] < armed_count[ms] && batch[armed_with[ms][armed_next[ms]]].dropped)
             armed_next[ms]++;
     for (uint32_t ms = 0; ms <= e->ms; ms++)
-        if (armed_next[ms] < armed_count[ms] && armed_with[ms][armed_next[ms]] < e->number) too_early++;
+        if (armed_next[ms] < armed_count[ms] && armed_with[ms][armed_next[ms]] < e->number)
+            too_early++;
 }
 
 TASK_TEST(timers_of_many_rounds_fire_in_order) {
@@ -448,6 +457,4 @@ TASK_TEST(timers_of_zero_do_not_hold_up_the_rest) {
     CHECK(orch_now() - from < 2000);
 }
 
-int main(int argc, char **argv) {
-    return test_main(argc, argv);
-}
+int main(int argc, char **argv) { return test_main(argc, argv); }
