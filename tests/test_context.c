@@ -47,7 +47,7 @@
 #endif
 #endif
 #if defined(UNDER_TSAN)
-enum { DEEP = 10000, MANY = 1000, AGAIN = 70000, OWN_MAPPINGS = 0 };
+enum { DEEP = 10000, MANY = 1000, AGAIN = 5000, OWN_MAPPINGS = 0 };
 #elif defined(UNDER_ASAN)
 enum { DEEP = 100000, MANY = 10000, AGAIN = 3000, OWN_MAPPINGS = 0 };
 #else

@@ -299,7 +299,10 @@ static bool try_batch(bool *counts) {
     }
     *counts = orch_now() - from <= 2;
     bool good = !*counts || check_batch();
-    for (int i = 0; i < BATCH; i++) orch_drop(batch[i].future);
+    for (int i = 0; i < BATCH; i++) {
+        orch_cancel(batch[i].future, 0); // the callback holds it too
+        orch_drop(batch[i].future);
+    }
     orch_sleep(0); // callbacks of what was dropped
     return good;
 }
