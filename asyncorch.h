@@ -346,7 +346,7 @@ void orch_result_free(orch_result *r);
 // orch_ref gives one more reference. Giving up the last reference to pending work cancels it.
 
 /* The write end: a ticket, passed by value. It owns nothing, and a late or second use is harmless.
- *  */
+ */
 typedef struct orch_promise {
     orch_future *future;
     uint64_t generation;
@@ -480,7 +480,8 @@ ORCH_NODISCARD orch_future *orch_then_with(orch_future *f, const orch_then_desc 
 void orch_on(orch_future *f, orch_on_fn fn, void *context);
 
 /* Runs fn when f has settled either way, and passes its outcome on.
- * Returns the new future.
+ * Returns the new future. When it cannot be made for want of memory, fn has run, and f was given
+ * up.
  * Context: as orch_then.
  * Owns: consumes f; borrows context until fn was called. */
 ORCH_NODISCARD orch_future *orch_finally(orch_future *f, void (*fn)(void *context), void *context);
@@ -912,7 +913,8 @@ static inline orch_result orch_run_with(const orch_loop_desc &desc, orch_task_fn
 #define ORCHI_OS_MACOS 0
 #endif
 
-// ppoll sleeps to the nanosecond. It is declared where _GNU_SOURCE was seen before any system header.
+// ppoll sleeps to the nanosecond. It is declared where _GNU_SOURCE was seen before any system
+// header.
 #if ORCHI_OS_LINUX && defined(_GNU_SOURCE) && (!defined(__GLIBC__) || defined(__USE_GNU))
 #define ORCHI_PPOLL 1
 #else
@@ -1018,6 +1020,8 @@ static inline orch_result orch_run_with(const orch_loop_desc &desc, orch_task_fn
 extern "C" {
 #endif
 
+/* Monotonic nanoseconds: 17 ns a read, so no path but a look at timers and descriptors makes one.
+ */
 static uint64_t orchi_clock(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -1095,12 +1099,24 @@ typedef struct orchi_list orchi_list;
 typedef struct orchi_page orchi_page;
 typedef struct orchi_stack orchi_stack;
 
+// A slot, byte by byte, is:
+//
+//      0  generation            odd: live; else the link to the next free slot of the page
+//      8  references            handles and consumers
+//     12  kind, mark, flags
+//     16  as                    pending: what the kind needs; settled: the result
+//     48  waiter                the one consumer, or the list of proxies, or an orch_on callback
+//
+// A million pending futures are 64 MB, and touching one that is not in the cache costs ten times
+// what is done with it. So a slot is one cache line, and consumer and producer meet in it: nothing
+// is allocated to connect two futures, and nothing has to be looked up.
+
 // 64 bytes. Pending: what its kind needs, and who waits. Settled: the result.
 struct orch_future {
     uint64_t generation;
     uint32_t references; // handles and consumers; pending work lives on without, until it settles
     uint8_t kind;
-    uint8_t unused;
+    uint8_t mark; // of a walk, see orchi_circles
     uint16_t flags;
     union {
         orch_result result; // first, so that static futures can be initialised in C++
@@ -1184,6 +1200,13 @@ extern const orchi_kind orchi_kinds[ORCHI_KINDS];
 // reference. orchi_retire turns this recursion into a loop.
 static void orchi_release(orch_future *f);
 
+// A region is one allocation; its pages are cut to 4 KiB borders:
+//
+//     region | page: head, 63 slots | page: head, 63 slots | ...
+//
+// The head has the size of a slot. Small pages keep the cost of an alignment border low, and let a
+// program with ten futures live in 64 KiB.
+
 struct orchi_page { // 4 KiB, aligned to 4 KiB
     orch_loop *loop;
     orchi_page *next;  // in the list of pages with free slots
@@ -1249,6 +1272,11 @@ typedef struct orchi_stack_pool {
     uint32_t made;
 } orchi_stack_pool;
 
+// Results that wait to be released, by the call of orchi_retire that is furthest down this stack.
+typedef struct orchi_trash {
+    orch_future *list;
+} orchi_trash;
+
 enum { ORCHI_QUARANTINE = 256, ORCHI_BUDGET = 128 };
 
 struct orch_loop {
@@ -1260,9 +1288,8 @@ struct orch_loop {
     orchi_page *pages_free; // then from here
     uint64_t generation;
     orchi_region *regions;
-    size_t slots;       // in all pages
-    orch_future *trash; // see orchi_retire
-    bool freeing;
+    size_t slots;              // in all pages
+    struct orchi_trash *trash; // what this context is freeing, see orchi_retire
     bool stopping;
     orch_future *until; // orch_run: a turn does not sleep when this has settled
     bool running;       // inside a turn
@@ -1317,6 +1344,7 @@ orch_future orch_end_mark;
 
 enum { ORCHI_ERROR_COUNT = sizeof orchi_errors / sizeof orchi_errors[0] };
 
+/* A linear search: codes are looked up only to be shown, or when something has gone wrong. */
 static const orchi_error *orchi_find_error(int code) {
     for (size_t i = 0; i < ORCHI_ERROR_COUNT; i++) {
         if (orchi_errors[i].code == code) return &orchi_errors[i];
@@ -1357,6 +1385,8 @@ ORCHI_COLD static int orchi_misuse(const char *function, int error) {
 
 // ---- memory
 
+/* malloc's family behind the allocator's one function. The old size is for allocators that want it.
+ */
 static void *orchi_default_resize(void *user, void *old, size_t old_size, size_t size) {
     (void)user;
     (void)old_size;
@@ -1365,6 +1395,7 @@ static void *orchi_default_resize(void *user, void *old, size_t old_size, size_t
     return NULL;
 }
 
+/* All memory of a loop goes through these, so that an allocator in the desc sees it balance. */
 static void *orchi_resize(orch_loop *loop, void *old, size_t old_size, size_t size) {
     return loop->desc.allocator.resize(loop->desc.allocator.user, old, old_size, size);
 }
@@ -1418,10 +1449,13 @@ static void orchi_ring_free(orch_loop *loop) {
     orchi_free(loop, loop->ready.items, ((size_t)loop->ready.mask + 1) * sizeof(orch_future *));
 }
 
+/* Equal positions: the ring has room for every slot, so it is never full. */
 static inline bool orchi_ring_empty(const orch_loop *loop) {
     return loop->ready.head == loop->ready.tail;
 }
 
+/* Queues what has something to run. Queueing twice is harmless, as what it does then is the same.
+ */
 static inline void orchi_push(orch_loop *loop, orch_future *f) {
     if (f->flags & ORCHI_QUEUED) return;
     f->flags |= ORCHI_QUEUED;
@@ -1429,6 +1463,7 @@ static inline void orchi_push(orch_loop *loop, orch_future *f) {
     ring->items[ring->tail++ & ring->mask] = f;
 }
 
+/* Only when the ring is not empty. */
 static inline orch_future *orchi_front(const orch_loop *loop) {
     return loop->ready.items[loop->ready.head & loop->ready.mask];
 }
@@ -1444,6 +1479,7 @@ static inline orch_future *orchi_pop(orch_loop *loop) {
 
 // ---- slots
 
+/* The page of a slot, from its address alone: this is how a future finds its loop. */
 static orchi_page *orchi_page_of(const void *slot) {
     return (orchi_page *)((uintptr_t)slot & ~(uintptr_t)(ORCHI_PAGE - 1));
 }
@@ -1512,6 +1548,7 @@ ORCHI_COLD static orchi_page *orchi_page_next(orch_loop *loop) {
     return orchi_page_use(loop, page);
 }
 
+/* A slot given back, else one never used; NULL when the page is full. */
 static orch_future *orchi_page_take(orchi_page *page) {
     orch_future *f = page->free;
     if (ORCHI_LIKELY(f != NULL)) {
@@ -1540,6 +1577,7 @@ static orch_future *orchi_slot_new(orch_loop *loop, orchi_kind_id kind) {
     return f;
 }
 
+/* The slot's first word becomes the link. A page that had nothing free is listed again. */
 static void orchi_slot_recycle(orch_loop *loop, orch_future *f) {
     orchi_page *page = orchi_page_of(f);
     f->generation = (uint64_t)(uintptr_t)page->free;
@@ -1565,7 +1603,7 @@ static void orchi_slot_free(orch_loop *loop, orch_future *f) {
     if (f->flags & (ORCHI_QUEUED | ORCHI_BOXED)) {
         f->kind = ORCHI_DONE;
         f->references = 0;
-        f->as.result.release = NULL;
+        f->as.result = orch_ok(NULL, NULL); // its own has been taken
         return;
     }
     loop->stats.futures--;
@@ -1580,6 +1618,7 @@ static void *orchi_extra_new(orch_loop *loop) {
     return slot != NULL ? (void *)&slot->as : NULL;
 }
 
+/* What a layer kept in the slot is its own to release before. */
 static void orchi_extra_free(orch_loop *loop, void *extra) {
     orchi_slot_free(loop, (orch_future *)(void *)((char *)extra - offsetof(orch_future, as)));
 }
@@ -1598,6 +1637,7 @@ static void orchi_each_slot(orch_loop *loop, void (*visit)(orch_future *f, void 
     }
 }
 
+/* Settled once is settled for ever: no kind from DONE on goes back. */
 static bool orchi_settled(const orch_future *f) { return f->kind >= ORCHI_DONE; }
 
 ORCH_PRINTF(2, 3) static void orchi_report(orch_loop *loop, const char *format, ...) {
@@ -1704,6 +1744,13 @@ struct orchi_stack {
     uint32_t size_log;
     bool used;
 };
+
+// A map holds stacks one after the other, each with the guard that it grows towards:
+//
+//     | guard 16 KiB | bottom ... frames <- top | control block | colour | guard | bottom ...
+//
+// The control block lies above the first frame, mostly on the same page. The colour, 0 to 1920
+// bytes, moves the tops of neighbours to different cache sets.
 
 typedef struct orchi_stack_map {
     struct orchi_stack_map *next;
@@ -1901,12 +1948,13 @@ typedef struct orchi_start { // at the top of a new stack
 
 static __thread orchi_start *orchi_starting; // makecontext passes only ints
 
+/* The first function of a stack. What its function returns is the next context to enter. */
 static void orchi_ucontext_entry(void) {
     setcontext((ucontext_t *)orchi_starting->fn(orchi_starting->arg));
 }
 
 /* The start record lies on the new stack; the context of a running stack is a local of the switch.
- *  */
+ */
 static void orchi_ucontext_start(void **save, void *bottom, void *top, orchi_context_fn fn,
                                  void *arg) {
     ucontext_t here;
@@ -1924,6 +1972,7 @@ static void orchi_ucontext_start(void **save, void *bottom, void *top, orchi_con
     swapcontext(&here, &start->context);
 }
 
+/* The saved context is a local: it lives on the stack that it describes, as long as that sleeps. */
 static void orchi_ucontext_switch(void **save, void *load) {
     ucontext_t here;
     *save = &here;
@@ -2070,7 +2119,7 @@ static inline void orchi_context_switch(orchi_context *from, orchi_context *to) 
 
 #if ORCHI_TSAN
 /* Leaves for good at once: TSan counts returns of functions, and they must not be the next fiber's.
- *  */
+ */
 static void *orchi_context_end(orchi_context *from, orchi_context *to) {
     orchi_context_switch(from, to);
     return NULL;
@@ -2125,16 +2174,20 @@ static orch_guard orchi_guard_install(orch_loop *loop, char *start, bool try_it)
     return ORCH_GUARD_CANARY;
 }
 
+/* Remembers the weakest guard, as that is what a program can rely on. */
 static void orchi_guard_note(orch_loop *loop, orch_guard level) {
     if (loop->stats.guard == ORCH_GUARD_UNKNOWN || level < loop->stats.guard) {
         loop->stats.guard = level;
     }
 }
 
+/* The records stand behind the map's own, outside the stacks: a stack that is not used is not
+ * touched. */
 static orchi_stack *orchi_map_stacks(orchi_stack_map *map) {
     return (orchi_stack *)(void *)(map + 1);
 }
 
+/* From one stack to the next: its guard, then its bytes. */
 static size_t orchi_map_stride(const orchi_stack_map *map) {
     return ((size_t)1 << map->size_log) + ORCHI_GUARD_BYTES;
 }
@@ -2150,6 +2203,7 @@ static uint32_t orchi_map_count(const orchi_stack_pool *pool, uint32_t size_log)
     return count;
 }
 
+/* Makes a map's stacks, from the last to the first, so that the first is taken first. */
 static void orchi_map_cut(orch_loop *loop, orchi_stack_map *map, orchi_stack_pool *pool) {
     size_t stride = orchi_map_stride(map);
     for (uint32_t i = map->count; i-- > 0;) {
@@ -2170,6 +2224,7 @@ static void orchi_map_cut(orch_loop *loop, orchi_stack_map *map, orchi_stack_poo
     }
 }
 
+/* NORESERVE: a stack costs address space until it is touched. */
 static bool orchi_map_new(orch_loop *loop, orchi_stack_pool *pool, uint32_t size_log) {
     uint32_t count = orchi_map_count(pool, size_log);
     orchi_stack_map *map = (orchi_stack_map *)orchi_allocate(loop, orchi_map_record(count));
@@ -2193,6 +2248,7 @@ static bool orchi_map_new(orch_loop *loop, orchi_stack_pool *pool, uint32_t size
     return true;
 }
 
+/* All stacks at once. No task runs any more. */
 static void orchi_maps_free(orch_loop *loop) {
     while (loop->maps != NULL) {
         orchi_stack_map *map = loop->maps;
@@ -2230,6 +2286,8 @@ static orchi_stack *orchi_stack_take(orch_loop *loop, uint32_t size_log) {
     return stack;
 }
 
+/* The stack goes on top of the hot ones. The task that gives it may still be running on it: nobody
+ * takes it before that has been left. */
 static void orchi_stack_give(orch_loop *loop, orchi_stack *stack) {
     orchi_stack_pool *pool = &loop->pools[stack->size_log - ORCHI_STACK_MIN_LOG];
     stack->used = false;
@@ -2288,6 +2346,8 @@ static size_t orchi_stack_touched(const orchi_stack *stack) {
     return 0;
 }
 
+/* The canary is the last word that a growing stack reaches. Checking it costs a load for each wait,
+ * so it is used only where nothing better could be had. */
 static void orchi_canary_set(orchi_stack *stack) {
     *(uint32_t *)(void *)stack->bottom = ORCHI_CANARY;
 }
@@ -2311,6 +2371,10 @@ static bool orchi_canary_lives(const orchi_stack *stack) {
 // call.
 
 enum { ORCHI_BAD_FD = 4 };
+
+// Left out: edge-triggered readiness. It saves an update for each wait, but one byte left unread
+// would hang a connection, and poll(2) has no such thing. Left out as well: a descriptor's own
+// object. The table of watches, by number, is all the state there is, and it dies with the loop.
 
 typedef struct orchi_poller_ops {
     const char *name;
@@ -2341,6 +2405,7 @@ static void orchi_poll_close(orch_loop *loop) {
     orchi_free(loop, loop->poller.fds, loop->poller.capacity * sizeof *loop->poller.fds);
 }
 
+/* The last entry takes the place of the one that goes. */
 static void orchi_poll_remove(orchi_poller *p, orchi_watch *watch) {
     struct pollfd last = p->fds[--p->count];
     p->fds[watch->position - 1] = last;
@@ -2348,6 +2413,7 @@ static void orchi_poll_remove(orchi_poller *p, orchi_watch *watch) {
     watch->position = 0;
 }
 
+/* Arming and disarming touch only the array: no system call. */
 static int orchi_poll_update(orch_loop *loop, int fd, int events) {
     orchi_poller *p = &loop->poller;
     orchi_watch *watch = &p->watches[fd];
@@ -2369,6 +2435,7 @@ static int orchi_poll_update(orch_loop *loop, int fd, int events) {
     return 0;
 }
 
+/* Errors and hang-ups wake both directions, since either call would report them at once. */
 static int orchi_poll_events(short revents) {
     if (revents & POLLNVAL) return ORCHI_BAD_FD;
     int both = revents & (POLLERR | POLLHUP) ? ORCH_READABLE | ORCH_WRITABLE : 0;
@@ -2407,15 +2474,20 @@ static const orchi_poller_ops orchi_poll_ops = {"poll", orchi_poll_open, orchi_p
 // cascades and per-level state; for the common case, equal time-outs that are cancelled, the heap's
 // push and remove are a few compares.
 
+#define ORCHI_DISARMED UINT32_MAX // the position of a timer that is not in the array
+
+/* The sequence breaks ties: what was armed first fires first. */
 static bool orchi_timer_before(const orchi_timer *a, const orchi_timer *b) {
     return a->deadline != b->deadline ? a->deadline < b->deadline : a->sequence < b->sequence;
 }
 
+/* Every move of an entry tells its future, so that cancelling needs no search. */
 static void orchi_timer_put(orchi_timers *t, uint32_t position, orchi_timer entry) {
     t->entries[position] = entry;
     entry.future->as.timed.position = position;
 }
 
+/* Moves a hole up from `position` until the entry fits. */
 static void orchi_timer_up(orchi_timers *t, uint32_t position, orchi_timer entry) {
     while (position > 0) {
         uint32_t parent = (position - 1) / 4;
@@ -2426,6 +2498,7 @@ static void orchi_timer_up(orchi_timers *t, uint32_t position, orchi_timer entry
     orchi_timer_put(t, position, entry);
 }
 
+/* Moves a hole down from `position` until the entry fits. Four children lie in two cache lines. */
 static void orchi_timer_down(orchi_timers *t, uint32_t position, orchi_timer entry) {
     for (;;) {
         uint32_t first = position * 4 + 1, best = first;
@@ -2470,9 +2543,12 @@ static void orchi_timer_remove(orchi_timers *t, uint32_t position) {
     if (--t->count != last) orchi_timer_put(t, last, t->entries[t->count]);
 }
 
+/* In the heap, or among those not stamped yet, where the order does not matter. */
 static void orchi_timer_disarm(orch_loop *loop, orch_future *f) {
     orchi_timers *t = &loop->timers;
     uint32_t position = f->as.timed.position;
+    if (position == ORCHI_DISARMED) return;
+    f->as.timed.position = ORCHI_DISARMED;
     if (position < t->stamped) {
         orchi_timer_remove(t, position);
     } else if (position != --t->count) {
@@ -2517,8 +2593,17 @@ static uint64_t orchi_resumes(const orch_loop *loop) {
     return loop->stats.resumes + (uint64_t)(ORCHI_BUDGET - loop->budget);
 }
 
+// A turn, as a list of phases:
+//
+//     1  round   up to 128 from the ready ring: callbacks here, tasks on their stacks
+//     2  stamp   timers armed in the round get their deadline from the one clock read
+//     3  poll    with a limit of 0 when work is ready, else until the next deadline
+//     4  fire    what is due is settled, which fills the ring for the next round
+//
+// Nothing of the user's runs in 2 to 4.
+
 /* Runs what is ready, in order. Tasks take from the same ring and budget when they switch directly.
- *  */
+ */
 static void orchi_round(orch_loop *loop) {
     while (!orchi_ring_empty(loop) && loop->budget > 0) {
         loop->budget--;
@@ -2529,6 +2614,7 @@ static void orchi_round(orch_loop *loop) {
     loop->budget = ORCHI_BUDGET;
 }
 
+/* What a descriptor is waited for, in all. */
 static int orchi_watch_events(const orchi_watch *watch) {
     return (watch->reader != NULL ? ORCH_READABLE : 0) |
            (watch->writer != NULL ? ORCH_WRITABLE : 0);
@@ -2546,16 +2632,19 @@ static void orchi_unwatch(orch_loop *loop, orch_future *f) {
 
 /* What the poller calls: tells the waiters of a descriptor. */
 static void orchi_fd_ready(orch_loop *loop, int fd, int events) {
-    orchi_watch watch = loop->poller.watches[fd];
-    bool same = watch.reader == watch.writer;
-    if (watch.reader != NULL && (same || (events & (ORCH_READABLE | ORCHI_BAD_FD)))) {
-        orchi_kinds[ORCHI_READY].fire(watch.reader, events);
+    orchi_watch *watch = &loop->poller.watches[fd];
+    orch_future *reader = watch->reader;
+    bool both = reader == watch->writer;
+    if (reader != NULL && (both || (events & (ORCH_READABLE | ORCHI_BAD_FD)))) {
+        orchi_kinds[ORCHI_READY].fire(reader, events);
     }
-    if (watch.writer != NULL && !same && (events & (ORCH_WRITABLE | ORCHI_BAD_FD))) {
-        orchi_kinds[ORCHI_READY].fire(watch.writer, events);
+    watch = &loop->poller.watches[fd]; // a rejection's hook may have changed it
+    if (watch->writer != NULL && !both && (events & (ORCH_WRITABLE | ORCHI_BAD_FD))) {
+        orchi_kinds[ORCHI_READY].fire(watch->writer, events);
     }
 }
 
+/* The only place where the loop makes a system call. */
 static int orchi_poll(orch_loop *loop, uint64_t ns) {
     loop->stats.polls++;
     return loop->poller.ops->wait(loop, ns, orchi_fd_ready);
@@ -2601,6 +2690,7 @@ static int orchi_look_idle(orch_loop *loop, uint64_t limit) {
     return error;
 }
 
+/* Whether anything is left that could make work ready. */
 static bool orchi_can_wake(const orch_loop *loop) {
     return !orchi_ring_empty(loop) || loop->timers.count > 0 || loop->poller.count > 0;
 }
@@ -2621,6 +2711,8 @@ static int orchi_turn(orch_loop *loop, uint64_t limit) {
 
 // ---- who awaits what
 
+/* A name for reports: the kind, the task's name if it has one, and a number that no other future
+ * has. */
 static void orchi_describe(const orch_future *f, char *buffer, size_t size) {
     const orchi_kind *kind = &orchi_kinds[f->kind];
     unsigned long long id = (unsigned long long)f->generation / 2;
@@ -2629,6 +2721,7 @@ static void orchi_describe(const orch_future *f, char *buffer, size_t size) {
     snprintf(buffer, size, "%s %s%s%s#%llu", kind->name, quote, label, quote, id);
 }
 
+/* Whether a future stands for somebody who waits: these are what a deadlock is made of. */
 static bool orchi_awaits(const orch_future *f) {
     return !orchi_settled(f) && (orchi_kinds[f->kind].source != NULL || (f->flags & ORCHI_ENDS_ON));
 }
@@ -2660,6 +2753,7 @@ void orch_loop_dump(orch_loop *loop) {
     if (loop != NULL) orchi_each_slot(loop, orchi_dump_visit, loop);
 }
 
+/* Says who awaits what, so that a hang names its cause. */
 static int orchi_deadlock(orch_loop *loop) {
     orchi_report(loop, "asyncorch: deadlock: all is blocked, with no timer and no descriptor\n");
     orch_loop_dump(loop);
@@ -2668,7 +2762,10 @@ static int orchi_deadlock(orch_loop *loop) {
 
 // ---- running it
 
-static bool orchi_inside(const orch_loop *loop) { return loop->running || loop->current != NULL; }
+/* Whether a task, a callback or a hook of this loop is running now. */
+static bool orchi_inside(const orch_loop *loop) {
+    return loop->running || loop->trash != NULL || loop->current != NULL;
+}
 
 /* Checks what every public call on a loop checks. */
 static int orchi_loop_check(const orch_loop *loop, const char *function) {
@@ -2733,7 +2830,30 @@ uint64_t orch_now(void) { return orchi_clock() / 1000000u; }
 //     combinators: see orchi_announce.
 //   - A result is freed iteratively: see orchi_retire.
 
+/* Not for immortal futures, which belong to no loop. */
 static orch_loop *orchi_loop_of(const orch_future *f) { return orchi_page_of(f)->loop; }
+
+// How a value travels. Take
+//
+//     a = orch_future_new(&p);  b = orch_then(a, f, ...);  r = orch_await(b);
+//
+// and later orch_settle(p, v):
+//
+//     orch_then    claims a (one reference, so a itself); a.waiter is b, b's source is a
+//     orch_await   claims b; b.waiter is the task's future; the task leaves its stack
+//     orch_settle  writes v into a, and queues b, as a.waiter says
+//     the loop     pops b: calls f with a's result where it lies, frees a's slot, writes
+//                  what f returned into b, and queues the task's future
+//     the loop     pops that: enters the task, which moves the result out of b
+//
+// Two slots, no allocation, no search. Had a been shared, orch_then would have put a proxy into a's
+// list and claimed that. Had f returned orch_chain(c), c would have taken b's place: its waiter
+// would be the task, and b would be gone.
+//
+// How a cancellation travels. orch_drop(b) in place of the await: b has no references left, so it
+// is asked to end. It asks its source, a, which is a promise: without a hook it settles with
+// ORCH_ECANCELED there and then, b is queued, f sees the error, b settles, and as nobody holds it,
+// is freed.
 
 // ---- sharing and freeing results
 
@@ -2777,18 +2897,21 @@ static void orchi_retire(orch_loop *loop, orch_future *f) {
         return;
     }
     f->kind = ORCHI_EXTRA; // a pop or an unboxing meanwhile leaves it alone
-    f->waiter.list.first = loop->trash;
-    loop->trash = f;
-    if (loop->freeing) return;
-    loop->freeing = true;
-    while (loop->trash != NULL) {
-        f = loop->trash;
-        loop->trash = f->waiter.list.first;
+    if (loop->trash != NULL) {
+        f->waiter.list.first = loop->trash->list;
+        loop->trash->list = f;
+        return;
+    }
+    orchi_trash mine = {NULL};
+    loop->trash = &mine;
+    while (f != NULL) {
         orch_result r = f->as.result;
         orchi_slot_free(loop, f);
         r.release(r.owner);
+        f = mine.list;
+        if (f != NULL) mine.list = f->waiter.list.first;
     }
-    loop->freeing = false;
+    loop->trash = NULL;
 }
 
 /* Consumes a reference to a settled future: its outcome, moved out of it or as a share. */
@@ -2820,6 +2943,7 @@ static orch_result orchi_lend(orch_future *f) {
     return r;
 }
 
+/* The hook is called from here only, when nobody can look at the rejection any more. */
 static void orchi_unhandled(orch_loop *loop, const orch_result *r) {
     loop->desc.on_unhandled(r, loop->desc.context);
 }
@@ -2888,6 +3012,7 @@ static inline void orchi_notify(orch_loop *loop, orch_future *f, bool ok) {
     else orchi_count(loop, f, ok);
 }
 
+/* Tells the consumer of a settled future, or queues its own orch_on callback. */
 static inline void orchi_deliver(orch_loop *loop, orch_future *f, bool ok) {
     if (f->flags & ORCHI_WAITED) {
         orchi_notify(loop, f, ok);
@@ -2908,6 +3033,8 @@ ORCHI_NO_INLINE static void orchi_settle_proxies(orch_loop *loop, orch_future *f
         proxy->as.result = orchi_take_result(f);
         proxy->kind = ORCHI_DONE;
         if (proxy->flags & ORCHI_CONSUMED) orchi_deliver(loop, proxy, proxy->as.result.error == 0);
+        else if (proxy->references == 0)
+            orchi_push(loop, proxy); // given up: orchi_done_run frees it
         if (last) return;
         proxy = next;
     }
@@ -2922,6 +3049,7 @@ static void orchi_settle(orch_loop *loop, orch_future *f, const orch_result *r) 
     else if (f->references == 0) orchi_abandon(loop, f);
 }
 
+/* Settles with an error that needs no message. */
 static void orchi_reject(orch_loop *loop, orch_future *f, int error) {
     orch_result r = orch_fail(error);
     orchi_settle(loop, f, &r);
@@ -2961,6 +3089,7 @@ static int orchi_handle_error(const orch_future *f) {
     if (f->flags & (ORCHI_IMMORTAL | ORCHI_CONSUMED)) {
         return f->flags & ORCHI_IMMORTAL ? 0 : ORCH_ECONSUMED;
     }
+    if (f->references == 0) return ORCH_ECONSUMED; // given up, and still ending
     return orchi_loop_of(f) != orchi_loop ? ORCH_ETHREAD : 0;
 }
 
@@ -2980,6 +3109,7 @@ static void orchi_give_up(size_t count, orch_future *const *futures) {
     for (size_t i = 0; i < count; i++) orch_drop(futures[i]);
 }
 
+/* In the order of registration, which is the order in which they will be told. */
 static void orchi_list_append(orch_future *f, orch_future *proxy) {
     orch_future *last = f->flags & ORCHI_LISTED ? f->waiter.list.last : NULL;
     proxy->as.follow.previous = last;
@@ -2990,6 +3120,7 @@ static void orchi_list_append(orch_future *f, orch_future *proxy) {
     f->flags |= ORCHI_LISTED;
 }
 
+/* In constant time: a cancelled consumer must not cost more because a future is popular. */
 static void orchi_list_remove(orch_future *f, orch_future *proxy) {
     orch_future *previous = proxy->as.follow.previous, *next = proxy->as.follow.next;
     if (previous != NULL) previous->as.follow.next = next;
@@ -3009,6 +3140,7 @@ static orch_future *orchi_proxy_new(orch_future *f, unsigned flags) {
     return proxy;
 }
 
+/* The consumer's reference becomes the proxy's. Without memory it is given back. */
 static orch_future *orchi_claim_shared(orch_future *f) {
     orch_future *proxy = orchi_proxy_new(f, 0);
     if (proxy != NULL) return proxy;
@@ -3068,11 +3200,22 @@ static orch_future *orchi_root(orch_future *f) {
     return f;
 }
 
-/* Whether a would follow itself. Only what somebody consumes can stand further up the chain of f:
+/* Whether a follower consumes a. */
+static bool orchi_followed(const orch_future *a) {
+    if (a->flags & ORCHI_WAITED) return a->waiter.one.target->kind == ORCHI_FOLLOW;
+    const orch_future *p = a->flags & ORCHI_LISTED ? a->waiter.list.first : NULL;
+    while (p != NULL &&
+           !((p->flags & ORCHI_WAITED) && p->waiter.one.target->kind == ORCHI_FOLLOW)) {
+        p = p->as.follow.next;
+    }
+    return p != NULL;
+}
+
+/* Whether a would follow itself. Only what a follower consumes can stand further up the chain of f:
  * so chains built from their end are not walked again for each link. */
 static bool orchi_cycles(const orch_future *a, orch_future *f) {
     if (f == a || (f->kind == ORCHI_PROXY && f->as.follow.source == a)) return true;
-    return (a->flags & (ORCHI_WAITED | ORCHI_LISTED)) && orchi_root(f) == a;
+    return orchi_followed(a) && orchi_root(f) == a;
 }
 
 /* Whether a has at most one holder, and that one is a consumer or nobody. */
@@ -3081,7 +3224,7 @@ static bool orchi_can_bypass(const orch_future *a) {
 }
 
 /* Puts f in the place of a, which locks in to it and has a single holder: a's consumer becomes f's.
- *  */
+ */
 static void orchi_bypass(orch_loop *loop, orch_future *a, orch_future *f) {
     bool asked = (a->flags & ORCHI_CANCEL) != 0, decided = (f->flags & ORCHI_DECIDED) != 0;
     f->references = a->references;
@@ -3092,11 +3235,9 @@ static void orchi_bypass(orch_loop *loop, orch_future *a, orch_future *f) {
         orchi_kinds[target->kind].retarget(target, f->waiter.one.index, f);
     }
     orchi_slot_free(loop, a);
+    if (asked) f->flags |= ORCHI_CANCEL;
     if (decided) orchi_announce(f, (f->flags & ORCHI_DECIDED_OK) != 0);
-    if (asked) {
-        f->flags |= ORCHI_CANCEL;
-        orchi_cancel(f, ORCH_ECANCELED);
-    }
+    else if (asked) orchi_cancel(f, ORCH_ECANCELED);
 }
 
 /* Locks the pending future a in to a claimed f. */
@@ -3114,7 +3255,7 @@ static void orchi_lock_in(orch_loop *loop, orch_future *a, orch_future *f) {
         a->as.follow.link = NULL;
         orchi_attach(f, a, 0);
         if (f->flags & ORCHI_DECIDED) orchi_announce(f, (f->flags & ORCHI_DECIDED_OK) != 0);
-        if (a->flags & ORCHI_CANCEL) orchi_cancel(f, ORCH_ECANCELED);
+        else if (a->flags & ORCHI_CANCEL) orchi_cancel(f, ORCH_ECANCELED);
     }
 }
 
@@ -3142,12 +3283,15 @@ static void orchi_follow_run(orch_future *f) {
     orchi_settle_as(orchi_loop_of(f), f, f->as.follow.source);
 }
 
+/* Whatever passes a result on asks its source, and settles when that has ended. A decision stands.
+ */
 static orch_future *orchi_follow_cancel(orch_future *f, int reason) {
     (void)reason;
     f->flags |= ORCHI_CANCEL;
-    return f->as.follow.source;
+    return f->flags & ORCHI_DECIDED ? NULL : f->as.follow.source;
 }
 
+/* What follows is decided as its source is: once. */
 static bool orchi_follow_decided(orch_future *f, uint32_t input, bool *ok) {
     (void)input;
     (void)ok;
@@ -3166,7 +3310,9 @@ static orch_future *orchi_proxy_cancel(orch_future *f, int reason) {
     (void)reason;
     orch_future *source = f->as.follow.source;
     f->flags |= ORCHI_CANCEL;
-    if (source->references == 1 && !(f->flags & ORCHI_LOOKING)) return source;
+    if (f->flags & ORCHI_DECIDED) return NULL;
+    bool last = source->references == 1 && !(source->flags & ORCHI_DETACHED);
+    if (last && !(f->flags & ORCHI_LOOKING)) return source;
     orchi_list_remove(source, f);
     source->references--;
     orchi_reject(orchi_loop_of(f), f, ORCH_ECANCELED);
@@ -3225,6 +3371,8 @@ bool orch_promise_on_cancel(orch_promise p, orch_cancel_fn fn, void *context) {
     return true;
 }
 
+/* Without a hook there is nobody who could end later: it ends now. With one, the loop asks it,
+ * once. */
 static orch_future *orchi_promise_cancel(orch_future *f, int reason) {
     f->flags |= ORCHI_CANCEL;
     if (!(f->flags & ORCHI_HOOKED)) {
@@ -3250,9 +3398,9 @@ static void orchi_promise_run(orch_future *f) {
     }
 }
 
-/* What the ring points to after it was settled: nothing is left to do but to give the slot back. */
+/* What the ring points to after it was settled: nothing is left to do but to free it. */
 static void orchi_done_run(orch_future *f) {
-    if (f->references == 0) orchi_slot_free(orchi_loop_of(f), f);
+    if (f->references == 0) orchi_abandon(orchi_loop_of(f), f);
 }
 
 void *orch_promise_box(orch_promise p) {
@@ -3278,9 +3426,22 @@ orch_promise orch_promise_unbox(void *box) {
     return p;
 }
 
+/* A handle for what orch_chain claimed. A proxy has one consumer: handles need a future that
+ * follows it. */
+static orch_future *orchi_unchain(orch_loop *loop, orch_future *f) {
+    if (f->kind != ORCHI_PROXY) return f;
+    orch_future *own = orchi_slot_new(loop, ORCHI_PROMISE);
+    if (own == NULL) {
+        orch_drop(f);
+        return orchi_rejected(ORCH_ENOMEM);
+    }
+    orchi_lock_in(loop, own, f);
+    return own;
+}
+
 orch_future *orch_settled(orch_result r) {
     orch_loop *loop = orchi_here("orch_settled");
-    if (r.release == orchi_chain_release) return (orch_future *)r.owner;
+    if (r.release == orchi_chain_release) return orchi_unchain(loop, (orch_future *)r.owner);
     orch_future *f = loop != NULL ? orchi_slot_new(loop, ORCHI_DONE) : NULL;
     if (f == NULL) {
         orch_result_free(&r);
@@ -3368,10 +3529,12 @@ orch_future *orch_then(orch_future *f, orch_then_fn on_ok, orch_then_fn on_error
     return orchi_then(f, on_ok, on_error, context, "orch_then");
 }
 
+/* The context's release is optional, its slot is not. */
 static void orchi_owned_release(const orchi_owned *owned) {
     if (owned->release != NULL) owned->release(owned->context);
 }
 
+/* The context and its release do not fit into the slot: they get one of their own. */
 static orch_future *orchi_then_owning(orch_future *f, const orch_then_desc *desc) {
     if (orchi_here("orch_then_with") == NULL) return orchi_rejected(ORCH_ENOLOOP);
     orchi_owned *owned = (orchi_owned *)orchi_extra_new(orchi_loop);
@@ -3400,12 +3563,13 @@ orch_future *orch_then_with(orch_future *f, const orch_then_desc *desc) {
     return t;
 }
 
+/* Whether a callback returned the result that it was lent: ownership then moves along. */
 static bool orchi_same_owner(const orch_result *a, const orch_result *b) {
     return a->release != NULL && a->release == b->release && a->owner == b->owner;
 }
 
 /* Calls a callback with a lent result. It may have returned *in: then that is not freed but moved.
- *  */
+ */
 static inline orch_result orchi_call(orch_then_fn fn, orch_result *in, void *context) {
     orch_result r = fn(in, context);
     if (!orchi_same_owner(&r, in)) orch_result_free(in);
@@ -3461,7 +3625,10 @@ orch_future *orch_finally(orch_future *f, void (*fn)(void *context), void *conte
         return orchi_rejected(orchi_misuse("orch_finally", ORCH_EINVAL));
     }
     orch_future *t = orchi_then(f, NULL, NULL, NULL, "orch_finally");
-    if (t->flags & ORCHI_IMMORTAL) return t;
+    if (t->flags & ORCHI_IMMORTAL) {
+        fn(context); // a finaliser is clean-up: it runs on every path
+        return t;
+    }
     t->flags |= ORCHI_FINALLY;
     t->as.finally.fn = fn;
     t->as.finally.context = context;
@@ -3475,6 +3642,7 @@ orch_result orch_chain(orch_future *next) {
 
 // ---- on
 
+/* f is settled and exclusive: its slot serves as the callback's. */
 static void orchi_on_queue(orch_future *f, orch_on_fn fn, void *context) {
     f->kind = ORCHI_ON;
     f->flags |= ORCHI_ENDS_ON;
@@ -3514,6 +3682,7 @@ void orch_on(orch_future *f, orch_on_fn fn, void *context) {
     }
 }
 
+/* The callback reads the result where it is. What it leaves there is freed. */
 static void orchi_on_run(orch_future *f) {
     f->waiter.on.fn(&f->as.result, f->waiter.on.context);
     orch_result_free(&f->as.result);
@@ -3541,12 +3710,14 @@ orch_future *orch_after(uint64_t ms) {
     return f != NULL ? f : orchi_rejected(ORCH_ENOMEM);
 }
 
+/* A timer's value is nothing. */
 static void orchi_timer_fire_future(orch_future *f, int events) {
     (void)events;
     orch_result r = orch_ok(NULL, NULL);
     orchi_settle(orchi_loop_of(f), f, &r);
 }
 
+/* A timer has nothing to wind down. */
 static orch_future *orchi_timer_cancel(orch_future *f, int reason) {
     (void)reason;
     orch_loop *loop = orchi_loop_of(f);
@@ -3570,6 +3741,14 @@ static orch_future *orchi_timer_cancel(orch_future *f, int reason) {
 // others. The list of inputs is the list that orch_at reads. Timeout is the race of one input and a
 // timer, in one slot. As-completed iteration is written on the public API alone.
 
+// For example, orch_timeout(orch_race(x, y), 50), where y's producer takes its time to end:
+//
+//     x settles      the race counts it, is decided, queues itself; the timeout hears of it at
+//                    once and disarms its timer: whatever happens now, this success stands
+//     the race runs  asks y to end; y's hook says that it will settle later
+//     y settles      the race counts it out and queues itself
+//     the race runs  moves x's outcome into its result and settles; the timeout follows
+
 enum { ORCHI_LIST_IN_SLOT = 5 };
 static const size_t ORCHI_LIST_MOST = 0x7ffffff0;
 #define ORCHI_NO_WINNER UINT32_MAX
@@ -3588,6 +3767,7 @@ struct orchi_list { // followed by its futures
     uint16_t hidden; // 1: a deadline stands behind them
 };
 
+/* The inputs, and later the outcomes. */
 static orch_future **orchi_items(const orchi_list *list) {
     return (orch_future **)(uintptr_t)(list + 1);
 }
@@ -3596,6 +3776,7 @@ static size_t orchi_list_bytes(size_t count) {
     return sizeof(orchi_list) + count * sizeof(orch_future *);
 }
 
+/* Up to five inputs fit into a slot, which saves small combinators an allocation. */
 static orchi_list *orchi_list_new(orch_loop *loop, size_t count, orchi_mode mode, bool hidden) {
     size_t places = count + hidden;
     void *memory = places <= ORCHI_LIST_IN_SLOT ? orchi_extra_new(loop)
@@ -3608,6 +3789,7 @@ static orchi_list *orchi_list_new(orch_loop *loop, size_t count, orchi_mode mode
     return list;
 }
 
+/* The list itself; its elements have been given up. */
 static void orchi_list_free(orch_loop *loop, orchi_list *list) {
     size_t places = (size_t)list->count + list->hidden;
     if (places <= ORCHI_LIST_IN_SLOT) orchi_extra_free(loop, list);
@@ -3625,7 +3807,7 @@ static void orchi_list_release(void *owner) {
 static const orchi_list *orchi_list_of(const orch_result *r) {
     if (r == NULL) return NULL;
     r = orchi_shown(r);
-    return r->release == orchi_list_release ? (const orchi_list *)r->value : NULL;
+    return r->release == orchi_list_release ? (const orchi_list *)r->owner : NULL;
 }
 
 const orch_result *orch_at(const orch_result *r, size_t i) {
@@ -3639,6 +3821,8 @@ size_t orch_count(const orch_result *r) {
     return list != NULL ? list->count : 0;
 }
 
+/* From here the outcome is final. The losers are cancelled from the queue: cancelling them here
+ * would come back to this combinator while its counters change. */
 static bool orchi_combine_decide(orch_future *c, uint32_t winner) {
     c->as.combine.winner = winner;
     c->as.combine.fail_left = (uint32_t)ORCH_ECANCELED;
@@ -3646,6 +3830,7 @@ static bool orchi_combine_decide(orch_future *c, uint32_t winner) {
     return true;
 }
 
+/* Counts an input's outcome. The deadline's own decides at once, and as a success. */
 static bool orchi_combine_decided(orch_future *c, uint32_t input, bool *ok) {
     const orchi_list *list = c->as.combine.list;
     if (c->flags & ORCHI_DECIDED) return false;
@@ -3659,6 +3844,7 @@ static bool orchi_combine_decided(orch_future *c, uint32_t input, bool *ok) {
     return --*left == 0 && orchi_combine_decide(c, input);
 }
 
+/* When the last input has ended, the result can be built. */
 static void orchi_combine_ended(orch_future *c, uint32_t input) {
     (void)input;
     if (--c->as.combine.unended == 0) orchi_push(orchi_loop_of(c), c);
@@ -3684,15 +3870,18 @@ static orch_future *orchi_not_late(orch_future *item) {
     return (orch_future *)((uintptr_t)item & ~(uintptr_t)1);
 }
 
+/* The mark of a cancelled input stays with its place. */
 static void orchi_combine_retarget(orch_future *c, uint32_t input, orch_future *to) {
     orch_future **item = &orchi_items(c->as.combine.list)[input];
     *item = orchi_is_late(*item) ? orchi_late(to) : to;
 }
 
+/* A decided input is as good as settled: its success must not be lost to a deadline. */
 static bool orchi_open(const orch_future *item) {
     return !orchi_settled(item) && !(item->flags & ORCHI_DECIDED);
 }
 
+/* Asks every input that is still open. Some end at once, which counts them out during the walk. */
 static void orchi_cancel_losers(orch_future *c) {
     const orchi_list *list = c->as.combine.list;
     orch_future **items = orchi_items(list);
@@ -3710,6 +3899,7 @@ static void orchi_cancel_losers(orch_future *c) {
     }
 }
 
+/* Formatted when it fires, which is seldom, and not when it is armed, which is often. */
 static orch_result orchi_timeout_result(uint64_t ms) {
     orch_result r = orch_failf(ORCH_ETIMEDOUT, "Timeout after %llu ms", (unsigned long long)ms);
     r.index = 1;
@@ -3736,7 +3926,7 @@ static void orchi_show_late(orch_loop *loop, orchi_list *list) {
 }
 
 static orch_result orchi_list_result(int error, uint32_t winner, orchi_list *list) {
-    orch_result r = {error, winner, list, list, orchi_list_release};
+    orch_result r = {error, winner, orchi_items(list), list, orchi_list_release};
     return r;
 }
 
@@ -3750,8 +3940,9 @@ static orch_result orchi_pick(orchi_list *list, uint32_t winner) {
     return r;
 }
 
-static orch_result orchi_combine_result(orch_future *c) {
-    orchi_list *list = c->as.combine.list;
+/* Builds the outcome from the settled inputs. Needs no memory that could be missing: what cannot be
+ * had is replaced by a static future. */
+static orch_result orchi_combine_result(orch_future *c, orchi_list *list) {
     uint32_t winner = c->as.combine.winner;
     bool ok = (c->flags & ORCHI_DECIDED_OK) != 0;
     orchi_show_late(orchi_loop_of(c), list);
@@ -3766,16 +3957,20 @@ static orch_result orchi_combine_result(orch_future *c) {
     return orchi_list_result(ok ? 0 : error, list->mode == ORCHI_SETTLED ? 0 : winner, list);
 }
 
+/* Runs at most twice: when it is decided, and when the last input has ended. */
 static void orchi_combine_run(orch_future *c) {
     if (!(c->flags & ORCHI_LOSERS)) orchi_cancel_losers(c);
     if (c->as.combine.unended > 0) return;
-    orch_result r = orchi_combine_result(c);
+    orchi_list *list = c->as.combine.list;
+    c->as.combine.list = NULL; // what a release reports meanwhile must not look into it
+    orch_result r = orchi_combine_result(c, list);
     orchi_settle(orchi_loop_of(c), c, &r);
 }
 
+/* For reports: the first input that is still open. */
 static orch_future *orchi_combine_source(const orch_future *c) {
     const orchi_list *list = c->as.combine.list;
-    for (uint32_t i = 0; i < list->count; i++) {
+    for (uint32_t i = 0; list != NULL && i < list->count; i++) {
         orch_future *item = orchi_not_late(orchi_items(list)[i]);
         if (!orchi_settled(item)) return item;
     }
@@ -3797,6 +3992,7 @@ static void orchi_combine_add(orch_future *c, uint32_t i, orch_future *item) {
     if (ended) orchi_combine_ended(c, i);
 }
 
+/* What is wrong with a list before any of it was read. */
 static int orchi_combine_error(size_t count, orch_future *const *futures) {
     if (orchi_loop == NULL) return ORCH_ENOLOOP;
     return count > ORCHI_LIST_MOST || (count > 0 && futures == NULL) ? ORCH_EINVAL : 0;
@@ -3841,7 +4037,7 @@ static orch_future *orchi_empty_list(orchi_mode mode) {
 }
 
 /* What every constructor answers to bad arguments; the inputs are given up where they can be read.
- *  */
+ */
 static orch_future *orchi_combine_refuse(const char *function, int error, size_t count,
                                          orch_future *const *futures) {
     if (futures != NULL && count <= ORCHI_LIST_MOST && orchi_loop != NULL) {
@@ -3902,6 +4098,7 @@ orch_future *orch_gather_n(size_t count, orch_future *const *futures, uint64_t m
     return orchi_combine("orch_gather", ORCHI_SETTLED, count, 1, count, futures, deadline);
 }
 
+/* A NULL among the futures does not end the list: it is reported as the mistake that it is. */
 static size_t orchi_list_length(orch_future *const *futures) {
     size_t count = 0;
     while (futures[count] != ORCH_END) count++;
@@ -3959,6 +4156,15 @@ static bool orchi_timeout_decided(orch_future *t, uint32_t input, bool *ok) {
     return true;
 }
 
+/* Once it was asked to end, its timer could only change the error, and keep the loop awake. */
+static orch_future *orchi_timeout_cancel(orch_future *t, int reason) {
+    (void)reason;
+    t->flags |= ORCHI_CANCEL;
+    if (t->flags & ORCHI_DECIDED) return NULL;
+    orchi_timer_disarm(orchi_loop_of(t), t);
+    return t->as.timed.source;
+}
+
 /* The timer decides it. LOSERS marks that, for the result. */
 static void orchi_timeout_fire(orch_future *t, int events) {
     (void)events;
@@ -3968,11 +4174,15 @@ static void orchi_timeout_fire(orch_future *t, int events) {
     orchi_cancel(t->as.timed.source, ORCH_ETIMEDOUT);
 }
 
+/* The input has ended: by itself, or because the timer cancelled it, and then its outcome is
+ * dropped. */
 static void orchi_timeout_run(orch_future *t) {
     orch_loop *loop = orchi_loop_of(t);
     if (t->flags & ORCHI_LOSERS) {
         orch_result r = orchi_timeout_result(t->as.timed.ms);
-        orchi_release(t->as.timed.source);
+        orch_future *source = t->as.timed.source;
+        t->as.timed.source = NULL;
+        orchi_release(source);
         orchi_settle(loop, t, &r);
     } else {
         orchi_settle_as(loop, t, t->as.timed.source);
@@ -4040,6 +4250,7 @@ orch_completion *orch_as_completed_list(orch_future *const *futures) {
     return orch_as_completed_n(orchi_list_length(futures), futures);
 }
 
+/* Notes the order; the outcome stays in its future until somebody asks. */
 static void orchi_hub_ended(orch_future *hub, uint32_t input) {
     orch_completion *c = hub->as.hub.iteration;
     c->order[c->done++] = input;
@@ -4059,6 +4270,7 @@ static orch_result orchi_completion_take(orch_completion *c) {
     return r;
 }
 
+/* Answers a next that came before its element. */
 static void orchi_hub_run(orch_future *hub) {
     orch_completion *c = hub->as.hub.iteration;
     if (c->delivered < c->done && orch_promise_pending(c->waiting)) {
@@ -4066,6 +4278,7 @@ static void orchi_hub_run(orch_future *hub) {
     }
 }
 
+/* The error once, then the end: a loop over such an iteration ends as any other. */
 static orch_future *orchi_failed_next(void) {
     orch_loop *loop = orchi_loop;
     if (loop == NULL) return orchi_rejected(ORCH_ENOLOOP);
@@ -4121,6 +4334,15 @@ void orch_completion_free(orch_completion *c) {
 //   - A task that ends settles its future last, gives its stack back and is left for good.
 // Suspending functions end in orchi_switch, which no compiler sees into: statics are read again
 // after it.
+
+// The life of a task:
+//
+//     orch_go      slot, stack, control block; a call on the new stack (orchi_switch_start)
+//     first wait   back to whoever started it, inside orch_go, which returns its future
+//     later waits  over to the next ready task, or to the loop at the end of ring or round
+//     settled      what it waited for queues its future; popped, that enters it again
+//     the end      its result settles its future, its stack is given back, and its first
+//                  function returns the context to go on with
 
 struct orch_task {
     orchi_context context;
@@ -4187,18 +4409,20 @@ static inline orch_task *orchi_next_task(orch_loop *loop, orch_task *task) {
     return front->as.task.task;
 }
 
+/* The canary is dead: memory below the stack was written, so nothing can be trusted any more. */
 ORCHI_COLD static void orchi_overflowed(orch_loop *loop, orch_task *task) {
     orchi_report(loop, "asyncorch: stack overflow in task '%s'#%llu: give it a bigger stack_size\n",
                  task->name, (unsigned long long)task->future->generation / 2);
     abort();
 }
 
+/* No task stands for the main stack. */
 static inline orchi_context *orchi_context_of(orch_loop *loop, orch_task *task) {
     return task != NULL ? &task->context : &loop->main;
 }
 
-/* Waits until somebody queues the task and its turn comes. */
-static inline void orchi_suspend(orch_loop *loop, orch_task *task) {
+/* Leaves a task until somebody enters it again. */
+static inline void orchi_leave(orch_loop *loop, orch_task *task) {
     if (ORCHI_UNLIKELY(task->canary) && !orchi_canary_lives(task->stack)) {
         orchi_overflowed(loop, task);
     }
@@ -4206,6 +4430,20 @@ static inline void orchi_suspend(orch_loop *loop, orch_task *task) {
     if (next == task) return;
     loop->current = next;
     orchi_context_switch(&task->context, orchi_context_of(loop, next));
+}
+
+/* Waits inside a release: others must not wait for what this task frees after it. */
+ORCHI_COLD static void orchi_suspend_freeing(orch_loop *loop, orch_task *task) {
+    orchi_trash *mine = loop->trash;
+    loop->trash = NULL;
+    orchi_leave(loop, task);
+    loop->trash = mine;
+}
+
+/* Waits until somebody queues the task and its turn comes. */
+static inline void orchi_suspend(orch_loop *loop, orch_task *task) {
+    if (ORCHI_UNLIKELY(loop->trash != NULL)) orchi_suspend_freeing(loop, task);
+    else orchi_leave(loop, task);
 }
 
 /* Waits until a claimed pending future has settled. Returns it, or what it was replaced by. */
@@ -4251,6 +4489,8 @@ static void *orchi_task_main(void *argument) {
 
 // ---- cancelling
 
+/* Level-triggered: the reason stays, and every later wait sees it. Only the first request walks on.
+ */
 static orch_future *orchi_task_cancel(orch_future *f, int reason) {
     orch_task *task = f->as.task.task;
     f->flags |= ORCHI_CANCEL;
@@ -4269,14 +4509,21 @@ static orch_future *orchi_task_source(const orch_future *f) { return f->as.task.
 
 static const char *orchi_task_label(const orch_future *f) { return f->as.task.task->name; }
 
+/* Whether a wait is to be refused now. */
 static bool orchi_must_end(const orch_task *task) {
     return ORCHI_UNLIKELY(task->reason != 0) && (task->shields == 0 || task->exposed);
 }
 
-/* Cancels a claimed future, waits for its end and frees it. */
+/* Whether f is, or waits through others for, the future `inner`. */
+static bool orchi_encloses(const orch_future *f, const orch_future *inner) {
+    while (inner != f && (inner->flags & ORCHI_WAITED)) inner = inner->waiter.one.target;
+    return inner == f;
+}
+
+/* Cancels a claimed future, waits for its end and frees it. What encloses the task itself is asked
+ * to end and not waited for: its end waits for this task. */
 static void orchi_join_in(orch_loop *loop, orch_task *task, orch_future *f) {
-    bool self = f->kind == ORCHI_TASK && f->as.task.task == task;
-    if (self) {
+    if (orchi_encloses(f, task->future)) {
         orchi_release(f);
         return;
     }
@@ -4297,6 +4544,7 @@ static void orchi_join(orch_future *f) {
     else orchi_join_in(orchi_loop, task, f);
 }
 
+/* Reported once: a task that swallows ORCH_ECANCELED in a loop would otherwise look like a hang. */
 ORCHI_COLD static void orchi_impatient(orch_loop *loop, orch_task *task) {
     char who[160];
     orchi_describe(task->future, who, sizeof who);
@@ -4349,12 +4597,16 @@ static char *orchi_task_copy(orch_task *task, char *top, const orch_task_desc *d
 /* Runs a new task until it first waits. */
 static inline void orchi_task_start(orch_loop *loop, orch_task *task, char *top) {
     orch_task *self = loop->current;
+    orchi_trash *trash = loop->trash;
+    loop->trash = NULL;
     loop->current = task;
     orchi_context_start(orchi_context_of(loop, self), &task->context, task->stack, top,
                         orchi_task_main, task);
     if (self == NULL) orchi_serve(loop);
+    loop->trash = trash;
 }
 
+/* The slot first, then the stack: what fails gives back what it had. */
 static orch_future *orchi_go(orch_loop *loop, const orch_task_desc *desc, uint32_t size_log) {
     orch_future *f = orchi_slot_new(loop, ORCHI_TASK);
     if (f == NULL) return NULL;
@@ -4373,6 +4625,7 @@ static orch_future *orchi_go(orch_loop *loop, const orch_task_desc *desc, uint32
     return f;
 }
 
+/* What is wrong with a desc; the exponent of its stack size when nothing is. */
 static int orchi_task_error(const orch_task_desc *desc, uint32_t *size_log) {
     if (orchi_loop == NULL) return ORCH_ENOLOOP;
     if (desc == NULL || desc->fn == NULL) return ORCH_EINVAL;
@@ -4449,7 +4702,7 @@ static int orchi_look(orch_loop *loop, orch_task *task, orch_future *f) {
     if (proxy == NULL) return ORCH_ENOMEM;
     f->references++;
     proxy = orchi_wait_for(loop, task, proxy);
-    bool let_go = (proxy->flags & ORCHI_CANCEL) != 0;
+    bool let_go = (proxy->flags & (ORCHI_CANCEL | ORCHI_IMMORTAL)) != 0;
     orchi_release(proxy);
     return let_go ? ORCH_ECANCELED : 0;
 }
@@ -4558,7 +4811,10 @@ void *orch_on_main_stack(void *(*fn)(void *arg), void *arg) {
     loop->call.arg = arg;
     loop->call.task = task;
     loop->current = NULL;
+    orchi_trash *trash = loop->trash;
+    loop->trash = NULL;
     orchi_context_switch(&task->context, &loop->main);
+    loop->trash = trash;
     return loop->call.arg;
 }
 
@@ -4575,6 +4831,7 @@ static struct {
 
 enum { ORCHI_SIGNAL_STACK = 65536 };
 
+/* The stack whose guard an address lies in, or NULL. */
 static orchi_stack *orchi_stack_at(const orch_loop *loop, const char *address) {
     for (orchi_stack_map *map = loop->maps; map != NULL; map = map->next) {
         if (address < map->base || address >= map->base + map->bytes) continue;
@@ -4585,6 +4842,7 @@ static orchi_stack *orchi_stack_at(const orch_loop *loop, const char *address) {
     return NULL;
 }
 
+/* write and not stdio, which a signal handler must not call. */
 static void orchi_fault_write(const char *text) {
     if (write(2, text, strlen(text)) < 0) return;
 }
@@ -4613,6 +4871,7 @@ static void orchi_fault_handler(int signal, siginfo_t *info, void *context) {
     sigaction(signal, signal == SIGBUS ? &orchi_fault.bus : &orchi_fault.segv, NULL);
 }
 
+/* The thread gets an alternate stack if it has none: the one that overflowed has no room. */
 static void orchi_fault_install(orch_loop *loop) {
     stack_t now;
     if (loop->desc.no_overflow_report) return;
@@ -4634,6 +4893,7 @@ static void orchi_fault_install(orch_loop *loop) {
     sigaction(SIGBUS, &action, &orchi_fault.bus);
 }
 
+/* Only the alternate stack goes; the handler serves other threads' loops too. */
 static void orchi_fault_uninstall(orch_loop *loop) {
     if (loop->alternate == NULL) return;
     stack_t off;
@@ -4641,6 +4901,7 @@ static void orchi_fault_uninstall(orch_loop *loop) {
     off.ss_flags = SS_DISABLE;
     sigaltstack(&off, NULL);
     orchi_free(loop, loop->alternate, ORCHI_SIGNAL_STACK);
+    loop->alternate = NULL;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -4674,6 +4935,7 @@ static orch_loop_desc orchi_loop_defaults(const orch_loop_desc *given) {
     return desc;
 }
 
+/* Everything that is not zero at first. */
 static void orchi_loop_init(orch_loop *loop, const orch_loop_desc *desc) {
     memset(loop, 0, sizeof *loop);
     loop->desc = *desc;
@@ -4717,10 +4979,16 @@ orch_loop *orch_loop_new(const orch_loop_desc *desc) {
 /* What a slot that is left still owns. */
 static void orchi_discard_visit(orch_future *f, void *context) {
     orch_loop *loop = (orch_loop *)context;
-    if (f->kind == ORCHI_DONE || f->kind == ORCHI_ON) orch_result_free(&f->as.result);
-    else if (f->kind == ORCHI_THEN && (f->flags & ORCHI_OWNING))
+    if (f->kind == ORCHI_DONE || f->kind == ORCHI_ON) {
+        orch_result_free(&f->as.result);
+    } else if (f->kind == ORCHI_THEN && (f->flags & ORCHI_OWNING)) {
         orchi_owned_release((orchi_owned *)f->as.then.context);
-    else if (f->kind == ORCHI_COMBINE) orchi_list_free(loop, f->as.combine.list);
+    } else if (f->kind == ORCHI_COMBINE && f->as.combine.list != NULL) {
+        orchi_list_free(loop, f->as.combine.list);
+    } else if (f->kind == ORCHI_HUB) {
+        orch_completion *c = f->as.hub.iteration;
+        orchi_free(loop, c, orchi_completion_bytes(c->count));
+    }
 }
 
 /* Gives everything back, whatever is left. */
@@ -4742,17 +5010,24 @@ static void orchi_loop_dispose(orch_loop *loop) {
     allocator.resize(allocator.user, loop, sizeof *loop, 0);
 }
 
+// How a loop ends. Only what nobody consumes is asked, and asks in turn what it waits for: so a
+// task that shields keeps what it waits for, as its own request to end does not get past the
+// shield. What cannot end is let go step by step, each only when nothing else can happen: first
+// shields, then waits in a circle, at last (orch_run only) waits for producers that never settle.
+
 /* What has a consumer is left to it: a task that shields keeps what it waits for. */
 static void orchi_cancel_visit(orch_future *f, void *context) {
     (void)context;
-    if (orchi_settled(f) || (f->flags & (ORCHI_WAITED | ORCHI_LISTED)) || f->kind == ORCHI_HUB)
-        return;
+    if (orchi_settled(f) || f->kind == ORCHI_HUB || (f->flags & ORCHI_LISTED)) return;
+    if ((f->flags & ORCHI_WAITED) && f->waiter.one.target->kind != ORCHI_HUB) return;
     f->flags |= ORCHI_CANCEL;
     orchi_cancel(f, ORCH_ECANCELED);
 }
 
+/* Asks everything that nobody consumes, and through it all that it waits for. */
 static void orchi_cancel_all(orch_loop *loop) { orchi_each_slot(loop, orchi_cancel_visit, NULL); }
 
+/* A shielded task that was asked to end: its wait is cancelled now. */
 static void orchi_expose_visit(orch_future *f, void *context) {
     if (f->kind != ORCHI_TASK || f->as.task.task->reason == 0 || f->as.task.task->exposed) return;
     f->as.task.task->exposed = true;
@@ -4761,7 +5036,7 @@ static void orchi_expose_visit(orch_future *f, void *context) {
 }
 
 /* The loop is deadlocked: shields of cancelled tasks do not hold any more. Whether there were any.
- *  */
+ */
 static bool orchi_expose(orch_loop *loop) {
     bool any = false;
     orchi_each_slot(loop, orchi_expose_visit, &any);
@@ -4774,15 +5049,26 @@ static orch_future *orchi_source_of(const orch_future *f) {
     return orchi_kinds[f->kind].source(f);
 }
 
-/* Whether what f waits for goes round in a circle. Source: Floyd's tortoise and hare. */
-static bool orchi_circles(const orch_future *f) {
-    const orch_future *hare = f;
-    while (hare != NULL) {
-        f = orchi_source_of(f);
-        hare = orchi_source_of(orchi_source_of(hare));
-        if (hare != NULL && hare == f) return true;
+enum { ORCHI_NEW, ORCHI_WALKED, ORCHI_ENDS, ORCHI_CIRCLES }; // orch_future.mark
+
+static void orchi_unmark_visit(orch_future *f, void *context) {
+    (void)context;
+    f->mark = ORCHI_NEW;
+}
+
+/* Whether what f waits for goes round in a circle. Every future on the way is marked with the
+ * answer, so that all walks together visit each once. */
+static bool orchi_circles(orch_future *f) {
+    orch_future *from = f, *at = f;
+    while (at != NULL && at->mark == ORCHI_NEW) {
+        at->mark = ORCHI_WALKED;
+        at = orchi_source_of(at);
     }
-    return false;
+    bool circles = at != NULL && (at->mark == ORCHI_WALKED || at->mark == ORCHI_CIRCLES);
+    for (; from != NULL && from->mark == ORCHI_WALKED; from = orchi_source_of(from)) {
+        from->mark = circles ? ORCHI_CIRCLES : ORCHI_ENDS;
+    }
+    return circles;
 }
 
 typedef struct orchi_breaking {
@@ -4809,17 +5095,26 @@ static void orchi_break_visit(orch_future *f, void *context) {
  * settle: their waits are broken off. Whether there were any. */
 static bool orchi_break(orch_loop *loop, bool circles) {
     orchi_breaking breaking = {circles, false};
+    orchi_each_slot(loop, orchi_unmark_visit, NULL);
     orchi_each_slot(loop, orchi_break_visit, &breaking);
     return breaking.any;
+}
+
+/* Asks again whenever something ran since, as what it left may have been waited for before. */
+static void orchi_cancel_rest(orch_loop *loop) {
+    uint64_t seen;
+    do {
+        seen = orchi_resumes(loop);
+        orchi_cancel_all(loop);
+        while (!orchi_ring_empty(loop)) orchi_turn(loop, 0);
+    } while (seen != orchi_resumes(loop));
 }
 
 int orch_loop_free(orch_loop *loop) {
     int error = orchi_loop_check(loop, "orch_loop_free");
     if (error != 0) return error;
-    do {
-        orchi_cancel_all(loop);
-        while (!orchi_ring_empty(loop)) orchi_turn(loop, 0);
-    } while (orchi_break(loop, true));
+    do orchi_cancel_rest(loop);
+    while (orchi_break(loop, true));
     if (loop->stats.futures > 0) return ORCH_EBUSY;
     orchi_loop_dispose(loop);
     orchi_loop = NULL;
@@ -4842,11 +5137,11 @@ static int orchi_run_main(orch_loop *loop, orch_future *main) {
 /* Asks all that is left to end, what was started meanwhile included, and runs it until it has, or
  * until nothing can happen any more. */
 static void orchi_run_rest(orch_loop *loop) {
-    uint64_t seen = 0;
+    uint64_t seen = UINT64_MAX;
     for (;;) {
-        if (orchi_ring_empty(loop) && seen != loop->generation) {
+        if (orchi_ring_empty(loop) && seen != orchi_resumes(loop)) {
             orchi_cancel_all(loop);
-            seen = loop->generation;
+            seen = orchi_resumes(loop);
         }
         int more = orchi_turn(loop, orchi_ring_empty(loop) ? UINT64_MAX : 0);
         if (more < 0) return;
@@ -4863,16 +5158,20 @@ static void orchi_close_kept(orch_loop *loop) {
     orchi_loop = here;
 }
 
+/* Whether a result needs its loop's memory. Messages and plain values do not. */
 static bool orchi_shows_loop(const orch_result *r) {
     return r->release == orchi_list_release || r->release == orchi_share_release;
 }
 
+/* Frees the loop, or hands it to the result that shows its futures. */
 static orch_result orchi_run_outcome(orch_loop *loop, orch_result r) {
     if (!orchi_shows_loop(&r)) {
         orchi_loop_dispose(loop);
         orchi_loop = NULL;
         return r;
     }
+    orchi_fault_uninstall(loop);
+    orchi_maps_free(loop);
     orchi_loop = NULL;
     loop->outcome = r;
     loop->close = orchi_close_kept;
@@ -4930,6 +5229,7 @@ static int orchi_watch_reserve(orch_loop *loop, int fd) {
     return 0;
 }
 
+/* At most one waiter in each direction: a second one would steal the first one's event. */
 static int orchi_watch_start(orch_loop *loop, orch_future *f) {
     int fd = f->as.ready.fd, events = f->as.ready.events;
     orchi_watch *watch = &loop->poller.watches[fd];
@@ -4943,6 +5243,7 @@ static int orchi_watch_start(orch_loop *loop, orch_future *f) {
     return 0;
 }
 
+/* What can be told before anything is registered. */
 static int orchi_ready_error(int fd, int events) {
     if (orchi_loop == NULL) return orchi_misuse("orch_ready", ORCH_ENOLOOP);
     bool known = (events & ~(ORCH_READABLE | ORCH_WRITABLE)) == 0;
@@ -4964,6 +5265,8 @@ orch_future *orch_ready(int fd, int events) {
     return f;
 }
 
+/* One event settles it and takes it out of the poller: nobody is woken for what nobody waits for.
+ */
 static void orchi_ready_fire(orch_future *f, int events) {
     orch_loop *loop = orchi_loop_of(f);
     int came = events & f->as.ready.events;
@@ -4972,6 +5275,7 @@ static void orchi_ready_fire(orch_future *f, int events) {
     orchi_settle(loop, f, &r);
 }
 
+/* Leaves the poller at once, so that the descriptor can be closed. */
 static orch_future *orchi_ready_cancel(orch_future *f, int reason) {
     (void)reason;
     orch_loop *loop = orchi_loop_of(f);
@@ -5009,7 +5313,7 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
     {"holder", orchi_done_run, orchi_proxy_cancel, //
      NULL, NULL, NULL, NULL,                       //
      orchi_follow_source, NULL},
-    {"timeout", orchi_timeout_run, orchi_follow_cancel,                      //
+    {"timeout", orchi_timeout_run, orchi_timeout_cancel,                     //
      orchi_timeout_decided, NULL, orchi_follow_retarget, orchi_timeout_fire, //
      orchi_follow_source, NULL},
     {"combinator", orchi_combine_run, orchi_combine_cancel,                    //
@@ -5039,6 +5343,7 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
 #undef ORCHI_COLD
 #undef ORCHI_CONSUMED
 #undef ORCHI_DEBUG
+#undef ORCHI_DISARMED
 #undef ORCHI_ERROR_ROW
 #undef ORCHI_FUNCTION
 #undef ORCHI_FUNCTION_END
