@@ -64,7 +64,8 @@ fi
 verdict "the closing line: $(tail -n 1 "$out")" $?
 ! grep -q 'FAILED good' "$out"
 verdict 'good cases pass' $?
-! kill -0 "$(sed -n 's/^left running: //p' "$out")" 2>/dev/null
+left=$(sed -n 's/^left running: //p' "$out")
+! kill -0 "$left" 2>/dev/null || grep -q ') Z ' "/proc/$left/stat" # dead, and not buried by init
 verdict 'nothing is left running' $?
 
 "$program" good >"$out" 2>&1

@@ -19,7 +19,7 @@ awk -v to="$work/" '
         if (kind ~ /^c *$/ && body ~ /[^a-z_]main *\(/) {
             n++
             printf "%s", body > (to n ".c")
-            print n, "README.md:" start > (to "where")
+            print n, "README.md:" start >> (to "where")
             open = n
             next
         }
@@ -38,7 +38,7 @@ awk -v to="$work/" '
         if (body ~ /[^a-z_]main *\(/) {
             n++
             printf "%s", body > (to "m" n ".c")
-            print "m" n, "asyncorch.h:" start > (to "where")
+            print "m" n, "asyncorch.h:" start >> (to "where")
         }
         body = ""
     }' asyncorch.h
