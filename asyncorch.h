@@ -1197,7 +1197,7 @@ typedef struct orchi_kind {
 // them.
 extern const orchi_kind orchi_kinds[ORCHI_KINDS];
 // Giving up a reference may free a future, which releases its result, which may be a share: a
-// reference. orchi_retire turns this recursion into a loop.
+// reference. orchi_retire_owning turns this recursion into a loop.
 static void orchi_release(orch_future *f);
 
 // A region is one allocation; its pages are cut to 4 KiB borders:
@@ -1549,7 +1549,7 @@ ORCHI_COLD static orchi_page *orchi_page_next(orch_loop *loop) {
 }
 
 /* A slot given back, else one never used; NULL when the page is full. */
-static orch_future *orchi_page_take(orchi_page *page) {
+static inline orch_future *orchi_page_take(orchi_page *page) {
     orch_future *f = page->free;
     if (ORCHI_LIKELY(f != NULL)) {
         page->free = (orch_future *)(uintptr_t)f->generation;
@@ -1558,22 +1558,24 @@ static orch_future *orchi_page_take(orchi_page *page) {
     return page->fresh < ORCHI_PAGE_SLOTS ? orchi_page_slot(page, page->fresh++) : NULL;
 }
 
+/* A slot when the current page has none: from another page, or NULL when out of memory. */
+ORCHI_COLD static orch_future *orchi_slot_find(orch_loop *loop) {
+    orchi_page *page = orchi_page_next(loop);
+    return page != NULL ? orchi_page_take(page) : NULL;
+}
+
 /* A live slot with one reference, or NULL when out of memory. The kind's part is the caller's to
  * fill. */
-static orch_future *orchi_slot_new(orch_loop *loop, orchi_kind_id kind) {
+static inline orch_future *orchi_slot_new(orch_loop *loop, orchi_kind_id kind) {
     orch_future *f = loop->page != NULL ? orchi_page_take(loop->page) : NULL;
-    if (ORCHI_UNLIKELY(f == NULL)) {
-        orchi_page *page = orchi_page_next(loop);
-        f = page != NULL ? orchi_page_take(page) : NULL;
-        if (f == NULL) return NULL;
-    }
+    if (ORCHI_UNLIKELY(f == NULL)) f = orchi_slot_find(loop);
+    if (ORCHI_UNLIKELY(f == NULL)) return NULL;
     orchi_unpoison(f);
     f->generation = loop->generation;
     loop->generation += 2;
     f->references = 1;
     f->kind = (uint8_t)kind;
     f->flags = 0;
-    loop->stats.futures++;
     return f;
 }
 
@@ -1606,7 +1608,6 @@ static void orchi_slot_free(orch_loop *loop, orch_future *f) {
         f->as.result = orch_ok(NULL, NULL); // its own has been taken
         return;
     }
-    loop->stats.futures--;
     orchi_poison(f);
     if (ORCHI_DEBUG) orchi_slot_quarantine(loop, f);
     else orchi_slot_recycle(loop, f);
@@ -1635,6 +1636,19 @@ static void orchi_each_slot(orch_loop *loop, void (*visit)(orch_future *f, void 
             }
         }
     }
+}
+
+static void orchi_live_visit(orch_future *f, void *context) {
+    (void)f;
+    ++*(size_t *)context;
+}
+
+/* How many slots are in use. Counted when asked: a counter would be written four times for each
+ * callback. */
+static size_t orchi_live(orch_loop *loop) {
+    size_t count = 0;
+    orchi_each_slot(loop, orchi_live_visit, &count);
+    return count;
 }
 
 /* Settled once is settled for ever: no kind from DONE on goes back. */
@@ -2802,6 +2816,7 @@ const orch_loop_desc *orch_loop_settings(const orch_loop *loop) { return &loop->
 orch_loop_stats orch_loop_statistics(const orch_loop *loop) {
     orch_loop_stats stats = loop->stats;
     stats.timers = loop->timers.count;
+    stats.futures = orchi_live((orch_loop *)(uintptr_t)loop); // visits slots, changes none
     stats.resumes = orchi_resumes(loop);
     return stats;
 }
@@ -2889,13 +2904,9 @@ const char *orch_message(const orch_result *r) {
 /* The release of a chain: what orch_chain returns, unless somebody settles with it. */
 static void orchi_chain_release(void *future) { orchi_release((orch_future *)future); }
 
-/* Frees a settled future without references. Releasing its result may retire others, and so on:
- * then the outermost call does the work, from a list. */
-static void orchi_retire(orch_loop *loop, orch_future *f) {
-    if (f->as.result.release == NULL) {
-        orchi_slot_free(loop, f);
-        return;
-    }
+/* Frees a settled future without references whose result owns something. Releasing that may retire
+ * others, and so on: then the outermost call does the work, from a list. */
+ORCHI_NO_INLINE static void orchi_retire_owning(orch_loop *loop, orch_future *f) {
     f->kind = ORCHI_EXTRA; // a pop or an unboxing meanwhile leaves it alone
     if (loop->trash != NULL) {
         f->waiter.list.first = loop->trash->list;
@@ -2912,6 +2923,12 @@ static void orchi_retire(orch_loop *loop, orch_future *f) {
         if (f != NULL) mine.list = f->waiter.list.first;
     }
     loop->trash = NULL;
+}
+
+/* Frees a settled future without references. */
+static inline void orchi_retire(orch_loop *loop, orch_future *f) {
+    if (f->as.result.release == NULL) orchi_slot_free(loop, f);
+    else orchi_retire_owning(loop, f);
 }
 
 /* Consumes a reference to a settled future: its outcome, moved out of it or as a share. */
@@ -3083,7 +3100,7 @@ static void orchi_release(orch_future *f) {
 // ---- consuming
 
 /* What is wrong with a handle, or 0. Immortal futures are right everywhere. */
-static int orchi_handle_error(const orch_future *f) {
+static inline int orchi_handle_error(const orch_future *f) {
     if (f == NULL) return ORCH_EINVAL;
     if (!(f->generation & 1) || f->kind == ORCHI_EXTRA) return ORCH_ECONSUMED;
     if (f->flags & (ORCHI_IMMORTAL | ORCHI_CONSUMED)) {
@@ -3148,25 +3165,27 @@ static orch_future *orchi_claim_shared(orch_future *f) {
     return orchi_rejected(ORCH_ENOMEM);
 }
 
+/* The rare handles: unusable, shared, or a follower, whose source takes its place. */
+ORCHI_NO_INLINE static orch_future *orchi_claim_special(orch_future *f, const char *function) {
+    int error = orchi_check(f, function);
+    if (error != 0) return orchi_rejected(error);
+    if (orchi_settled(f)) return f;
+    if (f->references != 1) return orchi_claim_shared(f);
+    if (f->kind != ORCHI_FOLLOW || (f->flags & ORCHI_QUEUED)) return f;
+    orch_future *source = f->as.follow.source;
+    if (orchi_settled(source)) return f;
+    source->flags &= (uint16_t)~ORCHI_WAITED;
+    source->flags |= f->flags & (ORCHI_CANCEL | ORCHI_DETACHED);
+    orchi_slot_free(orchi_loop_of(f), f);
+    return source;
+}
+
 /* What every consuming function does first with a handle. Returns a future that the caller now
  * holds exclusively if it is pending: f, a proxy of it, or, where f only follows, what it follows.
  * An unusable handle gives an immortal rejected future. */
-static orch_future *orchi_claim(orch_future *f, const char *function) {
-    int error = orchi_check(f, function);
-    if (ORCHI_UNLIKELY(error != 0)) return orchi_rejected(error);
-    if (ORCHI_UNLIKELY(f->references != 1)) {
-        return orchi_settled(f) ? f : orchi_claim_shared(f);
-    }
-    if (f->kind == ORCHI_FOLLOW && !(f->flags & ORCHI_QUEUED)) {
-        orch_future *source = f->as.follow.source;
-        if (!orchi_settled(source)) {
-            source->flags &= (uint16_t)~ORCHI_WAITED;
-            source->flags |= f->flags & (ORCHI_CANCEL | ORCHI_DETACHED);
-            orchi_slot_free(orchi_loop_of(f), f);
-            f = source;
-        }
-    }
-    return f;
+static inline orch_future *orchi_claim(orch_future *f, const char *function) {
+    bool plain = orchi_handle_error(f) == 0 && f->references == 1 && f->kind != ORCHI_FOLLOW;
+    return ORCHI_LIKELY(plain) ? f : orchi_claim_special(f, function);
 }
 
 /* Makes target the consumer of a claimed pending future. */
@@ -3429,6 +3448,7 @@ orch_promise orch_promise_unbox(void *box) {
 /* A handle for what orch_chain claimed. A proxy has one consumer: handles need a future that
  * follows it. */
 static orch_future *orchi_unchain(orch_loop *loop, orch_future *f) {
+    if (f == NULL || loop == NULL) return orchi_rejected(ORCH_ENOLOOP);
     if (f->kind != ORCHI_PROXY) return f;
     orch_future *own = orchi_slot_new(loop, ORCHI_PROMISE);
     if (own == NULL) {
@@ -5115,7 +5135,7 @@ int orch_loop_free(orch_loop *loop) {
     if (error != 0) return error;
     do orchi_cancel_rest(loop);
     while (orchi_break(loop, true));
-    if (loop->stats.futures > 0) return ORCH_EBUSY;
+    if (orchi_live(loop) > 0) return ORCH_EBUSY;
     orchi_loop_dispose(loop);
     orchi_loop = NULL;
     return 0;
