@@ -55,7 +55,7 @@ void orch_curl_free(orch_curl *c);
  * 500 included, fulfils the future: it is the caller who knows what a status means.
  * Returns a future of an orch_curl_response, never NULL. Rejected: ORCH_ETIMEDOUT for a timeout of
  * libcurl's own, ORCH_ENOMEM, -EMSGSIZE for a body above max_body, ORCH_EINVAL for NULL, else the
- * positive CURLcode (CURLE_COULDNT_CONNECT) with libcurl's message. Dropping it cancels the transfer.
+ * positive CURLcode (CURLE_COULDNT_CONNECT) with libcurl's message. Dropping it cancels it.
  * Context: loop thread; does not suspend.
  * Owns: borrows url during the call; hands the future over. */
 ORCH_NODISCARD orch_future *orch_curl_get(orch_curl *c, const char *url);

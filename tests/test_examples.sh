@@ -1,6 +1,7 @@
 #!/bin/sh
-# Runs every example and compares what it prints with what its header comment says it prints. Times are
-# compared as N ms and N times. The programs are those of make examples, in .build/examples or in $1.
+# Runs every example and compares what it prints with what its header comment says it prints. Times
+# are compared as N ms and N times. The programs are those of make examples, in .build/examples or
+# in $1.
 # Prints `N passed, N failed` and, where a tool is missing, `, N skipped`.
 set -u
 no_proxy=127.0.0.1 # libcurl would send the requests to the proxy of the environment
@@ -72,14 +73,16 @@ done
 start_server --hang likes=2
 for path in /user/1 /nothing /posts/2/likes; do echo "$url$path"; done >"$folder/list"
 promised 07_fetch | sed -n '/^ status/,$p' | plain >"$folder/want"
-"$programs/07_fetch" -j 4 -t 200 -f "$folder/list" http://127.0.0.1:1/ >"$folder/out" 2>"$folder/err"
+"$programs/07_fetch" -j 4 -t 200 -f "$folder/list" http://127.0.0.1:1/ \
+    >"$folder/out" 2>"$folder/err"
 ended 07_fetch 1 $?
 plain <"$folder/out" >"$folder/got"
 same 07_fetch "$folder/want" "$folder/got"
 : >"$folder/empty"
 same "07_fetch: no progress bar in a file" "$folder/empty" "$folder/err"
 
-for i in 1 2 3 4 5 6 7 8 9 10; do echo "$url/user/$i"; done | "$programs/07_fetch" -j 3 -f - >"$folder/out"
+for i in 1 2 3 4 5 6 7 8 9 10; do echo "$url/user/$i"; done |
+    "$programs/07_fetch" -j 3 -f - >"$folder/out"
 ended "07_fetch from standard input" 0 $?
 has "07_fetch -j 3" "$folder/out" "10 URLs: 10 fetched, 0 not"
 if command -v script >/dev/null 2>&1; then
@@ -88,7 +91,8 @@ if command -v script >/dev/null 2>&1; then
 else
     skipped=$((skipped + 1))
 fi
-for bad in "" "-j 0 $url" "-j 1001 $url" "-j x $url" "-t 0 $url" "-t" "-x" "-f $folder/none" "nourl" \
+for bad in "" "-j 0 $url" "-j 1001 $url" "-j x $url" "-t 0 $url" "-t" "-x" "-f $folder/none" \
+    "nourl" \
     "-t 99999999999999999999 $url"; do
     # shellcheck disable=SC2086 # words are wanted
     "$programs/07_fetch" $bad >"$folder/out" 2>"$folder/err" </dev/null
@@ -100,7 +104,8 @@ stop_server
 
 # ---- the server's command line
 
-for bad in "--port 70000" "--port" "--delay likes" "--delay nothing=1" "--fail likes=0" "--error-rate 101" \
+for bad in "--port 70000" "--port" "--delay likes" "--delay nothing=1" "--fail likes=0" \
+    "--error-rate 101" \
     "--bogus" "--posts 1000"; do
     # shellcheck disable=SC2086 # words are wanted
     "$programs/server" $bad >"$folder/out" 2>"$folder/err" </dev/null
@@ -128,12 +133,17 @@ has "demo: calls that time out" "$folder/out" "█⏱" 1
 has "demo: calls that fail" "$folder/out" "█✗" 1
 has "demo: one healthy user, twice" "$folder/out" "Ada: 4 posts, 8 comments, 70 likes" 2
 has "demo: hanging service" "$folder/out" "post 10: likes degraded to 0: Timeout after 250 ms" 1
-has "demo: failing service" "$folder/out" "post 7: comments degraded to an empty list: HTTP status 500" 1
+has "demo: failing service" "$folder/out" \
+    "post 7: comments degraded to an empty list: HTTP status 500" 1
 has "demo: names its client" "$folder/out" "The client is " 1
 has "demo: no colours in a file" "$folder/out" "$(printf '\033')" 0
 ratio=$(sed -n 's/^sequential .* ms: \([0-9]*\)\..* times as fast$/\1/p' "$folder/out")
 if [ "${ratio:-0}" -ge 2 ]; then pass; else fail "demo: the ratio is \"$ratio\""; fi
-if kill -0 "$(cat "$folder/pid")" 2>/dev/null; then fail "demo: the server still runs"; else pass; fi
+if kill -0 "$(cat "$folder/pid")" 2>/dev/null; then
+    fail "demo: the server still runs"
+else
+    pass
+fi
 sh examples/demo.sh "$folder" >"$folder/out" 2>&1
 ended "a demo without programs" 1 $?
 "$programs/08_profile" >"$folder/out" 2>&1
