@@ -90,8 +90,8 @@
 // 5. Cancellation
 //
 // Cancelling is a request. It walks from what was asked to where the work is done: a task in
-// orch_await, a promise with orch_promise_on_cancel, a timer, a descriptor. Work that somebody else
-// holds too is left alone. In a cancelled task everything that would have to wait returns
+// orch_await, a promise with orch_promise_on_cancel, a timer, a descriptor. Sources that somebody
+// else holds too are left alone. In a cancelled task everything that would have to wait returns
 // ORCH_ECANCELED until the task ends; between orch_shield_begin and orch_shield_end it may wait,
 // for its clean-up. An await that is under way ends when what it waits for has ended, and returns
 // what that came to: no value is lost. A combinator that is decided cancels its losers and is
@@ -139,8 +139,8 @@
 //     a cancelled task that goes on waiting           reported once, in both
 //
 // Not detected: a handle used after its slot was used again (release), a result copied and freed
-// twice, an element of a list kept longer than the list, a box that is never unboxed while its
-// callback still comes.
+// twice, an element of a list kept longer than the list, a
+// ticket, box or future used after its loop was freed, a result of orch_await that is not freed.
 //
 // 9. Threads
 //
@@ -205,9 +205,10 @@ extern "C" {
 // Each function has a block that says what it does, what it Returns (with each error), its Context
 // (any thread, loop thread, task only; whether it suspends) and what it Owns. Unless a block says
 // otherwise, "a future" that is returned is never NULL: when it cannot be made it is a rejected one
-// (ORCH_ENOMEM, ORCH_ENOLOOP outside a loop's thread, ORCH_EINVAL for NULL, ORCH_ECONSUMED for a
-// future that was given away before). A function that consumes futures and fails gives them up as
-// orch_drop does: in a task it returns when their work has ended.
+// (ORCH_ENOMEM; where debug builds abort: ORCH_ENOLOOP outside a loop's thread, ORCH_EINVAL for
+// NULL, ORCH_ECONSUMED for a future that was given away before, ORCH_ETHREAD for another thread's).
+// A function that consumes futures and fails gives them up as orch_drop does: in a task it returns
+// when their work has ended.
 
 typedef struct orch_future orch_future;         // the read end of work in progress
 typedef struct orch_loop orch_loop;             // one per thread
@@ -242,7 +243,8 @@ typedef enum orch_error {
 } orch_error;
 #undef ORCHI_ERROR_ENUM
 
-/* The text of an error code: the library's own, or the system's for an -errno.
+/* The text of an error code: the library's own, the system's for an -errno, "ok" for 0,
+ * "application error" for a positive one.
  * Returns a string, never NULL.
  * Context: any thread.
  * Owns nothing; the string is static. */
@@ -260,7 +262,7 @@ const char *orch_error_name(int error);
 // (owner is the future); orch_result_free is right in every case.
 typedef struct orch_result {
     int error;      // 0: fulfilled; negative: -errno or ORCH_E...; positive: your own
-    unsigned index; // which input decided it (all: the failed one; any, race: the winner)
+    unsigned index; // of a combinator that one input decided: which one
     void *value;    // fulfilled: the value; rejected: optional detail (a message, a list)
     void *owner;    // what release gives back
     void (*release)(void *owner); // NULL: nothing to give back
@@ -345,7 +347,8 @@ void orch_result_free(orch_result *r);
 // Every function that takes a future consumes it, whatever happens, out of memory included.
 // orch_ref gives one more reference. Giving up the last reference to pending work cancels it.
 
-/* The write end: a ticket, passed by value. It owns nothing, and a late or second use is harmless.
+/* The write end: a ticket, passed by value. It owns nothing, and a late or second use is harmless,
+ * until its loop is freed.
  */
 typedef struct orch_promise {
     orch_future *future;
@@ -381,7 +384,8 @@ ORCH_NODISCARD orch_future *orch_settled(orch_result r);
 /* Settles a promise. r may be orch_chain(f), which follows f.
  * Returns whether this call decided it; if not (settled before, locked in, future gone, wrong
  * thread) r is freed.
- * Context: the loop's own thread; never suspends, allocates or calls back.
+ * Context: the loop's own thread; never suspends or allocates, and calls nothing of
+ * the user's but on_unhandled for a detached future, and the release of what nobody takes.
  * Owns: consumes r. */
 bool orch_settle(orch_promise promise, orch_result r);
 
@@ -398,8 +402,9 @@ bool orch_follow(orch_promise promise, orch_future *f);
  * Owns nothing. */
 bool orch_promise_pending(orch_promise promise);
 
-/* Registers what to do when the future is cancelled: fn returns true when the work has ended, false
- * when the producer will still settle. It is called from the loop, at most once.
+/* Registers what to do when the future is cancelled, in place of what was registered before: fn
+ * returns true when the work has ended, false when the producer will still settle. It is called
+ * from the loop, at most once.
  * Returns false, and registers nothing, when the ticket can no longer settle.
  * Context: loop thread; fn is called on it and must not suspend.
  * Owns: borrows context until the future is settled. */
@@ -473,7 +478,7 @@ ORCH_NODISCARD orch_future *orch_then(orch_future *f, orch_then_fn on_ok, orch_t
 ORCH_NODISCARD orch_future *orch_then_with(orch_future *f, const orch_then_desc *desc);
 
 /* The end of a chain: fn is called once with the outcome of f, and there is no new future.
- * Returns nothing. When it cannot be registered for want of memory, fn gets ORCH_ENOMEM from this
+ * Returns nothing. When it cannot be registered, fn gets ORCH_ENOMEM or ORCH_ENOLOOP from this
  * call.
  * Context: loop thread; fn is called from the loop and must not suspend.
  * Owns: consumes f; borrows context until fn was called. */
@@ -542,8 +547,9 @@ ORCH_NODISCARD orch_future *orch_race_n(size_t count, orch_future *const *future
  * Owns: as orch_all_n. */
 ORCH_NODISCARD orch_future *orch_quorum_n(size_t needed, size_t count, orch_future *const *futures);
 
-/* all_settled with a deadline: fulfilled with the list after ms at the latest; what was not done by
- * then is cancelled and shows ORCH_ETIMEDOUT.
+/* all_settled with a deadline: decided after ms at the latest; what was not done by then is
+ * cancelled and shows ORCH_ETIMEDOUT. As with every combinator, a loser that shields delays the
+ * delivery.
  * Returns the future.
  * Context: as orch_all_n.
  * Owns: as orch_all_n. Units: milliseconds. */
@@ -610,10 +616,10 @@ ORCH_NODISCARD orch_completion *orch_as_completed_list(orch_future *const *futur
 typedef orch_result (*orch_task_fn)(void *arg);
 
 typedef struct orch_task_desc {
-    const char *name;           // for reports; borrowed until the task has ended; default: a number
-    orch_task_fn fn;            // required
-    void *arg;                  // passed to fn
-    size_t arg_size;            // bytes; not 0: that many bytes of arg are copied, fn gets the copy
+    const char *name; // for reports, which number tasks as well; borrowed until it has ended
+    orch_task_fn fn;  // required
+    void *arg;        // passed to fn
+    size_t arg_size;  // bytes; not 0: that many bytes of arg are copied, fn gets the copy
     void (*release)(void *arg); // called exactly once with what fn got (arg, if it never ran)
     size_t stack_size; // bytes, 16 KiB to 1 GiB, rounded up to a power of two; default: loop's
 } orch_task_desc;
@@ -638,15 +644,18 @@ ORCH_NODISCARD orch_future *orch_go_with(const orch_task_desc *desc);
 int orch_spawn(orch_task_fn fn, void *arg);
 
 /* Waits for a future and takes its outcome.
- * Returns the result, which is the caller's to free. Cancelled: ORCH_ECANCELED, after the work of f
- * has ended (if nobody else holds it). ORCH_ENOTASK outside a task, where f is dropped.
+ * Returns the result, which is the caller's to free. In a task that was cancelled before:
+ * ORCH_ECANCELED, after the work of f has ended (if nobody else holds it). Cancelled while it
+ * waits: f is asked to end, and what it came to is returned, mostly ORCH_ECANCELED. ORCH_ENOTASK
+ * outside a task, where f is dropped.
  * Context: task only; suspends unless f is settled, and then too when it is the 128th call in a
  * row.
  * Owns: consumes f; hands over the result. */
 orch_result orch_await(orch_future *f);
 
 /* Waits for a future without taking it.
- * Returns the result, lent by f: freeing it does nothing. Errors as orch_await; f goes on.
+ * Returns the result, lent by f: freeing it does nothing. ORCH_ECANCELED in a cancelled task, where
+ * f goes on (orch_is_settled tells it from f's own); ORCH_ENOTASK; ORCH_ENOMEM.
  * Context: task only; suspends as orch_await.
  * Owns: borrows f. */
 orch_result orch_wait(orch_future *f);
@@ -739,7 +748,7 @@ typedef struct orch_loop_desc {
     void *context;            // for the hooks below
     void (*on_unhandled)(const orch_result *r, void *context); // default: one line on stderr
     void (*on_report)(const char *text,
-                      void *context); // deadlocks, ignored cancels; default: stderr
+                      void *context); // lines, newline included; default: stderr
 } orch_loop_desc;
 
 typedef struct orch_loop_stats {
@@ -762,7 +771,8 @@ ORCH_NODISCARD orch_loop *orch_loop_new(const orch_loop_desc *desc);
 
 /* Cancels everything, runs what is ready until it has ended, and frees the loop and every slot.
  * Returns 0; ORCH_EBUSY, and the loop lives on, while tasks shield, producers still have to settle,
- * or futures are held outside. ORCH_EINVAL for NULL, ORCH_ENESTED inside a task or callback.
+ * boxes are out, or futures, lists or shared results are held outside. ORCH_EINVAL for NULL,
+ * ORCH_ENESTED inside a task or callback.
  * Context: loop thread.
  * Owns: consumes loop when it returns 0. */
 int orch_loop_free(orch_loop *loop);
@@ -775,12 +785,14 @@ int orch_loop_free(orch_loop *loop);
 int orch_loop_run(orch_loop *loop);
 
 /* Runs one turn, sleeping in the poller for at most ms when nothing is ready.
- * Returns 1 when there is more to do, 0 when nothing is left to wait for; errors as orch_loop_run.
+ * Returns 1 when there is more to do, 0 when nothing can wake the loop any more (a deadlock too);
+ * ORCH_ENESTED inside a task or callback; ORCH_EINVAL for NULL; an -errno of the poller.
  * Context: loop thread.
  * Owns: borrows loop. Units: milliseconds. */
 int orch_loop_step(orch_loop *loop, uint64_t ms);
 
-/* Lets orch_loop_run return after this turn.
+/* Lets orch_loop_run return after this turn. It counts for the run that is under way, not for the
+ * next.
  * Returns nothing.
  * Context: loop thread.
  * Owns: borrows loop. */
@@ -793,13 +805,13 @@ void orch_loop_stop(orch_loop *loop);
 orch_loop *orch_loop_current(void);
 
 /* The settings in force, every default filled in.
- * Returns the desc.
+ * Returns the desc; NULL for NULL.
  * Context: loop thread.
  * Owns nothing; lives as long as the loop. */
 const orch_loop_desc *orch_loop_settings(const orch_loop *loop);
 
-/* Counters.
- * Returns them.
+/* Counters. `futures` is counted now, which visits every slot.
+ * Returns them; zeros for NULL.
  * Context: loop thread.
  * Owns nothing. */
 orch_loop_stats orch_loop_statistics(const orch_loop *loop);
@@ -1015,6 +1027,7 @@ static inline orch_result orch_run_with(const orch_loop_desc &desc, orch_task_fn
 #define ORCHI_SCALAR(variable) __asm__("" : "+r"(variable)) // keeps it in a register of its own
 #define ORCHI_COLD __attribute__((cold, noinline))
 #define ORCHI_NO_INLINE __attribute__((noinline))
+#define ORCHI_INLINE inline __attribute__((always_inline))
 
 #ifdef __cplusplus
 extern "C" {
@@ -1374,11 +1387,17 @@ static orch_future *orchi_rejected(int error) {
     return (orch_future *)(uintptr_t)&orchi_static_futures[known - orchi_errors];
 }
 
+static const char *orchi_hint(int error) {
+    if (error == ORCH_EINVAL) return ": something is NULL or out of range, see the contract";
+    if (error == ORCH_EBUSY) return ": there is one at a time, see the contract";
+    return error == ORCH_ENOTASK ? "; callbacks and hooks must not wait" : "";
+}
+
 /* Says what was done wrong. Debug builds stop there; release builds go on, and the caller returns
  * the error that its contract names. */
 ORCHI_COLD static int orchi_misuse(const char *function, int error) {
     if (!ORCHI_DEBUG) return error;
-    fprintf(stderr, "asyncorch: %s: %s\n", function, orch_error_text(error));
+    fprintf(stderr, "asyncorch: %s: %s%s\n", function, orch_error_text(error), orchi_hint(error));
     orchi_print_backtrace();
     abort();
 }
@@ -2000,35 +2019,42 @@ static bool orchi_shadow_stack(void) { // rdssp is a no-op where shadow stacks a
     __asm__ volatile("rdsspq %0" : "+r"(pointer));
     return pointer != 0;
 }
-static void orchi_start_raw(void **save, void *bottom, void *top, orchi_context_fn fn, void *arg) {
+static ORCHI_INLINE void orchi_start_raw(void **save, void *bottom, void *top, orchi_context_fn fn,
+                                         void *arg) {
     if (orchi_shadow_stack()) orchi_ucontext_start(save, bottom, top, fn, arg);
     else orchi_switch_start(save, top, fn, arg);
 }
-static void orchi_switch_raw(void **save, void *load) {
+static ORCHI_INLINE void orchi_switch_raw(void **save, void *load) {
     if (orchi_shadow_stack()) orchi_ucontext_switch(save, load);
     else orchi_switch(save, load);
 }
 #elif ORCHI_ASSEMBLY
-static inline void orchi_start_raw(void **save, void *bottom, void *top, orchi_context_fn fn,
-                                   void *arg) {
+static ORCHI_INLINE void orchi_start_raw(void **save, void *bottom, void *top, orchi_context_fn fn,
+                                         void *arg) {
     (void)bottom;
     orchi_switch_start(save, top, fn, arg);
 }
-static inline void orchi_switch_raw(void **save, void *load) { orchi_switch(save, load); }
+static ORCHI_INLINE void orchi_switch_raw(void **save, void *load) { orchi_switch(save, load); }
 #else
-static void orchi_start_raw(void **save, void *bottom, void *top, orchi_context_fn fn, void *arg) {
+static ORCHI_INLINE void orchi_start_raw(void **save, void *bottom, void *top, orchi_context_fn fn,
+                                         void *arg) {
     orchi_ucontext_start(save, bottom, top, fn, arg);
 }
-static void orchi_switch_raw(void **save, void *load) { orchi_ucontext_switch(save, load); }
+static ORCHI_INLINE void orchi_switch_raw(void **save, void *load) {
+    orchi_ucontext_switch(save, load);
+}
 #endif
 
 // ---- tools are told of every switch
+//
+// All of it is inlined, also without optimisation: a function that enters on one of TSan's fibers
+// and leaves on another would put both call stacks wrong.
 
 #if ORCHI_ASAN
-static void orchi_tool_leave(orchi_context *from, orchi_context *to, bool ends) {
+static ORCHI_INLINE void orchi_tool_leave(orchi_context *from, orchi_context *to, bool ends) {
     __sanitizer_start_switch_fiber(ends ? NULL : &from->fake, to->bottom, to->size);
 }
-static void orchi_tool_enter(orchi_context *self) {
+static ORCHI_INLINE void orchi_tool_enter(orchi_context *self) {
     __sanitizer_finish_switch_fiber(self->fake, NULL, NULL);
 }
 /* The first arrival on a stack; the main stack's bounds become known here. */
@@ -2042,20 +2068,20 @@ static void orchi_tool_begin(orchi_context *main) {
     }
 }
 #elif ORCHI_TSAN
-static void orchi_tool_leave(orchi_context *from, orchi_context *to, bool ends) {
+static ORCHI_INLINE void orchi_tool_leave(orchi_context *from, orchi_context *to, bool ends) {
     (void)from;
     (void)ends;
     __tsan_switch_to_fiber(to->fiber, 0);
 }
-static void orchi_tool_enter(orchi_context *self) { (void)self; }
+static ORCHI_INLINE void orchi_tool_enter(orchi_context *self) { (void)self; }
 static void orchi_tool_begin(orchi_context *main) { (void)main; }
 #else
-static inline void orchi_tool_leave(orchi_context *from, orchi_context *to, bool ends) {
+static ORCHI_INLINE void orchi_tool_leave(orchi_context *from, orchi_context *to, bool ends) {
     (void)from;
     (void)to;
     (void)ends;
 }
-static inline void orchi_tool_enter(orchi_context *self) { (void)self; }
+static ORCHI_INLINE void orchi_tool_enter(orchi_context *self) { (void)self; }
 static inline void orchi_tool_begin(orchi_context *main) { (void)main; }
 #endif
 
@@ -2125,7 +2151,7 @@ static void orchi_valgrind_stack(char *bottom, char *top) {
 }
 
 /* Leaves `from` and enters `to`. Returns when somebody enters `from`. */
-static inline void orchi_context_switch(orchi_context *from, orchi_context *to) {
+static ORCHI_INLINE void orchi_context_switch(orchi_context *from, orchi_context *to) {
     orchi_tool_leave(from, to, false);
     orchi_switch_raw(&from->sp, to->sp);
     orchi_tool_enter(from);
@@ -2147,8 +2173,9 @@ static inline void *orchi_context_end(orchi_context *from, orchi_context *to) {
 #endif
 
 /* Leaves `from` and calls fn(arg) on a new stack below top; fn ends with orchi_context_end. */
-static inline void orchi_context_start(orchi_context *from, orchi_context *to, orchi_stack *stack,
-                                       char *top, orchi_context_fn fn, void *arg) {
+static ORCHI_INLINE void orchi_context_start(orchi_context *from, orchi_context *to,
+                                             orchi_stack *stack, char *top, orchi_context_fn fn,
+                                             void *arg) {
     orchi_tool_describe(to, stack, top);
     orchi_tool_leave(from, to, false);
     orchi_start_raw(&from->sp, stack->bottom, top, fn, arg);
@@ -2811,10 +2838,15 @@ void orch_loop_stop(orch_loop *loop) {
 
 orch_loop *orch_loop_current(void) { return orchi_loop; }
 
-const orch_loop_desc *orch_loop_settings(const orch_loop *loop) { return &loop->desc; }
+const orch_loop_desc *orch_loop_settings(const orch_loop *loop) {
+    return loop != NULL ? &loop->desc : NULL;
+}
 
 orch_loop_stats orch_loop_statistics(const orch_loop *loop) {
-    orch_loop_stats stats = loop->stats;
+    orch_loop_stats stats;
+    memset(&stats, 0, sizeof stats);
+    if (loop == NULL) return stats;
+    stats = loop->stats;
     stats.timers = loop->timers.count;
     stats.futures = orchi_live((orch_loop *)(uintptr_t)loop); // visits slots, changes none
     stats.resumes = orchi_resumes(loop);
@@ -3687,7 +3719,9 @@ static void orchi_on_shared(orch_future *f, orch_on_fn fn, void *context) {
 void orch_on(orch_future *f, orch_on_fn fn, void *context) {
     if (fn == NULL || orchi_here("orch_on") == NULL) {
         if (fn == NULL) orchi_misuse("orch_on", ORCH_EINVAL);
+        orch_result r = orch_fail(ORCH_ENOLOOP);
         orch_drop(f);
+        if (fn != NULL) fn(&r, context);
         return;
     }
     f = orchi_claim(f, "orch_on");
@@ -5372,6 +5406,7 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
 #undef ORCHI_HAS_ASSEMBLY
 #undef ORCHI_HAS_FEATURE
 #undef ORCHI_HAS_INCLUDE
+#undef ORCHI_INLINE
 #undef ORCHI_LIKELY
 #undef ORCHI_LOAD_FLOATS
 #undef ORCHI_MINCORE
