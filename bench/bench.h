@@ -1,4 +1,4 @@
-// bench.h: what the programs of this folder share: a clock, medians, counted memory, the output line.
+// bench.h: what these programs share: a clock, medians, counted memory, the output line.
 //
 // A program prints one line, made of measures: `name: what 4.3 ns (figure <= 8) met; what 9.0 ns`.
 // run.sh reads that form: it puts the median of several runs in place of each number with a decimal

@@ -1,6 +1,7 @@
-// Sequential against parallel, for 1 to 1,000 calls of two kinds: simulated (a task that sleeps) and
-// libcurl (a GET from examples/server.c on this machine, which answers after the same delay). Prints a
-// table and a bar chart and draws an SVG file. The libcurl kind needs -DHAVE_CURL and -lcurl, and the
+// Sequential against parallel, for 1 to 1,000 calls of two kinds: simulated (a task that sleeps)
+// and libcurl (a GET from examples/server.c on this machine, which answers after the same delay).
+// Prints a table and a bar chart and draws an SVG file. The libcurl kind needs -DHAVE_CURL, -lcurl,
+// and the
 // server program.
 // Run: make bench, or .build/bench/bench_parallel [file.svg [server]]
 #define ASYNCORCH_IMPLEMENTATION

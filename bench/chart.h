@@ -33,8 +33,8 @@ enum {
     CHART_DECADES = 3 // of calls: 1 to 1,000
 };
 
-// Of a value above 0. By hand, so that nothing has to be linked: powers of ten, then the series of the
-// inverse hyperbolic tangent, which is good to a hundredth of a pixel here.
+// Of a value above 0. By hand, so that nothing has to be linked: powers of ten, then the series of
+// the inverse hyperbolic tangent, which is good to a hundredth of a pixel here.
 static inline double chart_log10(double value) {
     double whole = 0, sum = 0;
     for (; value >= 2; value /= 10) whole++;

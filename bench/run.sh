@@ -1,8 +1,8 @@
 #!/bin/sh
 # Runs the built benchmarks: sh bench/run.sh [folder with the programs] [runs]
 #
-# The machine may be shared, so every program runs several times, in turns (a slow moment then spoils
-# one run of each, not all runs of one), and each number printed is the median over the runs.
+# The machine may be shared, so every program runs several times, in turns (a slow moment then
+# spoils one run of each, not all runs of one), and each number printed is the median over the runs.
 # bench_parallel runs once, at the end: it repeats by itself and draws.
 set -eu
 
@@ -11,7 +11,8 @@ runs=${2:-${BENCH_RUNS:-5}}
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT INT TERM
 
-median_line() { # the lines of one program's runs -> one line, numbers replaced by medians, judged again
+# The lines of one program's runs -> one line, numbers replaced by medians, judged again.
+median_line() {
     awk '
         { line[NR] = $0; n = split($0, f, " ")
           if (NR == 1) { fields = n; for (i = 1; i <= n; i++) shape[i] = f[i] }
@@ -19,7 +20,9 @@ median_line() { # the lines of one program's runs -> one line, numbers replaced 
         function median(i,   k, j, t, a) {
             for (k = 1; k <= NR; k++) a[k] = value[i, k] + 0
             for (k = 2; k <= NR; k++)
-                for (j = k; j > 1 && a[j - 1] > a[j]; j--) { t = a[j]; a[j] = a[j - 1]; a[j - 1] = t }
+                for (j = k; j > 1 && a[j - 1] > a[j]; j--) {
+                    t = a[j]; a[j] = a[j - 1]; a[j - 1] = t
+                }
             return a[int((NR + 1) / 2)]
         }
         END {
@@ -45,7 +48,9 @@ echo "machine: $(uname -sm), $(nproc 2>/dev/null || echo '?') processors," \
     "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo 2>/dev/null | head -n 1)," \
     "load $(cut -d ' ' -f 1 /proc/loadavg 2>/dev/null || echo '?')," "medians of $runs runs"
 for run in $(seq "$runs"); do
-    for program in $programs; do $limit "$dir/$program" >>"$work/$program" || failed="$failed $program"; done
+    for program in $programs; do
+        $limit "$dir/$program" >>"$work/$program" || failed="$failed $program"
+    done
 done
 for program in $programs; do median_line "$work/$program"; done
 if [ -x "$dir/bench_parallel" ]; then

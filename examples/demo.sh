@@ -1,5 +1,6 @@
 #!/bin/sh
-# Runs the demo: starts the services, waits until they listen, runs 08_profile against them, stops them.
+# Runs the demo: starts the services, waits until they listen, runs 08_profile against them, and
+# stops them.
 # make demo calls it after building; the programs are looked for in .build/examples or in $1.
 set -u
 no_proxy=127.0.0.1 # libcurl would send the requests to the proxy of the environment
