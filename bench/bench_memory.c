@@ -1,6 +1,6 @@
 // How much memory does what waits take? A pending future: its slot, and its share of all that the
-// loop asks its allocator for when there are 1,000,000 of them (heads of pages, ready ring). A sleeping
-// task: the pages resident, for 10,000 and for 100,000 of them.
+// loop asks its allocator for when there are 1,000,000 of them (heads of pages, ready ring). A
+// sleeping task: the pages resident, for 10,000 and for 100,000 of them.
 // Run: make bench, or .build/bench/bench_memory
 #define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"

@@ -1,6 +1,6 @@
 // Do the hot paths enter the kernel? Runs each of them in a child that is traced (ptrace), and
-// counts the system calls between two marks; every path has run once before, so that memory is there.
-// With a descriptor waited for, a look at it now and then is due, and is told apart.
+// counts the system calls between two marks; every path has run once before, so that memory is
+// there. With a descriptor waited for, a look at it now and then is due, and is told apart.
 // Run: make bench, or .build/bench/bench_syscalls (Linux)
 #define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
