@@ -5143,6 +5143,7 @@ static void orchi_break_visit(orch_future *f, void *context) {
     if (task->reason == 0) task->reason = ORCH_ECANCELED;
     orchi_push(orchi_loop_of(f), f);
     breaking->any = true;
+    orchi_cancel(lost, ORCH_ECANCELED);
 }
 
 /* Nothing can end any more, as tasks await each other, or (not only `circles`) as producers do not
@@ -5199,7 +5200,8 @@ static void orchi_run_rest(orch_loop *loop) {
         }
         int more = orchi_turn(loop, orchi_ring_empty(loop) ? UINT64_MAX : 0);
         if (more < 0) return;
-        if (more == 0 && !orchi_expose(loop) && !orchi_break(loop, false)) return;
+        if (more == 1 || seen != orchi_resumes(loop)) continue; // it may be asked to end first
+        if (!orchi_expose(loop) && !orchi_break(loop, false)) return;
     }
 }
 
