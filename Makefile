@@ -73,6 +73,9 @@ build = $(MAKE) -k --no-print-directory -j$(JOBS) \
 lines = $(foreach t,$(TESTS),echo '$(t)$(if $(2),/$(2)) $(4) $(B)/$(strip $(1))/$(t) $(3)';)
 sweeps = $(if $(WRAP),$(call lines,tests,sweep,--sweep,$(1)),echo \
 	'sweep echo "skipped the sweep (no ld --wrap)"; echo "0 passed, 0 failed, 1 skipped"';)
+VALGRIND = TEST_TIME=20 valgrind -q --error-exitcode=9 --leak-check=full \
+	--errors-for-leak-kinds=definite
+harness_without = $(if $(SANITIZE),, no-sanitizers)$(if $(WRAP),, no-sweep)
 RUN = sh tests/run.sh $(B)/log
 
 # ---- targets
@@ -85,8 +88,7 @@ examples: $(EXAMPLES:%=$(B)/examples/%) # build the examples into .build/example
 test: # everything that fits into five minutes: sanitizers, allocation failures, compilers
 	@$(call build,tests)
 	@$(MAKE) -k --no-print-directory -j$(JOBS) examples || true
-	@{ echo 'harness sh tests/run_harness.sh $(B)/tests/test_harness \
-		$(if $(SANITIZE),,no-sanitizers) $(if $(WRAP),,no-sweep)'; \
+	@{ echo 'harness sh tests/run_harness.sh $(B)/tests/test_harness$(harness_without)'; \
 	$(call lines,tests) \
 	$(foreach s,$(SCRIPTS),echo '$(s) sh tests/$(s).sh $(B)/examples';) \
 	$(call sweeps) \
@@ -106,8 +108,7 @@ torture: # the tests in every build there is
 
 soak: torture # torture, then valgrind, then 200 repeats on a busy machine; hours
 	@$(call build,plain lto)
-	@{ $(call lines,plain,valgrind,,TEST_TIME=20 valgrind -q --error-exitcode=9 \
-		--leak-check=full --errors-for-leak-kinds=definite) \
+	@{ $(call lines,plain,valgrind,,$(VALGRIND)) \
 	for i in $$(seq 200); do \
 		$(foreach t,$(TESTS),echo "$(t)/$$i TEST_TIME=4 $(B)/lto/$(t)";) \
 	done; } | JOBS=$$((2 * $(JOBS))) $(RUN)

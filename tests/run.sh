@@ -43,7 +43,7 @@ fi
 
 mkdir -p "$1"
 rm -f "$1"/*.sum "$1"/*.show "$1"/*.log
-cat >"$1/list"
+grep '[^[:space:]]' >"$1/list"
 awk '{print NR}' "$1/list" | xargs -P "${JOBS:-2}" -n 1 sh "$0" --one "$1"
 cat "$1"/*.sum | awk '
     { passed += $1; failed += $3; skipped += $5 }
