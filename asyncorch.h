@@ -1986,13 +1986,11 @@ static void orchi_ucontext_entry(void) {
     setcontext((ucontext_t *)orchi_starting->fn(orchi_starting->arg));
 }
 
-/* The start record lies on the new stack; the context of a running stack is a local of the switch.
- */
-static void orchi_ucontext_start(void **save, void *bottom, void *top, orchi_context_fn fn,
-                                 void *arg) {
-    ucontext_t here;
-    orchi_start *start =
-        (orchi_start *)(void *)((char *)top - (sizeof(orchi_start) + 63) / 64 * 64);
+/* The start record lies on the new stack. */
+static orchi_start *orchi_ucontext_prepare(void *bottom, void *top, orchi_context_fn fn,
+                                           void *arg) {
+    size_t bytes = (sizeof(orchi_start) + 63) / 64 * 64;
+    orchi_start *start = (orchi_start *)(void *)((char *)top - bytes);
     start->fn = fn;
     start->arg = arg;
     getcontext(&start->context);
@@ -2000,13 +1998,20 @@ static void orchi_ucontext_start(void **save, void *bottom, void *top, orchi_con
     start->context.uc_stack.ss_size = (size_t)((char *)start - (char *)bottom);
     start->context.uc_link = NULL;
     makecontext(&start->context, orchi_ucontext_entry, 0);
+    return start;
+}
+
+/* The context of the stack that is left is a local: it lives as long as that sleeps. */
+static ORCHI_INLINE void orchi_ucontext_start(void **save, void *bottom, void *top,
+                                              orchi_context_fn fn, void *arg) {
+    ucontext_t here;
     *save = &here;
-    orchi_starting = start;
-    swapcontext(&here, &start->context);
+    orchi_starting = orchi_ucontext_prepare(bottom, top, fn, arg);
+    swapcontext(&here, &orchi_starting->context);
 }
 
 /* The saved context is a local: it lives on the stack that it describes, as long as that sleeps. */
-static void orchi_ucontext_switch(void **save, void *load) {
+static ORCHI_INLINE void orchi_ucontext_switch(void **save, void *load) {
     ucontext_t here;
     *save = &here;
     swapcontext(&here, (ucontext_t *)load);
