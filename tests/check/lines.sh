@@ -4,8 +4,10 @@
 set -eu
 
 bad=0
-files=$(git ls-files -co --exclude-standard |
-    grep -E '\.([ch]|cc|sh|awk|md)$|^(Makefile|\.ci/run)$')
+# Without git, what is there.
+all=$(git ls-files -co --exclude-standard 2>/dev/null ||
+    find . -type f ! -path './.git/*' ! -path './.build/*' | sed 's|^\./||')
+files=$(echo "$all" | grep -E '\.([ch]|cc|sh|awk|md)$|^(Makefile|\.ci/run)$')
 
 # Columns are characters: bytes that continue one in UTF-8 are taken out. Tables in Markdown may be
 # wide.
@@ -29,7 +31,7 @@ awk -f tests/check/clean.awk asyncorch.h | awk -f tests/check/functions.awk |
         }
         END { exit bad }' - asyncorch.h || bad=1
 
-git ls-files -co --exclude-standard | cut -d/ -f1 | sort -u |
+echo "$all" | cut -d/ -f1 | sort -u |
     grep -vxE 'asyncorch\.h|examples|tests|bench|Makefile|README\.md|UNLICENSE' |
     grep -vxE '\.(ci|github|gitignore|clang-format|clang-tidy|editorconfig)' |
     sed 's/^/unexpected at the top level: /' | grep . && bad=1
