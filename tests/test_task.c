@@ -1400,4 +1400,312 @@ TEST(tasks_started_while_a_loop_is_freed_end_too) {
     if (real) CHECK_INT(left, 0);
 }
 
+// ---- random programs
+//
+// Tasks that make, await, share, drop, cancel and combine futures at random. Whatever they do,
+// every value and argument is released once, no task outlives the frame of one that gave it up or
+// awaited it, nothing is reported, and nothing is left.
+
+// TEST_SEEDS=1000 runs as many of them; a sweep runs all of them once for each allocation.
+static uint32_t random_seeds(void) {
+    const char *asked = getenv("TEST_SEEDS");
+    return asked ? (uint32_t)atol(asked) : 5;
+}
+
+typedef struct walker { // on its task's stack
+    struct walker *parent;
+    int depth;
+    bool here;
+    orch_future *held[6];
+    int count;
+} walker;
+
+static uint32_t dice = 1;
+static int allowance, values, arguments, entered, ended, orphaned;
+
+static uint32_t roll(uint32_t sides) {
+    dice ^= dice << 13;
+    dice ^= dice >> 17;
+    dice ^= dice << 5;
+    return dice % sides;
+}
+
+// Of each value it is known whether it was released: no allocation, so that the sweep is short.
+#define VALUES 20000
+static bool value_lives[VALUES];
+static int values_made;
+
+static void release_value(void *value) {
+    if (!CHECK(*(bool *)value)) return;
+    *(bool *)value = false;
+    values--;
+}
+
+static orch_result some_value(void) {
+    if (values_made == VALUES) return orch_ok_int(1);
+    bool *value = &value_lives[values_made++];
+    *value = true;
+    values++;
+    return orch_ok(value, release_value);
+}
+
+static void release_walker(void *arg) {
+    (void)arg;
+    arguments--;
+}
+
+static orch_result walk(void *arg);
+static orch_future *some_future(walker *w, int depth);
+
+static orch_future *some_task(walker *parent, int depth) {
+    walker start = {.parent = parent, .depth = depth + 1};
+    orch_task_desc desc = {
+        .fn = walk, .arg = &start, .arg_size = sizeof start, .release = release_walker};
+    arguments++;
+    return orch_go_with(&desc);
+}
+
+static orch_result some_step(orch_result *in, void *context) {
+    (void)context;
+    switch (roll(4)) {
+    case 0: return *in;
+    case 1: return orch_failf(5, "step %d", 5);
+    case 2: return some_value();
+    default: return orch_chain(some_task(NULL, 4));
+    }
+}
+
+static void some_end(void *context) { (void)context; }
+
+static void some_look(orch_result *in, void *context) {
+    (void)context;
+    if (in->release != release_value || roll(2)) return;
+    void *mine = orch_take(in);
+    if (mine) release_value(mine);
+}
+
+static bool some_hook(void *context, int reason) {
+    (void)context;
+    return reason != 0 && roll(2);
+}
+
+static orch_result settle_soon(void *arg) {
+    orch_promise p = *(orch_promise *)arg;
+    orch_sleep(roll(2)); // also when it is cancelled: it settles in any case
+    if (roll(2)) orch_settle(p, some_value());
+    else orch_settle(p, orch_chain(some_future(NULL, 4)));
+    return orch_ok_int(1);
+}
+
+static orch_future *some_promise(void) {
+    orch_promise p;
+    orch_future *f = orch_future_new(&p);
+    orch_task_desc desc = {.fn = settle_soon, .arg = &p, .arg_size = sizeof p};
+    orch_future *settler = orch_go_with(&desc);
+    if (begun(settler) && roll(2)) orch_promise_on_cancel(p, some_hook, NULL);
+    orch_detach(settler);
+    return f;
+}
+
+static orch_future *some_list(walker *w, int depth) {
+    orch_future *f[4];
+    size_t count = 1 + roll(4), needed = 1 + roll((uint32_t)count);
+    for (size_t i = 0; i < count; i++) f[i] = some_future(w, depth + 1);
+    switch (roll(6)) {
+    case 0: return orch_all_n(count, f);
+    case 1: return orch_any_n(count, f);
+    case 2: return orch_race_n(count, f);
+    case 3: return orch_all_settled_n(count, f);
+    case 4: return orch_quorum_n(needed, count, f);
+    default: return orch_gather_n(count, f, roll(3));
+    }
+}
+
+static orch_future *some_future(walker *w, int depth) {
+    if (allowance-- <= 0 || depth > 4)
+        return roll(2) ? orch_settled(some_value()) : orch_after(roll(2));
+    switch (roll(9)) {
+    case 0: return orch_settled(some_value());
+    case 1: return orch_after(roll(3));
+    case 2: return some_list(w, depth);
+    case 3: return orch_timeout(some_future(w, depth + 1), roll(4));
+    case 4:
+        return orch_then(some_future(w, depth + 1), roll(2) ? some_step : NULL,
+                         roll(2) ? some_step : NULL, NULL);
+    case 5: return orch_finally(some_future(w, depth + 1), some_end, NULL);
+    case 6: return some_promise();
+    default: return some_task(w, depth);
+    }
+}
+
+static void free_result(orch_result r) { orch_result_free(&r); }
+
+static void walk_cancel(walker *w) {
+    orch_future *f = some_future(w, w->depth);
+    orch_cancel(f, roll(2) ? 42 : 0);
+    free_result(orch_await(f));
+}
+
+static void walk_share(walker *w) {
+    orch_future *f = some_future(w, w->depth), *g = orch_ref(f);
+    if (roll(2)) orch_cancel(f, 0);
+    free_result(orch_await(f));
+    orch_drop(g);
+}
+
+static void walk_look(walker *w) {
+    orch_future *f = some_future(w, w->depth);
+    free_result(orch_wait(f));
+    if (roll(2)) orch_drop(f);
+    else free_result(orch_await(f));
+}
+
+static void walk_held(walker *w) {
+    if (w->count > 0 && roll(2))
+        free_result(orch_await(orch_ref(w->held[roll((uint32_t)w->count)])));
+    if (w->count > 0 && roll(2)) orch_drop(w->held[--w->count]);
+    else if (w->count < 6) w->held[w->count] = some_future(w, w->depth), w->count++;
+}
+
+static void walk_iterate(walker *w) {
+    orch_future *f[2] = {some_future(w, w->depth), some_future(w, w->depth)};
+    orch_completion *c = orch_as_completed_n(2, f);
+    for (uint32_t i = roll(4); i > 0; i--) free_result(orch_await(orch_completion_next(c)));
+    orch_completion_free(c);
+}
+
+static void walk_once(walker *w) {
+    switch (roll(11)) {
+    case 0: orch_sleep(roll(2)); break;
+    case 1: orch_yield(); break;
+    case 2: free_result(orch_await(some_future(w, w->depth))); break;
+    case 3: orch_drop(some_future(w, w->depth)); break;
+    case 4: orch_detach(some_task(NULL, w->depth)); break; // nobody waits for it: no parent
+    case 5: orch_on(some_future(NULL, w->depth), some_look, NULL); break;
+    case 6: walk_cancel(w); break;
+    case 7: walk_share(w); break;
+    case 8: walk_look(w); break;
+    case 9: walk_held(w); break;
+    default: walk_iterate(w); break;
+    }
+}
+
+static orch_result walk(void *arg) {
+    walker *w = arg; // the copy, which lies on this stack
+    w->here = true;
+    entered++;
+    for (uint32_t steps = 1 + roll(6); steps > 0; steps--) {
+        bool shield = roll(8) == 0;
+        if (shield) orch_shield_begin();
+        walk_once(w);
+        if (shield) orch_shield_end();
+    }
+    while (w->count > 0) orch_drop(w->held[--w->count]);
+    if (w->parent && !w->parent->here) orphaned++;
+    w->here = false;
+    ended++;
+    switch (roll(5)) {
+    case 0: return orch_fail(7);
+    case 1: return orch_failf(8, "walked %d", 8);
+    case 2: return orch_chain(some_future(NULL, w->depth + 1));
+    case 3: return orch_ok_int(3);
+    default: return some_value();
+    }
+}
+
+static orch_result walk_main(void *arg) {
+    (void)arg;
+    for (int i = 0; i < 10; i++) {
+        allowance = 60;
+        if (roll(3) > 0) free_result(orch_await(some_task(NULL, 0)));
+        else orch_detach(some_task(NULL, 0));
+    }
+    return some_value(); // and leaves what still runs
+}
+
+static void ignore_rejection(const orch_result *r, void *context) {
+    (void)r;
+    (void)context;
+}
+
+static bool check_walk(uint32_t seed) {
+    notes n = {0, 0};
+    orch_loop_desc desc = {
+        .context = &n, .on_report = note_report, .on_unhandled = ignore_rejection};
+    dice = seed * 2654435761u | 1;
+    values_made = 0;
+    entered = ended = 0;
+    orch_result r = orch_run_with(&desc, walk_main, NULL);
+    bool good = CHECK_INT(r.error, 0) && CHECK_INT(n.reports, 0);
+    orch_result_free(&r);
+    good = CHECK_INT(values, 0) && CHECK_INT(arguments, 0) && good;
+    return CHECK_INT(entered, ended) && CHECK_INT(orphaned, 0) && good;
+}
+
+TEST(random_programs_end_and_leave_nothing) {
+    for (uint32_t seed = 1, last = random_seeds(); seed <= last; seed++)
+        if (!check_walk(seed)) {
+            fprintf(stderr, "seed %u\n", (unsigned)seed);
+            break;
+        }
+}
+
+// The same outside of tasks: turns one by one, and a free at the end.
+static void step_once(orch_loop *loop, walker *w) {
+    int at = w->count > 0 ? (int)roll((uint32_t)w->count) : 0;
+    switch (roll(8)) {
+    case 0: orch_loop_step(loop, roll(2)); break;
+    case 1: orch_detach(some_task(NULL, 0)); break;
+    case 2: orch_on(some_future(NULL, 0), some_look, NULL); break;
+    case 3:
+        if (w->count > 0) orch_cancel(w->held[at], 3);
+        break;
+    case 4:
+        if (w->count > 0) w->held[at] = orch_then(w->held[at], some_step, some_step, NULL);
+        break;
+    case 5:
+        if (w->count > 0) orch_drop(w->held[--w->count]);
+        break;
+    case 6:
+        if (w->count > 0 && w->count < 6) w->held[w->count] = orch_ref(w->held[at]), w->count++;
+        break;
+    default:
+        if (w->count < 6) w->held[w->count] = some_future(NULL, 0), w->count++;
+    }
+}
+
+static bool check_steps(uint32_t seed) {
+    notes n = {0, 0};
+    orch_loop_desc desc = {
+        .context = &n, .on_report = note_report, .on_unhandled = ignore_rejection};
+    orch_loop *loop = orch_loop_new(&desc);
+    if (!CHECK(loop != NULL)) return false;
+    walker w = {.count = 0};
+    dice = seed * 2654435761u | 1;
+    values_made = 0;
+    entered = ended = 0;
+    for (int i = 0; i < 60; i++) {
+        allowance = 40;
+        step_once(loop, &w);
+    }
+    if (roll(2)) orch_loop_run(loop);
+    while (w.count > 0) orch_drop(w.held[--w.count]);
+    int error = ORCH_EBUSY;
+    for (int i = 0; i < 200 && error == ORCH_EBUSY; i++) { // until shields and producers are done
+        error = orch_loop_free(loop);
+        if (error) orch_loop_step(loop, 20);
+    }
+    bool good = CHECK_INT(error, 0) && CHECK_INT(n.reports, 0);
+    good = CHECK_INT(values, 0) && CHECK_INT(arguments, 0) && good;
+    return CHECK_INT(entered, ended) && good;
+}
+
+TEST(random_steps_end_and_leave_nothing) {
+    for (uint32_t seed = 1, last = random_seeds(); seed <= last; seed++)
+        if (!check_steps(seed)) {
+            fprintf(stderr, "seed %u\n", (unsigned)seed);
+            break;
+        }
+}
+
 int main(int argc, char **argv) { return test_main(argc, argv); }
