@@ -420,6 +420,19 @@ TEST(stop_does_not_wait_for_what_is_far_off) {
     CHECK_INT(orch_loop_free(loop), 0);
 }
 
+TEST(a_stop_is_over_when_the_next_step_begins) {
+    orch_loop *loop = orch_loop_new(NULL);
+    if (!CHECK(loop != NULL)) return;
+    orch_future *f = orch_after(60000);
+    bool real = !orch_is_settled(f);
+    orch_loop_stop(loop);
+    uint64_t from = orch_now();
+    CHECK_INT(orch_loop_step(loop, 5), real);
+    if (real) CHECK(orch_now() - from >= 4);
+    orch_drop(f);
+    CHECK_INT(orch_loop_free(loop), 0);
+}
+
 static orch_result stopping_task(void *arg) {
     (void)arg;
     orch_yield(); // so that it is within the run
