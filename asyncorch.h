@@ -1592,8 +1592,9 @@ static inline orch_future *orchi_slot_new(orch_loop *loop, orchi_kind_id kind) {
     orchi_unpoison(f);
     f->generation = loop->generation;
     loop->generation += 2;
-    f->references = 1;
+    f->references = 1; // with the next three one store of eight bytes
     f->kind = (uint8_t)kind;
+    f->mark = 0;
     f->flags = 0;
     return f;
 }
@@ -1635,7 +1636,9 @@ static void orchi_slot_free(orch_loop *loop, orch_future *f) {
 // 48 bytes for a layer, inside a slot of kind EXTRA.
 static void *orchi_extra_new(orch_loop *loop) {
     orch_future *slot = orchi_slot_new(loop, ORCHI_EXTRA);
-    return slot != NULL ? (void *)&slot->as : NULL;
+    if (slot == NULL) return NULL;
+    slot->flags = ORCHI_WAITED; // no handle: orchi_handle_error
+    return &slot->as;
 }
 
 /* What a layer kept in the slot is its own to release before. */
@@ -2945,6 +2948,7 @@ static void orchi_chain_release(void *future) { orchi_release((orch_future *)fut
  * others, and so on: then the outermost call does the work, from a list. */
 ORCHI_NO_INLINE static void orchi_retire_owning(orch_loop *loop, orch_future *f) {
     f->kind = ORCHI_EXTRA; // a pop or an unboxing meanwhile leaves it alone
+    f->flags |= ORCHI_WAITED;
     if (loop->trash != NULL) {
         f->waiter.list.first = loop->trash->list;
         loop->trash->list = f;
@@ -3122,16 +3126,19 @@ static void orchi_cancel(orch_future *f, int reason) {
     while (f != NULL && !orchi_settled(f)) f = orchi_kinds[f->kind].cancel(f, reason);
 }
 
+/* Nobody holds pending work any more. */
+ORCHI_NO_INLINE static void orchi_release_pending(orch_future *f) {
+    if (f->flags & ORCHI_DETACHED) return;
+    f->flags |= ORCHI_CANCEL;
+    orchi_cancel(f, ORCH_ECANCELED);
+}
+
 /* Gives up a reference without waiting. */
 static void orchi_release(orch_future *f) {
     if (f->references == 0) return; // immortal
     if (--f->references > 0) return;
-    if (orchi_settled(f)) {
-        orchi_retire(orchi_loop_of(f), f);
-    } else if (!(f->flags & ORCHI_DETACHED)) {
-        f->flags |= ORCHI_CANCEL;
-        orchi_cancel(f, ORCH_ECANCELED);
-    }
+    if (ORCHI_LIKELY(orchi_settled(f))) orchi_retire(orchi_loop_of(f), f);
+    else orchi_release_pending(f);
 }
 
 // ---- consuming
@@ -3139,7 +3146,7 @@ static void orchi_release(orch_future *f) {
 /* What is wrong with a handle, or 0. Immortal futures are right everywhere. */
 static inline int orchi_handle_error(const orch_future *f) {
     if (f == NULL) return ORCH_EINVAL;
-    if (!(f->generation & 1) || f->kind == ORCHI_EXTRA) return ORCH_ECONSUMED;
+    if (!(f->generation & 1)) return ORCH_ECONSUMED;
     if (f->flags & (ORCHI_IMMORTAL | ORCHI_CONSUMED)) {
         return f->flags & ORCHI_IMMORTAL ? 0 : ORCH_ECONSUMED;
     }
@@ -3324,12 +3331,14 @@ static void orchi_own(orch_result *r) {
 
 /* Settles a pending future with a result that may be a chain. */
 static inline void orchi_resolve(orch_loop *loop, orch_future *f, orch_result *r) {
-    if (ORCHI_UNLIKELY(r->release == orchi_chain_release)) {
+    if (r->release == NULL) {
+        orchi_settle(loop, f, r);
+    } else if (r->release == orchi_chain_release) {
         orchi_lock_in(loop, f, (orch_future *)r->owner);
-        return;
+    } else {
+        orchi_own(r);
+        orchi_settle(loop, f, r);
     }
-    orchi_own(r);
-    orchi_settle(loop, f, r);
 }
 
 /* A promise whose cancel hook was queued may have locked in meanwhile: then there is nothing to do
@@ -3520,9 +3529,8 @@ orch_future *orch_ref(orch_future *f) {
 
 void orch_drop(orch_future *f) {
     if (f == NULL || orchi_check(f, "orch_drop") != 0) return;
-    orch_loop *loop = orchi_loop;
-    bool ends = f->references == 1 && !orchi_settled(f) && !(f->flags & ORCHI_DETACHED);
-    if (ends && loop->current != NULL) loop->join(f);
+    bool ends = !orchi_settled(f) && f->references == 1 && !(f->flags & ORCHI_DETACHED);
+    if (ends && orchi_loop->current != NULL) orchi_loop->join(f);
     else orchi_release(f);
 }
 
@@ -3620,17 +3628,10 @@ orch_future *orch_then_with(orch_future *f, const orch_then_desc *desc) {
     return t;
 }
 
-/* Whether a callback returned the result that it was lent: ownership then moves along. */
-static bool orchi_same_owner(const orch_result *a, const orch_result *b) {
-    return a->release != NULL && a->release == b->release && a->owner == b->owner;
-}
-
-/* Calls a callback with a lent result. It may have returned *in: then that is not freed but moved.
- */
-static inline orch_result orchi_call(orch_then_fn fn, orch_result *in, void *context) {
-    orch_result r = fn(in, context);
-    if (!orchi_same_owner(&r, in)) orch_result_free(in);
-    return r;
+/* Frees what a callback was lent, unless it took it, or returned it: then it has moved along. */
+static inline void orchi_called(orch_result *in, const orch_result *r) {
+    if (ORCHI_LIKELY(in->release == NULL)) return;
+    if (r->release != in->release || r->owner != in->owner) orch_result_free(in);
 }
 
 /* The rare forms: a finaliser, or a context that is owned. */
@@ -3642,7 +3643,8 @@ ORCHI_NO_INLINE static orch_result orchi_then_special(orch_loop *loop, orch_futu
     }
     orchi_owned owned = *(orchi_owned *)t->as.then.context;
     orchi_extra_free(loop, t->as.then.context);
-    orch_result r = fn != NULL ? orchi_call(fn, in, owned.context) : *in;
+    orch_result r = fn != NULL ? fn(in, owned.context) : *in;
+    if (fn != NULL) orchi_called(in, &r);
     orchi_owned_release(&owned);
     return r;
 }
@@ -3656,24 +3658,30 @@ static inline void orchi_then_with(orch_loop *loop, orch_future *t, orch_result 
         orch_result r = orchi_then_special(loop, t, fn, in);
         orchi_resolve(loop, t, &r);
     } else if (fn != NULL) {
-        orch_result r = orchi_call(fn, in, t->as.then.context);
+        orch_result r = fn(in, t->as.then.context);
+        orchi_called(in, &r);
         orchi_resolve(loop, t, &r);
     } else {
         orchi_settle(loop, t, in);
     }
 }
 
+/* Others hold the source too: the callback gets a share. */
+ORCHI_NO_INLINE static void orchi_then_shared(orch_loop *loop, orch_future *t) {
+    orch_result share = orchi_take_result(t->as.then.source);
+    orchi_then_with(loop, t, &share);
+}
+
 /* The source has settled. The callback reads its result where it is, unless it is shared. */
 static void orchi_then_run(orch_future *t) {
     orch_loop *loop = orchi_loop_of(t);
     orch_future *source = t->as.then.source;
-    if (ORCHI_LIKELY(source->references == 1)) {
-        orchi_then_with(loop, t, &source->as.result);
-        orchi_slot_free(loop, source);
-    } else {
-        orch_result share = orchi_take_result(source);
-        orchi_then_with(loop, t, &share);
+    if (ORCHI_UNLIKELY(source->references != 1)) {
+        orchi_then_shared(loop, t);
+        return;
     }
+    orchi_then_with(loop, t, &source->as.result);
+    orchi_slot_free(loop, source);
 }
 
 orch_future *orch_finally(orch_future *f, void (*fn)(void *context), void *context) {
