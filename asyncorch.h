@@ -234,12 +234,15 @@ typedef struct orch_completion orch_completion; // an iteration in order of comp
     X(ORCH_EALLFAILED, -10006, "every input failed")                                               \
     X(ORCH_EQUORUM, -10007, "too many inputs failed for the quorum")                               \
     X(ORCH_EEND, -10008, "no more elements")                                                       \
-    X(ORCH_ENESTED, -10009, "a loop is running on this thread already")
+    X(ORCH_ENESTED, -10009, "a loop is running on this thread already")                            \
+    X(ORCH_ECLOSED, -10010, "closed")                                                              \
+    X(ORCH_EOPEN, -10011, "the circuit breaker is open")                                           \
+    X(ORCH_ELIMIT, -10012, "more than the limit allows")
 
 #define ORCHI_ERROR_ENUM(name, value, text) name = (value),
 typedef enum orch_error {
     ORCH_OK = 0,
-    ORCH_ERRORS(ORCHI_ERROR_ENUM) ORCH_ERROR_LAST = -10010
+    ORCH_ERRORS(ORCHI_ERROR_ENUM) ORCH_ERROR_LAST = -10013
 } orch_error;
 #undef ORCHI_ERROR_ENUM
 
@@ -409,6 +412,20 @@ bool orch_promise_pending(orch_promise promise);
  * Context: loop thread; fn is called on it and must not suspend.
  * Owns: borrows context until the future is settled. */
 bool orch_promise_on_cancel(orch_promise promise, orch_cancel_fn fn, void *context);
+
+/* Whether anybody can still see what a ticket settles with, so that a producer can keep what would
+ * be lost: a queue its item, a semaphore its permit.
+ * Returns false when the future is settled or was asked to end, or when a combinator around it is
+ * decided without it (a lost race).
+ * Context: loop thread. It follows the consumers up to the task or callback.
+ * Owns nothing. */
+bool orch_promise_wanted(orch_promise promise);
+
+/* What reports call the future ("semaphore 'db'"), in place of nothing.
+ * Returns false when the ticket can no longer settle.
+ * Context: loop thread.
+ * Owns: borrows label until the future is settled. */
+bool orch_promise_describe(orch_promise promise, const char *label);
 
 /* A ticket as one pointer, for C callbacks with a void *user. It needs no memory and cannot fail.
  * Returns the box, never NULL.
@@ -732,6 +749,11 @@ typedef struct orch_allocator {
 
 typedef enum orch_poller { ORCH_POLLER_DEFAULT, ORCH_POLLER_POLL } orch_poller;
 
+typedef enum orch_clock {
+    ORCH_CLOCK_MONOTONIC,
+    ORCH_CLOCK_VIRTUAL // starts at 0, and jumps to the next timer when all is blocked: for tests
+} orch_clock;
+
 // What keeps a stack overflow from silent corruption.
 typedef enum orch_guard {
     ORCH_GUARD_UNKNOWN,  // no stack was made yet
@@ -745,7 +767,10 @@ typedef struct orch_loop_desc {
     orch_poller poller;       // default: poll(2)
     size_t stack_size;        // bytes of a task's stack; default: 64 KiB
     bool no_overflow_report;  // leave SIGSEGV alone: a stack overflow is not named
+    orch_clock clock;         // default: CLOCK_MONOTONIC
+    uint64_t seed;            // not 0: ready tasks and equal deadlines in an order drawn from it
     void *context;            // for the hooks below
+    uint64_t (*now)(void *context); // a clock of your own: ns, never going back; default: clock
     void (*on_unhandled)(const orch_result *r, void *context); // default: one line on stderr
     void (*on_report)(const char *text,
                       void *context); // lines, newline included; default: stderr
@@ -822,11 +847,19 @@ orch_loop_stats orch_loop_statistics(const orch_loop *loop);
  * Owns: borrows loop. */
 void orch_loop_dump(orch_loop *loop);
 
-/* The monotonic clock.
- * Returns milliseconds since an arbitrary start.
+/* The clock of this thread's loop; the monotonic one without a loop.
+ * Returns milliseconds since an arbitrary start; since the loop's, where it is virtual.
  * Context: any thread.
  * Owns nothing. Units: milliseconds. */
 uint64_t orch_now(void);
+
+/* A random number, for jitter and the like; not for secrets. A loop with a seed gives the same
+ * numbers in every run.
+ * Returns 64 random bits.
+ * Context: loop thread; ORCH_ENOLOOP aborts in debug builds and gives 0.
+ * Owns nothing. Source: SplitMix64 (Steele, Lea, Flood: Fast splittable pseudorandom number
+ * generators, 2014). */
+uint64_t orch_random(void);
 
 #define ORCH_READABLE 1 // also the end of the stream, and errors
 #define ORCH_WRITABLE 2 // also errors
@@ -1097,6 +1130,7 @@ enum orchi_flag {        // uint16_t
     ORCHI_DECIDED_OK = 128,
     ORCHI_HOOKED = 256,    // promise: has an on_cancel hook
     ORCHI_OWNING = 512,    // then: context is an extra slot with the context and its release
+    ORCHI_NAMED = 512,     // promise: has a label
     ORCHI_FINALLY = 1024,  // then: on_ok is a finaliser
     ORCHI_BOXED = 2048,    // a box points here: the slot must stay
     ORCHI_IMMORTAL = 4096, // static: never written
@@ -1136,6 +1170,7 @@ struct orch_future {
         struct {
             orch_cancel_fn fn;
             void *context;
+            const char *label;
             int reason;
         } promise;
         struct {
@@ -1296,6 +1331,7 @@ struct orch_loop {
     orch_task *current; // NULL: the thread's main stack
     orchi_ring ready;
     int32_t budget;         // resumptions left in this round
+    int32_t round;          // resumptions that this round began with
     uint32_t streak;        // calls in a row that needed no wait
     orchi_page *page;       // slots come from here
     orchi_page *pages_free; // then from here
@@ -1315,6 +1351,9 @@ struct orch_loop {
     void *alternate;                // signal stack
     uint64_t looked;                // when the poller was last asked
     uint64_t look_cost;             // ns
+    uint64_t now;                   // ns, of a virtual clock
+    uint32_t busy;                  // looks since the last one that found nothing ready
+    uint64_t random;                // state of the generator
     uint64_t trimmed;               // when idle stacks were last given back
     void (*join)(orch_future *f);   // cancels, and in a task waits for the end; set by >>task
     void (*close)(orch_loop *loop); // frees a loop that was kept for a result; set by >>run
@@ -1398,6 +1437,8 @@ static const char *orchi_hint(int error) {
 ORCHI_COLD static int orchi_misuse(const char *function, int error) {
     if (!ORCHI_DEBUG) return error;
     fprintf(stderr, "asyncorch: %s: %s%s\n", function, orch_error_text(error), orchi_hint(error));
+    unsigned long long seed = orchi_loop != NULL ? orchi_loop->desc.seed : 0;
+    if (seed != 0) fprintf(stderr, "asyncorch: the loop's seed is %llu\n", seed);
     orchi_print_backtrace();
     abort();
 }
@@ -1439,6 +1480,32 @@ static bool orchi_grow(orch_loop *loop, void **array, uint32_t *capacity, size_t
     *array = grown;
     *capacity = (uint32_t)next;
     return true;
+}
+
+// ---- time and chance
+
+/* The loop's time in nanoseconds. */
+static uint64_t orchi_now(const orch_loop *loop) {
+    if (loop->desc.clock == ORCH_CLOCK_VIRTUAL) return loop->now;
+    return loop->desc.now != NULL ? loop->desc.now(loop->desc.context) : orchi_clock();
+}
+
+uint64_t orch_now(void) {
+    return (orchi_loop != NULL ? orchi_now(orchi_loop) : orchi_clock()) / 1000000u;
+}
+
+/* SplitMix64: one addition of state, so that any seed will do. */
+static uint64_t orchi_random(orch_loop *loop) {
+    uint64_t z = loop->random += 0x9e3779b97f4a7c15u;
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9u;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebu;
+    return z ^ (z >> 31);
+}
+
+uint64_t orch_random(void) {
+    if (orchi_loop != NULL) return orchi_random(orchi_loop);
+    orchi_misuse("orch_random", ORCH_ENOLOOP);
+    return 0;
 }
 
 // ---- ready ring
@@ -2606,10 +2673,12 @@ static void orchi_timer_disarm(orch_loop *loop, orch_future *f) {
 }
 
 /* The end of a round: gives what was armed in it its deadline. */
-static void orchi_timers_stamp(orchi_timers *t, uint64_t now) {
+static void orchi_timers_stamp(orch_loop *loop, uint64_t now) {
+    orchi_timers *t = &loop->timers;
     while (t->stamped < t->count) {
         orchi_timer entry = t->entries[t->stamped];
         entry.deadline = entry.deadline < UINT64_MAX - now ? now + entry.deadline : UINT64_MAX;
+        if (loop->desc.seed != 0) entry.sequence = orchi_random(loop);
         orchi_timer_up(t, t->stamped++, entry);
     }
 }
@@ -2639,7 +2708,7 @@ static void orchi_timers_fire(orch_loop *loop, uint64_t now) {
 
 /* How many tasks were resumed and callbacks run, this round included. */
 static uint64_t orchi_resumes(const orch_loop *loop) {
-    return loop->stats.resumes + (uint64_t)(ORCHI_BUDGET - loop->budget);
+    return loop->stats.resumes + (uint64_t)(loop->round - loop->budget);
 }
 
 // A turn, as a list of phases:
@@ -2651,6 +2720,23 @@ static uint64_t orchi_resumes(const orch_loop *loop) {
 //
 // Nothing of the user's runs in 2 to 4.
 
+/* A loop with a seed draws which of the ready tasks come next, one swap for each, and has short
+ * rounds, as tasks that become ready in a round keep their order. Callbacks stay where they are. */
+ORCHI_COLD static void orchi_shuffle(orch_loop *loop) {
+    orchi_ring *ring = &loop->ready;
+    uint32_t ready = ring->tail - ring->head;
+    loop->budget = loop->round = 1 + (int32_t)(orchi_random(loop) % 8);
+    for (uint32_t i = 0; i < ready && i < (uint32_t)loop->budget; i++) {
+        uint64_t drawn = i + orchi_random(loop) % (ready - i);
+        orch_future **a = &ring->items[(ring->head + i) & ring->mask];
+        orch_future **b = &ring->items[(ring->head + (uint32_t)drawn) & ring->mask];
+        if ((*a)->kind != ORCHI_TASK || (*b)->kind != ORCHI_TASK) continue;
+        orch_future *f = *a;
+        *a = *b;
+        *b = f;
+    }
+}
+
 /* Runs what is ready, in order. Tasks take from the same ring and budget when they switch directly.
  */
 static void orchi_round(orch_loop *loop) {
@@ -2660,7 +2746,7 @@ static void orchi_round(orch_loop *loop) {
         orchi_kinds[f->kind].run(f);
     }
     loop->stats.resumes = orchi_resumes(loop);
-    loop->budget = ORCHI_BUDGET;
+    loop->budget = loop->round = ORCHI_BUDGET;
 }
 
 /* What a descriptor is waited for, in all. */
@@ -2706,36 +2792,59 @@ static uint64_t orchi_look_cost(const orch_loop *loop, uint64_t measured) {
     return measured < most ? measured : most;
 }
 
+enum { ORCHI_BUSY = 100, ORCHI_TICK_NS = 1000000 };
+
+/* Tasks that only yield until some time has passed would wait for ever on a virtual clock: when
+ * work has been ready for long, it moves on. */
+static void orchi_tick(orch_loop *loop) {
+    if (loop->desc.clock == ORCH_CLOCK_VIRTUAL && ++loop->busy > ORCHI_BUSY) {
+        loop->now += ORCHI_TICK_NS;
+    }
+}
+
 /* A look while work is ready: not sooner than ten times its cost after the last one. */
 static int orchi_look_busy(orch_loop *loop) {
+    orchi_tick(loop);
     if (loop->timers.count == 0 && loop->poller.count == 0) return 0;
-    uint64_t now = orchi_clock();
-    orchi_timers_stamp(&loop->timers, now);
+    uint64_t now = orchi_now(loop);
+    orchi_timers_stamp(loop, now);
     int error = 0;
     if (loop->poller.count > 0 && now - loop->looked >= 10 * loop->look_cost) {
         error = orchi_poll(loop, 0);
-        loop->looked = orchi_clock();
+        loop->looked = orchi_now(loop);
         loop->look_cost = orchi_look_cost(loop, loop->looked - now);
     }
     orchi_timers_fire(loop, now);
     return error;
 }
 
+/* Sleeps for `ns` in the poller, or until an event. */
+static int orchi_sleep(orch_loop *loop, uint64_t now, uint64_t ns) {
+    uint64_t trim = ns > 0 ? orchi_stacks_idle(loop, now) : 0;
+    if (ns > trim) ns = trim;
+    return ns > 0 || loop->poller.count > 0 ? orchi_poll(loop, ns) : 0;
+}
+
+/* The same on a virtual clock: descriptors are looked at once, and with nothing ready still the
+ * time has passed. Only without a timer the sleep is real, as nothing but a descriptor can end it.
+ */
+static int orchi_jump(orch_loop *loop, uint64_t ns) {
+    loop->busy = 0;
+    int error = loop->poller.count > 0 ? orchi_poll(loop, ns == UINT64_MAX ? ns : 0) : 0;
+    if (error == 0 && ns != UINT64_MAX && orchi_ring_empty(loop)) loop->now += ns;
+    return error;
+}
+
 /* A look with nothing ready: sleeps until an event, the next deadline, or the limit. */
 static int orchi_look_idle(orch_loop *loop, uint64_t limit) {
-    uint64_t now = orchi_clock();
-    orchi_timers_stamp(&loop->timers, now);
+    uint64_t now = orchi_now(loop);
+    orchi_timers_stamp(loop, now);
     uint64_t next = loop->timers.count > 0 ? loop->timers.entries[0].deadline : UINT64_MAX;
     uint64_t sleep = next == UINT64_MAX ? UINT64_MAX : next > now ? next - now : 0;
     if (sleep > limit) sleep = limit;
-    if (sleep > 0) {
-        uint64_t trim = orchi_stacks_idle(loop, now);
-        if (sleep > trim) sleep = trim;
-    }
-    int error = 0;
-    if (sleep > 0 || loop->poller.count > 0) error = orchi_poll(loop, sleep);
-    if (sleep > 0) now = orchi_clock();
-    orchi_timers_fire(loop, now);
+    bool jumps = loop->desc.clock == ORCH_CLOCK_VIRTUAL;
+    int error = jumps ? orchi_jump(loop, sleep) : orchi_sleep(loop, now, sleep);
+    orchi_timers_fire(loop, sleep > 0 ? orchi_now(loop) : now);
     return error;
 }
 
@@ -2748,6 +2857,7 @@ static bool orchi_can_wake(const orch_loop *loop) {
 static int orchi_turn(orch_loop *loop, uint64_t limit) {
     loop->running = true;
     loop->stats.turns++;
+    if (ORCHI_UNLIKELY(loop->desc.seed != 0)) orchi_shuffle(loop);
     orchi_round(loop);
     int error = 0;
     bool leave = loop->stopping || (loop->until != NULL && orchi_settled(loop->until));
@@ -2802,10 +2912,17 @@ void orch_loop_dump(orch_loop *loop) {
     if (loop != NULL) orchi_each_slot(loop, orchi_dump_visit, loop);
 }
 
+/* What it takes to see a failure again. */
+static void orchi_report_seed(orch_loop *loop) {
+    unsigned long long seed = loop->desc.seed;
+    if (seed != 0) orchi_report(loop, "asyncorch: the loop's seed is %llu\n", seed);
+}
+
 /* Says who awaits what, so that a hang names its cause. */
 static int orchi_deadlock(orch_loop *loop) {
     orchi_report(loop, "asyncorch: deadlock: all is blocked, with no timer and no descriptor\n");
     orch_loop_dump(loop);
+    orchi_report_seed(loop);
     return ORCH_EDEADLK;
 }
 
@@ -2860,8 +2977,6 @@ orch_loop_stats orch_loop_statistics(const orch_loop *loop) {
     stats.resumes = orchi_resumes(loop);
     return stats;
 }
-
-uint64_t orch_now(void) { return orchi_clock() / 1000000u; }
 
 // ------------------------------------------------------------------------------------------------
 // >>future
@@ -3425,6 +3540,29 @@ bool orch_follow(orch_promise p, orch_future *f) {
     }
     orchi_lock_in(orchi_loop, p.future, orchi_claim(f, "orch_follow"));
     return true;
+}
+
+/* Goes up from consumer to consumer. A task or callback sees whatever comes, and so does somebody
+ * of many. */
+bool orch_promise_wanted(orch_promise p) {
+    if (!orch_promise_pending(p) || (p.future->flags & ORCHI_CANCEL)) return false;
+    const orch_future *f = p.future;
+    while ((f->flags & ORCHI_WAITED) && f->kind != ORCHI_TASK) {
+        f = f->waiter.one.target;
+        if (f->flags & ORCHI_DECIDED) return false;
+    }
+    return true;
+}
+
+bool orch_promise_describe(orch_promise p, const char *label) {
+    if (!orchi_may_settle(p, "orch_promise_describe") || label == NULL) return false;
+    p.future->as.promise.label = label;
+    p.future->flags |= ORCHI_NAMED;
+    return true;
+}
+
+static const char *orchi_promise_label(const orch_future *f) {
+    return f->flags & ORCHI_NAMED ? f->as.promise.label : "";
 }
 
 bool orch_promise_on_cancel(orch_promise p, orch_cancel_fn fn, void *context) {
@@ -5009,16 +5147,19 @@ static void orchi_loop_init(orch_loop *loop, const orch_loop_desc *desc) {
     loop->generation = 3; // 1 belongs to the static futures
     loop->main.fiber = orchi_fiber_self();
     loop->poller.ops = &orchi_poll_ops;
-    loop->budget = ORCHI_BUDGET;
+    loop->budget = loop->round = ORCHI_BUDGET;
+    loop->random = desc->seed != 0 ? desc->seed : orchi_clock() ^ (uintptr_t)loop;
     loop->stack_log = orchi_stack_log(desc->stack_size);
     loop->join = orchi_join;
-    loop->trimmed = orchi_clock();
+    loop->trimmed = orchi_now(loop);
 }
 
 /* Makes a loop and says what went wrong. */
 static int orchi_loop_make(const orch_loop_desc *given, orch_loop **made) {
     orch_loop_desc desc = orchi_loop_defaults(given);
-    bool valid = desc.poller == ORCH_POLLER_POLL && orchi_stack_log(desc.stack_size) != 0;
+    bool valid = desc.poller == ORCH_POLLER_POLL && orchi_stack_log(desc.stack_size) != 0 &&
+                 (desc.clock == ORCH_CLOCK_MONOTONIC ||
+                  (desc.clock == ORCH_CLOCK_VIRTUAL && desc.now == NULL));
     if (orchi_loop != NULL) return ORCH_ENESTED;
     if (!valid) return ORCH_EINVAL;
     void *memory = desc.allocator.resize(desc.allocator.user, NULL, 0, sizeof(orch_loop));
@@ -5261,6 +5402,7 @@ orch_result orch_run_with(const orch_loop_desc *desc, orch_task_fn main, void *a
     orch_result r = orch_fail(error);
     if (error == 0) r = orchi_take_result(f);
     else orchi_release(f);
+    if (error == 0 && r.error != 0) orchi_report_seed(loop);
     orchi_run_rest(loop);
     return orchi_run_outcome(loop, r);
 }
@@ -5363,7 +5505,7 @@ static void orchi_extra_run(orch_future *f) { (void)f; } // was retired while it
 const orchi_kind orchi_kinds[ORCHI_KINDS] = {
     {"promise", orchi_promise_run, orchi_promise_cancel, //
      NULL, NULL, NULL, NULL,                             //
-     NULL, NULL},
+     NULL, orchi_promise_label},
     {"then", orchi_then_run, orchi_follow_cancel, //
      NULL, NULL, orchi_follow_retarget, NULL,     //
      orchi_follow_source, NULL},
