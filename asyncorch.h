@@ -21,6 +21,7 @@
 //       6 >>future      tickets, settle, then, follow, cancel . orch_then, orch_settle, orch_drop
 //       7 >>combinator  all, any, race, quorum, timeout ....... orch_all, orch_timeout
 //       8 >>task        coroutines, await, shield ............. orch_go, orch_await, orch_sleep
+//         >>scope       a nursery and a deadline in one ....... orch_scope_open, orch_scope_go
 //         >>run         the life of a loop, the main task ..... orch_loop_new, orch_run
 //       9 >>io          descriptors ........................... orch_ready
 //
@@ -237,12 +238,13 @@ typedef struct orch_completion orch_completion; // an iteration in order of comp
     X(ORCH_ENESTED, -10009, "a loop is running on this thread already")                            \
     X(ORCH_ECLOSED, -10010, "closed")                                                              \
     X(ORCH_EOPEN, -10011, "the circuit breaker is open")                                           \
-    X(ORCH_ELIMIT, -10012, "more than the limit allows")
+    X(ORCH_ELIMIT, -10012, "more than the limit allows")                                           \
+    X(ORCH_ESCOPE, -10013, "the scope is not open here")
 
 #define ORCHI_ERROR_ENUM(name, value, text) name = (value),
 typedef enum orch_error {
     ORCH_OK = 0,
-    ORCH_ERRORS(ORCHI_ERROR_ENUM) ORCH_ERROR_LAST = -10013
+    ORCH_ERRORS(ORCHI_ERROR_ENUM) ORCH_ERROR_LAST = -10014
 } orch_error;
 #undef ORCHI_ERROR_ENUM
 
@@ -732,11 +734,117 @@ size_t orch_task_stack_size(const orch_task *task);
  * Owns nothing. Units: bytes. */
 size_t orch_task_stack_peak(const orch_task *task);
 
+/* A value that the current task has, or inherited from the task that started it: a trace id, a
+ * logger, an allocator. Keys are addresses: take that of a static object.
+ * Returns the value; NULL for an unknown key, and outside a task.
+ * Context: loop thread.
+ * Owns: borrows key; the value is the setter's. */
+void *orch_local(const void *key);
+
+/* Sets a value for the current task and all that it starts from now on.
+ * Returns 0; ORCH_EINVAL for no key; ORCH_ENOMEM; ORCH_ENOTASK outside a task.
+ * Context: task only; does not suspend.
+ * Owns: borrows key; consumes the value when there is a release, which is called when the last task
+ * that could see it has ended, or when its setter replaces it, or at once when it cannot be set. */
+int orch_local_set(const void *key, void *value, void (*release)(void *value));
+
 /* Calls fn on the thread's main stack, for calls that need a big one.
  * Returns what fn returns. Outside a task it is a plain call.
  * Context: loop thread; fn must not suspend.
  * Owns: borrows arg during the call. */
 void *orch_on_main_stack(void *(*fn)(void *arg), void *arg);
+
+// ---- scopes
+//
+// A scope is a nursery and a deadline in one. What is started in it ends before it closes; the
+// first failure, or the deadline, cancels the rest and the body, which is what its task does
+// between open and close: there everything that would have to wait returns ORCH_ECANCELED. Scopes
+// nest; the nearest deadline counts. Of other tasks orch_go copies the absolute deadline that is in
+// force for its caller, and is then cancelled at that time; orch_spawn inherits none.
+
+typedef struct orch_scope_desc {
+    const char *name;    // for reports; borrowed until it is closed
+    uint64_t timeout_ms; // the deadline, from now; default: none
+    bool keep_going;     // a failure does not cancel the others
+} orch_scope_desc;
+
+// On the stack of the task that opens it: a ticket, whose fields are the library's.
+typedef struct orch_scope {
+    orch_future *future;
+    uint64_t generation;
+} orch_scope;
+
+#define ORCH_SCOPE_ERRORS 16 // so many errors of a scope are kept; all are counted
+#define ORCH_NO_DEADLINE UINT64_MAX
+
+/* Opens a scope, inside those that the task has open. Close it on every path.
+ * Returns 0; ORCH_ENOMEM, with which the other calls fail and close says it again; ORCH_EINVAL;
+ * ORCH_ENOTASK outside a task.
+ * Context: task only; does not suspend.
+ * Owns: hands over the scope, for orch_scope_close. desc NULL: all defaults. */
+int orch_scope_open(orch_scope *scope, const orch_scope_desc *desc);
+
+/* Starts a task in a scope. Any task that has the scope's address may do so, until it has closed.
+ * Returns 0 when it was started; ORCH_ECANCELED, and fn is not called, when the scope was
+ * cancelled; ORCH_ENOMEM and ORCH_EINVAL, which count as a failure of the scope; ORCH_ESCOPE.
+ * Context: loop thread; runs the task until it first waits.
+ * Owns: borrows arg until the task has ended. */
+int orch_scope_go(orch_scope *scope, orch_task_fn fn, void *arg);
+
+/* The same with a name, a copied argument, a release or a stack size.
+ * Returns as orch_scope_go.
+ * Context: as orch_scope_go.
+ * Owns: consumes arg when there is a release, on every path. */
+int orch_scope_go_with(orch_scope *scope, const orch_task_desc *desc);
+
+/* Puts any work in progress into a scope: it ends before the scope does, and its failure counts.
+ * With orch_ref the caller keeps a handle to await its value.
+ * Returns as orch_scope_go. Work that cannot be put in is given up as by orch_drop.
+ * Context: loop thread; suspends only as orch_drop does.
+ * Owns: consumes f. */
+int orch_scope_add(orch_scope *scope, orch_future *f);
+
+/* Asks everything in a scope to end, its body included.
+ * Returns nothing.
+ * Context: loop thread; does not suspend.
+ * Owns: borrows scope. reason is what orch_cancel_reason says there (0: ORCH_ECANCELED). */
+void orch_scope_cancel(orch_scope *scope, int reason);
+
+/* Waits until everything in a scope has ended, cancelled or not, and closes it.
+ * Returns success when nothing failed. Else ORCH_ETIMEDOUT when the deadline has passed before all
+ * had ended; the first error otherwise; ORCH_ECANCELED when the scope was cancelled. What failed is
+ * listed in the order of its end for orch_at, up to ORCH_SCOPE_ERRORS. What ended with
+ * ORCH_ECANCELED because it was asked to is no failure. ORCH_ESCOPE for a scope that is closed, was
+ * opened by another task, or has others open in it (release builds close those first); ORCH_ENOTASK.
+ * Context: task only; suspends. A cancelled task waits here too.
+ * Owns: consumes scope; the result is the caller's to free. */
+ORCH_NODISCARD orch_result orch_scope_close(orch_scope *scope);
+
+/* Moves a scope's deadline, sooner or later. What orch_go copied before stays as it is.
+ * Returns 0; ORCH_ECANCELED when the scope was cancelled before; ORCH_ENOMEM; ORCH_ESCOPE.
+ * Context: loop thread.
+ * Owns: borrows scope. Units: milliseconds from now; ORCH_NO_DEADLINE: none. */
+int orch_scope_extend(orch_scope *scope, uint64_t ms);
+
+/* How many have failed in a scope so far.
+ * Returns the count.
+ * Context: loop thread, while it is open.
+ * Owns: borrows scope. */
+size_t orch_scope_failures(const orch_scope *scope);
+
+/* Failure i of a scope, in the order of their ends; the first ORCH_SCOPE_ERRORS are kept.
+ * Returns the result, never NULL: one with ORCH_ERANGE when there is none.
+ * Context: loop thread, while it is open.
+ * Owns: borrows scope; the result is lent until it is closed. */
+const orch_result *orch_scope_error(const orch_scope *scope, size_t i);
+
+/* How long the current task may still wait: until the nearest deadline of its scopes, of the scope
+ * it was started in and those around it, and of its own. Deadlines outside a shield do not count.
+ * Returns milliseconds, rounded down; 0 when it has passed or the task was cancelled;
+ * ORCH_NO_DEADLINE when there is none, and outside a task.
+ * Context: loop thread; reads the clock.
+ * Owns nothing. Units: milliseconds. */
+uint64_t orch_time_left(void);
 
 // ---- loop
 
@@ -927,6 +1035,12 @@ static inline orch_future *orch_then_with(orch_future *f, const orch_then_desc &
     return orch_then_with(f, &desc);
 }
 static inline orch_future *orch_go_with(const orch_task_desc &desc) { return orch_go_with(&desc); }
+static inline int orch_scope_open(orch_scope *scope, const orch_scope_desc &desc) {
+    return orch_scope_open(scope, &desc);
+}
+static inline int orch_scope_go_with(orch_scope *scope, const orch_task_desc &desc) {
+    return orch_scope_go_with(scope, &desc);
+}
 static inline orch_loop *orch_loop_new(const orch_loop_desc &desc) { return orch_loop_new(&desc); }
 static inline orch_result orch_run_with(const orch_loop_desc &desc, orch_task_fn main, void *arg) {
     return orch_run_with(&desc, main, arg);
@@ -1112,10 +1226,12 @@ typedef enum orchi_kind_id {
     ORCHI_PROXY,                 // one consumer's registration at a shared future
     ORCHI_TIMEOUT,
     ORCHI_COMBINE,
-    ORCHI_HUB,   // the consumer of an as-completed iteration's inputs
-    ORCHI_DONE,  // settled
-    ORCHI_ON,    // settled, with an orch_on callback to run
-    ORCHI_EXTRA, // not a future: 48 bytes of memory for a layer
+    ORCHI_HUB,      // the consumer of an as-completed iteration's inputs
+    ORCHI_SCOPE,    // the consumer of what was started in a scope
+    ORCHI_DEADLINE, // a timer of a scope or task
+    ORCHI_DONE,     // settled
+    ORCHI_ON,       // settled, with an orch_on callback to run
+    ORCHI_EXTRA,    // not a future: 48 bytes of memory for a layer
     ORCHI_KINDS
 } orchi_kind_id;
 
@@ -1209,6 +1325,13 @@ struct orch_future {
         struct {
             orch_completion *iteration;
         } hub;
+        struct {
+            struct orchi_scope *own;
+            orch_task *task;
+            orch_future *outer; // the scope around it, of the same task
+            uint32_t count;     // members
+            int reason;         // not 0: it was cancelled
+        } scope;
     } as;
     union {
         struct {
@@ -1429,6 +1552,8 @@ static orch_future *orchi_rejected(int error) {
 static const char *orchi_hint(int error) {
     if (error == ORCH_EINVAL) return ": something is NULL or out of range, see the contract";
     if (error == ORCH_EBUSY) return ": there is one at a time, see the contract";
+    if (error == ORCH_ESCOPE)
+        return ": close each once, innermost first, in the task that opened it";
     return error == ORCH_ENOTASK ? "; callbacks and hooks must not wait" : "";
 }
 
@@ -2645,6 +2770,19 @@ static bool orchi_timer_arm(orch_loop *loop, orch_future *f) {
     return true;
 }
 
+/* Arms the timer of f for a deadline that another one has been stamped with. The first unstamped
+ * entry makes room. */
+static bool orchi_timer_arm_at(orch_loop *loop, orch_future *f, uint64_t deadline) {
+    orchi_timers *t = &loop->timers;
+    if (!orchi_timer_arm(loop, f)) return false;
+    orchi_timer entry = t->entries[t->count - 1];
+    uint32_t first = t->stamped++;
+    if (first != t->count - 1) orchi_timer_put(t, t->count - 1, t->entries[first]);
+    entry.deadline = deadline;
+    orchi_timer_up(t, first, entry);
+    return true;
+}
+
 /* Takes an entry out of the heap; the last unstamped one fills the gap at the heap's end. */
 static void orchi_timer_remove(orchi_timers *t, uint32_t position) {
     uint32_t last = --t->stamped;
@@ -2670,6 +2808,16 @@ static void orchi_timer_disarm(orch_loop *loop, orch_future *f) {
     } else if (position != --t->count) {
         orchi_timer_put(t, position, t->entries[t->count]);
     }
+}
+
+/* The nanoseconds until f fires; for one that was armed in this round its whole duration. */
+static uint64_t orchi_timer_left(const orch_loop *loop, const orch_future *f, uint64_t now) {
+    const orchi_timers *t = &loop->timers;
+    uint32_t position = f->as.timed.position;
+    if (position == ORCHI_DISARMED) return 0;
+    uint64_t deadline = t->entries[position].deadline;
+    if (position >= t->stamped) return deadline;
+    return deadline > now ? deadline - now : 0;
 }
 
 /* The end of a round: gives what was armed in it its deadline. */
@@ -3047,13 +3195,6 @@ static const orch_result *orchi_shown(const orch_result *r) {
             return r;
         }
     }
-}
-
-const char *orch_message(const orch_result *r) {
-    if (r == NULL) return orch_error_text(ORCH_EINVAL);
-    const orch_result *own = orchi_shown(r);
-    if (own->release == orchi_message_release) return (const char *)own->value;
-    return orch_error_text(r->error);
 }
 
 /* The release of a chain: what orch_chain returns, unless somebody settles with it. */
@@ -4026,6 +4167,21 @@ size_t orch_count(const orch_result *r) {
     return list != NULL ? list->count : 0;
 }
 
+/* A list of failures shows the message of the first, when that is what it was rejected with. */
+const char *orch_message(const orch_result *r) {
+    if (r == NULL) return orch_error_text(ORCH_EINVAL);
+    const orchi_list *list = orchi_list_of(r);
+    while (r->error != 0 && list != NULL && list->count > 0) {
+        const orch_result *first = &orchi_items(list)[0]->as.result;
+        if (first->error != r->error) break;
+        r = first;
+        list = orchi_list_of(r);
+    }
+    const orch_result *own = orchi_shown(r);
+    if (own->release == orchi_message_release) return (const char *)own->value;
+    return orch_error_text(r->error);
+}
+
 /* From here the outcome is final. The losers are cancelled from the queue: cancelling them here
  * would come back to this combinator while its counters change. */
 static bool orchi_combine_decide(orch_future *c, uint32_t winner) {
@@ -4559,7 +4715,13 @@ struct orch_task {
     orch_task_fn fn;
     void *arg;
     void (*release)(void *arg);
-    int reason; // not 0: it was asked to end
+    orch_future *scope;    // the innermost one that it has open
+    orch_future *home;     // the scope it was started in
+    orch_future *deadline; // copied by orch_go
+    struct orchi_local *locals;
+    int asked;      // not 0: it was asked to end
+    int reason;     // not 0: it, or a scope that it has open, was asked to end
+    uint32_t level; // how many shields were there when that was opened
     uint32_t shields;
     uint32_t refused; // waits, since it was asked to end
     bool nested;
@@ -4667,7 +4829,359 @@ static void orchi_take_turn(orch_loop *loop, orch_task *task) {
     orchi_suspend(loop, task);
 }
 
+// ---- cancelling
+//
+// A task can be asked to end as a whole, or as far as a scope goes that it has open. Both are
+// level-triggered: the reason stays until task or scope ends, and every wait sees it. A shield
+// holds off what was opened before it began, so each scope remembers how many shields there were
+// (its level), and a request counts when no shield has begun since.
+
+typedef struct orchi_scope { // in an extra slot
+    orch_future **members;
+    orch_future *ended;  // members that have settled: a circle, this is its last
+    orch_future *errors; // members that failed and are kept: the same
+    orch_future *deadline;
+    const char *name;
+    uint32_t failures;
+    uint16_t level;   // shields when it was opened
+    uint8_t capacity; // of members: 0, 6 (in a slot), or 2 to this power
+    uint8_t bits;
+} orchi_scope;
+
+enum { ORCHI_KEEP_GOING = 1, ORCHI_EXPIRED = 2, ORCHI_CLOSING = 4, ORCHI_ASKED_ALL = 8 };
+
+/* Whether a wait is to be refused now. */
+static bool orchi_must_end(const orch_task *task) {
+    return ORCHI_UNLIKELY(task->reason != 0) && (task->shields <= task->level || task->exposed);
+}
+
+/* What counts for a task: the request to the innermost scope that has one, else its own. */
+static void orchi_task_judge(orch_task *task) {
+    orch_future *f = task->scope;
+    while (f != NULL && f->as.scope.reason == 0) f = f->as.scope.outer;
+    task->reason = f != NULL ? f->as.scope.reason : task->asked;
+    task->level = f != NULL ? f->as.scope.own->level : 0;
+}
+
+/* A request reaches all scopes from the innermost out to `last` (NULL: every one), but those that a
+ * shield protects. Each asks its members when it runs, so that nothing recurses. */
+static void orchi_scopes_mark(orch_task *task, const orch_future *last, uint32_t level,
+                              int reason) {
+    for (orch_future *f = task->scope; f != NULL; f = f->as.scope.outer) {
+        if (f->as.scope.reason == 0 && f->as.scope.own->level == level) {
+            f->as.scope.reason = reason;
+            orchi_push(orchi_loop_of(f), f);
+        }
+        if (f == last) break;
+    }
+    orchi_task_judge(task);
+}
+
+/* What a request has to ask next: what the task waits for, unless it may go on waiting. */
+static orch_future *orchi_task_asks(const orch_task *task) {
+    return orchi_must_end(task) && !task->joining ? task->waiting : NULL;
+}
+
+/* Only the first request to a task walks on; tasks that await each other end the walk. */
+static orch_future *orchi_task_cancel(orch_future *f, int reason) {
+    orch_task *task = f->as.task.task;
+    f->flags |= ORCHI_CANCEL;
+    if (task->asked != 0) return NULL;
+    task->asked = reason;
+    orchi_scopes_mark(task, NULL, 0, reason);
+    return orchi_task_asks(task);
+}
+
+/* Asks a scope, the scopes in it, and its body. */
+static void orchi_scope_ask(orch_future *f, int reason) {
+    orch_task *task = f->as.scope.task;
+    if (f->as.scope.reason != 0) return;
+    orchi_scopes_mark(task, f, f->as.scope.own->level, reason);
+    orchi_cancel(orchi_task_asks(task), reason);
+}
+
+// ---- members of a scope
+
+/* Settled members wait in a circle, linked by a field that they need no more. */
+static void orchi_circle_append(orch_future **last, orch_future *f) {
+    f->waiter.one.target = *last != NULL ? (*last)->waiter.one.target : f;
+    if (*last != NULL) (*last)->waiter.one.target = f;
+    *last = f;
+}
+
+static orch_future *orchi_circle_take(orch_future **last) {
+    orch_future *first = (*last)->waiter.one.target;
+    (*last)->waiter.one.target = first->waiter.one.target;
+    if (first == *last) *last = NULL;
+    return first;
+}
+
+static size_t orchi_circle_length(const orch_future *last) {
+    size_t length = last != NULL;
+    const orch_future *f = last;
+    while (f != NULL && (f = f->waiter.one.target) != last) length++;
+    return length;
+}
+
+/* A member has settled: the last one takes its place. */
+static void orchi_scope_ended(orch_future *f, uint32_t input) {
+    orchi_scope *scope = f->as.scope.own;
+    orch_future *member = scope->members[input];
+    orch_future *last = scope->members[--f->as.scope.count];
+    scope->members[input] = last;
+    last->waiter.one.index = input;
+    orchi_circle_append(&scope->ended, member);
+    orchi_push(orchi_loop_of(f), f);
+}
+
+/* What ended because it was asked to has not failed. */
+static void orchi_scope_count(orch_future *f, orch_future *member) {
+    orchi_scope *scope = f->as.scope.own;
+    int error = member->as.result.error;
+    bool failed = error != 0 && !(error == ORCH_ECANCELED && (member->flags & ORCHI_CANCEL));
+    if (failed && scope->failures++ < ORCH_SCOPE_ERRORS) {
+        orchi_circle_append(&scope->errors, member);
+    } else {
+        orchi_release(member);
+    }
+    if (failed && !(scope->bits & ORCHI_KEEP_GOING)) orchi_scope_ask(f, error);
+}
+
+/* Asks every member, once; none can come after that. From the end, as some settle at once, and the
+ * last one takes their place. */
+static void orchi_scope_ask_members(orch_future *f) {
+    f->as.scope.own->bits |= ORCHI_ASKED_ALL;
+    for (uint32_t i = f->as.scope.count; i-- > 0;) {
+        if (i >= f->as.scope.count) continue;
+        orch_future *member = f->as.scope.own->members[i];
+        member->flags |= ORCHI_CANCEL;
+        orchi_cancel(member, f->as.scope.reason);
+    }
+}
+
+/* Brings a scope up to date. */
+static void orchi_scope_sweep(orch_future *f) {
+    orchi_scope *scope = f->as.scope.own;
+    while (scope->ended != NULL) orchi_scope_count(f, orchi_circle_take(&scope->ended));
+    if (f->as.scope.reason != 0 && !(scope->bits & ORCHI_ASKED_ALL)) orchi_scope_ask_members(f);
+    while (scope->ended != NULL) orchi_scope_count(f, orchi_circle_take(&scope->ended));
+}
+
+/* From the queue: also wakes the task that waits for the last member. */
+static void orchi_scope_run(orch_future *f) {
+    orchi_scope_sweep(f);
+    if (f->as.scope.count > 0 || !(f->as.scope.own->bits & ORCHI_CLOSING)) return;
+    orchi_push(orchi_loop_of(f), f->as.scope.task->future);
+}
+
+static void orchi_scope_retarget(orch_future *f, uint32_t input, orch_future *to) {
+    f->as.scope.own->members[input] = to;
+}
+
+static orch_future *orchi_scope_source(const orch_future *f) {
+    return f->as.scope.count > 0 ? f->as.scope.own->members[0] : NULL;
+}
+
+static const char *orchi_scope_label(const orch_future *f) { return f->as.scope.own->name; }
+
+enum { ORCHI_SCOPE_SMALL = 6 };
+
+/* Six members fit into a slot, which saves small scopes an allocation. */
+static size_t orchi_scope_capacity(const orchi_scope *scope) {
+    if (scope->capacity == 0) return 0;
+    return scope->capacity == ORCHI_SCOPE_SMALL ? ORCHI_SCOPE_SMALL : (size_t)1 << scope->capacity;
+}
+
+static void orchi_scope_free_members(orch_loop *loop, orchi_scope *scope) {
+    if (scope->capacity == ORCHI_SCOPE_SMALL) orchi_extra_free(loop, scope->members);
+    else orchi_free(loop, scope->members, orchi_scope_capacity(scope) * sizeof(orch_future *));
+}
+
+/* Room for one more member. */
+static bool orchi_scope_reserve(orch_loop *loop, orchi_scope *scope, uint32_t count) {
+    if (count < orchi_scope_capacity(scope)) return true;
+    uint8_t next = scope->capacity == 0 ? ORCHI_SCOPE_SMALL : (uint8_t)(scope->capacity + 1);
+    void *grown = next == ORCHI_SCOPE_SMALL
+                      ? orchi_extra_new(loop)
+                      : orchi_allocate(loop, ((size_t)1 << next) * sizeof(orch_future *));
+    if (grown == NULL || next > 31) return false;
+    if (count > 0) memcpy(grown, scope->members, count * sizeof(orch_future *));
+    orchi_scope_free_members(loop, scope);
+    scope->members = (orch_future **)grown;
+    scope->capacity = next;
+    return true;
+}
+
+// ---- deadlines
+
+/* Of a scope, or of a task (its future). */
+static orch_future *orchi_deadline_new(orch_loop *loop, orch_future *owner, uint64_t ms) {
+    orch_future *f = orchi_timed_new(loop, ORCHI_DEADLINE, ms);
+    if (f != NULL) orchi_attach(f, owner, 0);
+    return f;
+}
+
+static void orchi_deadline_free(orch_loop *loop, orch_future *f) {
+    if (f == NULL) return;
+    orchi_timer_disarm(loop, f);
+    orchi_slot_free(loop, f);
+}
+
+static void orchi_deadline_fire(orch_future *f, int events) {
+    (void)events;
+    orch_future *owner = f->waiter.one.target;
+    f->as.timed.position = ORCHI_DISARMED;
+    if (owner->kind != ORCHI_SCOPE) {
+        orchi_cancel(owner, ORCH_ETIMEDOUT);
+        return;
+    }
+    if (owner->as.scope.reason == 0) owner->as.scope.own->bits |= ORCHI_EXPIRED;
+    orchi_scope_ask(owner, ORCH_ETIMEDOUT);
+}
+
+/* The one of two that fires first; either may be NULL. */
+static orch_future *orchi_nearer(orch_loop *loop, orch_future *a, orch_future *b, uint64_t now) {
+    if (a == NULL || b == NULL) return a != NULL ? a : b;
+    return orchi_timer_left(loop, b, now) < orchi_timer_left(loop, a, now) ? b : a;
+}
+
+/* The deadline that would cancel a task first, or NULL: of its scopes, its own, and of the scopes
+ * around it. A shield ends the search. */
+static orch_future *orchi_nearest(orch_loop *loop, const orch_task *task, uint64_t now) {
+    orch_future *nearest = NULL, *f = task->scope;
+    uint32_t level = task->shields;
+    for (;;) {
+        for (; f != NULL; f = f->as.scope.outer) {
+            if (f->as.scope.own->level != level) continue;
+            nearest = orchi_nearer(loop, nearest, f->as.scope.own->deadline, now);
+        }
+        if (level > 0) return nearest;
+        nearest = orchi_nearer(loop, nearest, task->deadline, now);
+        f = task->home;
+        if (f == NULL) return nearest;
+        level = f->as.scope.own->level;
+        task = f->as.scope.task;
+    }
+}
+
+/* Gives a new task the deadline that is in force for its starter. False when out of memory. */
+static bool orchi_deadline_copy(orch_loop *loop, orch_task *task, orch_future *from) {
+    const orchi_timers *t = &loop->timers;
+    uint32_t position = from->as.timed.position;
+    orch_future *f = orchi_slot_new(loop, ORCHI_DEADLINE);
+    if (f == NULL) return false;
+    f->as.timed = from->as.timed;
+    f->as.timed.position = ORCHI_DISARMED;
+    orchi_attach(f, task->future, 0);
+    task->deadline = f;
+    if (position == ORCHI_DISARMED) task->asked = task->reason = ORCH_ETIMEDOUT;
+    else if (position >= t->stamped) return orchi_timer_arm(loop, f);
+    else return orchi_timer_arm_at(loop, f, t->entries[position].deadline);
+    return true;
+}
+
+// ---- locals
+
+typedef struct orchi_local { // in an extra slot; shared with the tasks that inherited it
+    const void *key;
+    void *value;
+    void (*release)(void *value);
+    struct orchi_local *parent;
+    uint32_t holders;
+} orchi_local;
+
+/* Lets go of a chain of locals. */
+static void orchi_locals_drop(orch_loop *loop, orchi_local *local) {
+    while (local != NULL && --local->holders == 0) {
+        orchi_local gone = *local;
+        orchi_extra_free(loop, local);
+        if (gone.release != NULL) gone.release(gone.value);
+        local = gone.parent;
+    }
+}
+
+static orchi_local *orchi_locals_share(orchi_local *local) {
+    if (local != NULL) local->holders++;
+    return local;
+}
+
+// ---- running
+
 static void orchi_task_run(orch_future *f) { orchi_enter(orchi_loop_of(f), f->as.task.task); }
+
+// ---- closing a scope
+
+/* Asks nothing of anybody: waits until all members have ended. It cannot be refused. */
+static void orchi_scope_wait(orch_loop *loop, orch_task *task, orch_future *f) {
+    bool outer = task->joining;
+    task->joining = true;
+    f->as.scope.own->bits |= ORCHI_CLOSING;
+    orchi_wait_for(loop, task, f);
+    task->joining = outer;
+}
+
+/* The kept failures as a list, or the first alone where there is no memory for one. */
+static orch_result orchi_scope_failed(orch_loop *loop, orchi_scope *scope) {
+    size_t kept = orchi_circle_length(scope->errors);
+    if (kept == 0) return orch_fail(ORCH_ENOMEM); // there was no memory to keep any
+    orchi_list *list = orchi_list_new(loop, kept, ORCHI_SETTLED, false);
+    if (list == NULL) {
+        orch_result r = orchi_take_result(orchi_circle_take(&scope->errors));
+        while (scope->errors != NULL) orchi_release(orchi_circle_take(&scope->errors));
+        return r;
+    }
+    for (size_t i = 0; i < kept; i++) {
+        orchi_items(list)[i] = orchi_circle_take(&scope->errors);
+    }
+    return orchi_list_result(orchi_items(list)[0]->as.result.error, 0, list);
+}
+
+/* What close returns. */
+static orch_result orchi_scope_outcome(orch_loop *loop, orch_future *f) {
+    orchi_scope *scope = f->as.scope.own;
+    bool expired = (scope->bits & ORCHI_EXPIRED) != 0;
+    if (scope->failures > 0) {
+        orch_result r = orchi_scope_failed(loop, scope);
+        if (expired) r.error = ORCH_ETIMEDOUT;
+        return r;
+    }
+    if (expired) return orchi_timeout_result(scope->deadline->as.timed.ms);
+    return f->as.scope.reason != 0 ? orch_fail(ORCH_ECANCELED) : orch_ok(NULL, NULL);
+}
+
+/* Waits for the innermost scope's members and takes it off its task. */
+static orch_result orchi_scope_end(orch_loop *loop, orch_task *task, orch_future *f) {
+    orchi_scope *scope = f->as.scope.own;
+    orchi_scope_sweep(f);
+    while (f->as.scope.count > 0) {
+        orchi_scope_wait(loop, task, f);
+        orchi_scope_sweep(f);
+    }
+    orch_result r = orchi_scope_outcome(loop, f);
+    task->scope = f->as.scope.outer;
+    if (ORCHI_UNLIKELY(task->reason != 0)) orchi_task_judge(task);
+    orchi_deadline_free(loop, scope->deadline);
+    orchi_scope_free_members(loop, scope);
+    orchi_extra_free(loop, scope);
+    orchi_slot_free(loop, f);
+    return r;
+}
+
+/* A task has ended with scopes open: their tickets were on its stack. */
+ORCHI_COLD static void orchi_scopes_left(orch_loop *loop, orch_task *task) {
+    char who[160], scope[160];
+    orchi_describe(task->future, who, sizeof who);
+    orchi_describe(task->scope, scope, sizeof scope);
+    orchi_report(loop, "asyncorch: %s ended with %s open: close it on every path\n", who, scope);
+    orchi_misuse("orch_scope_close", ORCH_ESCOPE);
+    while (task->scope != NULL) {
+        orchi_scope_ask(task->scope, ORCH_ECANCELED);
+        orch_result r = orchi_scope_end(loop, task, task->scope);
+        orch_result_free(&r);
+    }
+}
+
+// ---- the end of a task
 
 /* The end of a task. Nothing may wait in here any more: releases and hooks are refused as outside a
  * task. The stack is given back first of all that comes after it, and nobody can take it before it
@@ -4675,6 +5189,8 @@ static void orchi_task_run(orch_future *f) { orchi_enter(orchi_loop_of(f), f->as
 static inline void *orchi_task_end(orch_loop *loop, orch_task *task, orch_result *r) {
     task->ended = true;
     if (task->release != NULL) task->release(task->arg);
+    orchi_locals_drop(loop, task->locals);
+    orchi_deadline_free(loop, task->deadline);
     loop->stats.tasks--;
     orchi_resolve(loop, task->future, r);
     orch_task *next = orchi_next_task(loop, task);
@@ -4689,21 +5205,11 @@ static void *orchi_task_main(void *argument) {
     orch_loop *loop = orchi_loop_of(task->future);
     orchi_tool_begin(&loop->main);
     orch_result r = task->fn(task->arg);
+    if (ORCHI_UNLIKELY(task->scope != NULL)) orchi_scopes_left(loop, task);
     return orchi_task_end(loop, task, &r);
 }
 
-// ---- cancelling
-
-/* Level-triggered: the reason stays, and every later wait sees it. Only the first request walks on.
- */
-static orch_future *orchi_task_cancel(orch_future *f, int reason) {
-    orch_task *task = f->as.task.task;
-    f->flags |= ORCHI_CANCEL;
-    if (task->reason != 0)
-        return NULL; // was asked before; tasks that await each other end the walk
-    task->reason = reason;
-    return task->shields > 0 || task->joining ? NULL : task->waiting;
-}
+// ---- waiting for an end
 
 static void orchi_task_retarget(orch_future *f, uint32_t input, orch_future *to) {
     (void)input;
@@ -4713,11 +5219,6 @@ static void orchi_task_retarget(orch_future *f, uint32_t input, orch_future *to)
 static orch_future *orchi_task_source(const orch_future *f) { return f->as.task.task->waiting; }
 
 static const char *orchi_task_label(const orch_future *f) { return f->as.task.task->name; }
-
-/* Whether a wait is to be refused now. */
-static bool orchi_must_end(const orch_task *task) {
-    return ORCHI_UNLIKELY(task->reason != 0) && (task->shields == 0 || task->exposed);
-}
 
 /* Whether f is, or waits through others for, the future `inner`. */
 static bool orchi_encloses(const orch_future *f, const orch_future *inner) {
@@ -4776,12 +5277,14 @@ static void orchi_task_init(orch_loop *loop, orch_task *task, orch_future *f, or
     task->waiting = NULL;
     task->starter = loop->current;
     task->stack = stack;
+    task->scope = task->home = task->deadline = NULL;
+    task->locals = NULL;
     task->name = desc->name != NULL ? desc->name : "";
     task->fn = desc->fn;
     task->arg = desc->arg;
     task->release = desc->release;
-    task->reason = 0;
-    task->shields = 0;
+    task->asked = task->reason = 0;
+    task->level = task->shields = 0;
     task->refused = 0;
     task->nested = true;
     task->joining = false;
@@ -4811,8 +5314,20 @@ static inline void orchi_task_start(orch_loop *loop, orch_task *task, char *top)
     loop->trash = trash;
 }
 
+/* What a new task has from whoever starts it: locals, and a scope, a deadline or neither. */
+static bool orchi_task_inherit(orch_loop *loop, orch_task *task, orch_future *home,
+                               orch_future *deadline) {
+    if (loop->current != NULL) task->locals = orchi_locals_share(loop->current->locals);
+    task->home = home;
+    if (deadline == NULL || orchi_deadline_copy(loop, task, deadline)) return true;
+    orchi_deadline_free(loop, task->deadline);
+    orchi_locals_drop(loop, task->locals);
+    return false;
+}
+
 /* The slot first, then the stack: what fails gives back what it had. */
-static orch_future *orchi_go(orch_loop *loop, const orch_task_desc *desc, uint32_t size_log) {
+static orch_future *orchi_go(orch_loop *loop, const orch_task_desc *desc, uint32_t size_log,
+                             orch_future *home, orch_future *deadline) {
     orch_future *f = orchi_slot_new(loop, ORCHI_TASK);
     if (f == NULL) return NULL;
     orchi_stack *stack = orchi_stack_take(loop, size_log);
@@ -4823,6 +5338,11 @@ static orch_future *orchi_go(orch_loop *loop, const orch_task_desc *desc, uint32
     char *top = stack->top;
     orch_task *task = (orch_task *)(void *)top;
     orchi_task_init(loop, task, f, stack, desc);
+    if (!orchi_task_inherit(loop, task, home, deadline)) {
+        orchi_stack_give(loop, stack);
+        orchi_slot_free(loop, f);
+        return NULL;
+    }
     if (desc->arg_size > 0) top = orchi_task_copy(task, top, desc);
     f->as.task.task = task;
     loop->stats.tasks++;
@@ -4839,23 +5359,40 @@ static int orchi_task_error(const orch_task_desc *desc, uint32_t *size_log) {
     return desc->arg_size > 0 && desc->arg == NULL ? ORCH_EINVAL : 0;
 }
 
-orch_future *orch_go_with(const orch_task_desc *desc) {
+/* Starts what a desc says, or a rejected future and the argument released. */
+static orch_future *orchi_begin(const orch_task_desc *desc, orch_future *home,
+                                orch_future *deadline, const char *function) {
     uint32_t size_log = 0;
     int error = orchi_task_error(desc, &size_log);
-    if (error != 0) orchi_misuse("orch_go", error);
-    orch_future *f = error == 0 ? orchi_go(orchi_loop, desc, size_log) : NULL;
+    if (error != 0) orchi_misuse(function, error);
+    orch_future *f = error == 0 ? orchi_go(orchi_loop, desc, size_log, home, deadline) : NULL;
     if (f != NULL) return f;
     if (desc != NULL && desc->release != NULL) desc->release(desc->arg);
     return orchi_rejected(error != 0 ? error : ORCH_ENOMEM);
 }
 
+/* The deadline in force for whoever starts a task; NULL, and no clock read, where none can be. */
+static orch_future *orchi_deadline_here(void) {
+    orch_loop *loop = orchi_loop;
+    const orch_task *task = loop != NULL ? loop->current : NULL;
+    if (ORCHI_LIKELY(task == NULL ||
+                     (task->scope == NULL && task->home == NULL && task->deadline == NULL)))
+        return NULL;
+    return orchi_nearest(loop, task, orchi_now(loop));
+}
+
+orch_future *orch_go_with(const orch_task_desc *desc) {
+    return orchi_begin(desc, NULL, orchi_deadline_here(), "orch_go_with");
+}
+
 orch_future *orch_go(orch_task_fn fn, void *arg) {
     orch_task_desc desc = {NULL, fn, arg, 0, NULL, 0};
-    return orch_go_with(&desc);
+    return orchi_begin(&desc, NULL, orchi_deadline_here(), "orch_go");
 }
 
 int orch_spawn(orch_task_fn fn, void *arg) {
-    orch_future *f = orch_go(fn, arg);
+    orch_task_desc desc = {NULL, fn, arg, 0, NULL, 0};
+    orch_future *f = orchi_begin(&desc, NULL, NULL, "orch_spawn");
     int error = f->flags & ORCHI_IMMORTAL ? f->as.result.error : 0;
     orch_detach(f);
     return error;
@@ -4991,6 +5528,48 @@ void orch_shield_end(void) {
 
 orch_task *orch_self(void) { return orchi_loop != NULL ? orchi_loop->current : NULL; }
 
+void *orch_local(const void *key) {
+    const orch_task *task = orch_self();
+    orchi_local *local = task != NULL ? task->locals : NULL;
+    while (local != NULL && local->key != key) local = local->parent;
+    return local != NULL ? local->value : NULL;
+}
+
+/* The one that only this task can see, which may be overwritten. */
+static orchi_local *orchi_local_own(orch_task *task, const void *key) {
+    orchi_local *local = task->locals;
+    while (local != NULL && local->holders == 1 && local->key != key) local = local->parent;
+    return local != NULL && local->holders == 1 ? local : NULL;
+}
+
+/* Children that started before keep what they inherited. */
+static int orchi_local_put(orch_task *task, orchi_local set) {
+    orchi_local *local = orchi_local_own(task, set.key);
+    if (local != NULL) {
+        orchi_local old = *local;
+        local->value = set.value;
+        local->release = set.release;
+        if (old.release != NULL) old.release(old.value);
+        return 0;
+    }
+    local = (orchi_local *)orchi_extra_new(orchi_loop);
+    if (local == NULL) return ORCH_ENOMEM;
+    *local = set;
+    local->parent = task->locals;
+    task->locals = local;
+    return 0;
+}
+
+int orch_local_set(const void *key, void *value, void (*release)(void *value)) {
+    int error;
+    orch_task *task = orchi_here_task("orch_local_set", &error);
+    if (task != NULL && key == NULL) error = orchi_misuse("orch_local_set", ORCH_EINVAL);
+    orchi_local set = {key, value, release, NULL, 1};
+    if (error == 0) error = orchi_local_put(task, set);
+    if (error != 0 && release != NULL) release(value);
+    return error;
+}
+
 int orch_cancel_reason(void) {
     orch_task *task = orch_self();
     return task != NULL ? task->reason : 0;
@@ -5110,6 +5689,251 @@ static void orchi_fault_uninstall(orch_loop *loop) {
 }
 
 // ------------------------------------------------------------------------------------------------
+// >>scope
+//
+// The public face of scopes; what tasks need of them stands in >>task. Invariants:
+//   - A scope is a slot, which its members have as their consumer, and an extra one with the rest.
+//     The orch_scope on the user's stack is a ticket, so closing twice, or from another task, is
+//     seen, and a scope that was never closed can be ended with its task.
+//   - A task's open scopes are a chain, innermost first; only the innermost can close.
+//   - Members are an array with holes filled from the end; a member knows its place.
+//   - Failures and cancellation are worked off from the queue, or at close: never inside settle.
+//   - The deadline is a timer of the scope's own, so the nearest counts by firing first.
+// Left out: a result for each member. Await a reference of it, or let it write to its argument.
+
+/* The slot of an open scope, or NULL and a misuse. */
+static orch_future *orchi_scope_of(const orch_scope *scope, const char *function) {
+    orch_future *f = scope != NULL ? scope->future : NULL;
+    bool open = f != NULL && f->generation == scope->generation && f->kind == ORCHI_SCOPE;
+    if (ORCHI_LIKELY(open && orchi_loop_of(f) == orchi_loop)) return f;
+    orchi_misuse(function, scope == NULL ? ORCH_EINVAL : open ? ORCH_ETHREAD : ORCH_ESCOPE);
+    return NULL;
+}
+
+/* A scope opened in a cancelled one is cancelled from the start. */
+static void orchi_scope_init(orch_task *task, orch_future *f, orchi_scope *own) {
+    memset(own, 0, sizeof *own);
+    own->name = "";
+    own->level = (uint16_t)task->shields;
+    f->as.scope.own = own;
+    f->as.scope.task = task;
+    f->as.scope.outer = task->scope;
+    f->as.scope.count = 0;
+    f->as.scope.reason = task->level == task->shields ? task->reason : 0;
+    orchi_attach(f, task->future, 0);
+    task->scope = f;
+}
+
+/* Both slots, or none. */
+static orch_future *orchi_scope_new(orch_loop *loop, orch_task *task) {
+    orch_future *f = orchi_slot_new(loop, ORCHI_SCOPE);
+    if (f == NULL) return NULL;
+    orchi_scope *own = (orchi_scope *)orchi_extra_new(loop);
+    if (own == NULL) {
+        orchi_slot_free(loop, f);
+        return NULL;
+    }
+    orchi_scope_init(task, f, own);
+    return f;
+}
+
+/* What the desc says. */
+static int orchi_scope_set(orch_loop *loop, orch_future *f, const orch_scope_desc *desc) {
+    orchi_scope *own = f->as.scope.own;
+    if (desc->name != NULL) own->name = desc->name;
+    if (desc->keep_going) own->bits = ORCHI_KEEP_GOING;
+    if (desc->timeout_ms == 0 || desc->timeout_ms == ORCH_NO_DEADLINE) return 0;
+    own->deadline = orchi_deadline_new(loop, f, desc->timeout_ms);
+    return own->deadline != NULL ? 0 : ORCH_ENOMEM;
+}
+
+/* The ticket of a scope that could not be opened: no scope, and not a misuse. */
+static int orchi_scope_none(orch_scope *scope, int error) {
+    scope->future = orchi_rejected(error);
+    scope->generation = scope->future->generation;
+    return error;
+}
+
+int orch_scope_open(orch_scope *scope, const orch_scope_desc *desc) {
+    int error;
+    orch_task *task = orchi_here_task("orch_scope_open", &error);
+    if (scope == NULL) return orchi_misuse("orch_scope_open", ORCH_EINVAL);
+    if (task == NULL) return orchi_scope_none(scope, error);
+    orch_future *f = orchi_scope_new(orchi_loop, task);
+    if (f == NULL) return orchi_scope_none(scope, ORCH_ENOMEM);
+    scope->future = f;
+    scope->generation = f->generation;
+    if (desc == NULL || orchi_scope_set(orchi_loop, f, desc) == 0) return 0;
+    orch_result r = orchi_scope_end(orchi_loop, task, f);
+    orch_result_free(&r);
+    return orchi_scope_none(scope, ORCH_ENOMEM);
+}
+
+/* The error of a ticket that never was a scope, else 0. */
+static int orchi_scope_broken(const orch_scope *scope) {
+    bool broken = scope != NULL && scope->future != NULL && scope->generation == 1;
+    return broken ? scope->future->as.result.error : 0;
+}
+
+/* The slot of a scope that takes new work, or NULL and why not. */
+static orch_future *orchi_scope_enter(const orch_scope *scope, const char *function, int *error) {
+    *error = orchi_scope_broken(scope);
+    if (*error != 0) return NULL;
+    orch_future *f = orchi_scope_of(scope, function);
+    *error = f == NULL ? ORCH_ESCOPE : f->as.scope.reason != 0 ? ORCH_ECANCELED : 0;
+    return *error == 0 ? f : NULL;
+}
+
+/* Something could not be put in: that is a failure like any other, though there may be no memory to
+ * keep it. */
+static int orchi_scope_fail(orch_future *f, int error) {
+    orchi_scope *own = f->as.scope.own;
+    orch_future *member = orchi_slot_new(orchi_loop, ORCHI_DONE);
+    if (member != NULL) {
+        member->as.result = orch_fail(error);
+        orchi_scope_count(f, member);
+        return error;
+    }
+    own->failures++;
+    if (!(own->bits & ORCHI_KEEP_GOING)) orchi_scope_ask(f, error);
+    return error;
+}
+
+/* Counts what has settled already; others may hold it too. */
+static int orchi_scope_join_settled(orch_future *f, orch_future *member) {
+    if (!(member->flags & ORCHI_IMMORTAL) && member->references == 1) {
+        orchi_scope_count(f, member);
+        return 0;
+    }
+    orch_result r = orchi_take_result(member);
+    int error = r.error;
+    orch_result_free(&r);
+    if (error != 0) orchi_scope_fail(f, error);
+    return 0;
+}
+
+/* Makes a claimed future a member. The scope may have been cancelled while a task began to run. */
+static int orchi_scope_join(orch_future *f, orch_future *member) {
+    if (orchi_settled(member)) return orchi_scope_join_settled(f, member);
+    if (!orchi_scope_reserve(orchi_loop, f->as.scope.own, f->as.scope.count)) {
+        orchi_scope_fail(f, ORCH_ENOMEM);
+        orch_drop(member);
+        return ORCH_ENOMEM;
+    }
+    orchi_attach(member, f, f->as.scope.count);
+    f->as.scope.own->members[f->as.scope.count++] = member;
+    if (f->as.scope.reason == 0) return 0;
+    member->flags |= ORCHI_CANCEL;
+    orchi_cancel(member, f->as.scope.reason);
+    return 0;
+}
+
+static int orchi_scope_start(const orch_scope *scope, const orch_task_desc *desc,
+                             const char *function) {
+    int error;
+    orch_future *f = orchi_scope_enter(scope, function, &error);
+    if (f == NULL) {
+        if (desc != NULL && desc->release != NULL) desc->release(desc->arg);
+        return error;
+    }
+    orch_future *task = orchi_begin(desc, f, NULL, function);
+    if (task->flags & ORCHI_IMMORTAL) return orchi_scope_fail(f, task->as.result.error);
+    return orchi_scope_join(f, orchi_claim(task, function));
+}
+
+int orch_scope_go(orch_scope *scope, orch_task_fn fn, void *arg) {
+    orch_task_desc desc = {NULL, fn, arg, 0, NULL, 0};
+    return orchi_scope_start(scope, &desc, "orch_scope_go");
+}
+
+int orch_scope_go_with(orch_scope *scope, const orch_task_desc *desc) {
+    return orchi_scope_start(scope, desc, "orch_scope_go_with");
+}
+
+int orch_scope_add(orch_scope *scope, orch_future *added) {
+    int error;
+    orch_future *f = orchi_scope_enter(scope, "orch_scope_add", &error);
+    if (f == NULL) {
+        orch_drop(added);
+        return error;
+    }
+    orch_future *member = orchi_claim(added, "orch_scope_add");
+    if (member->flags & ORCHI_IMMORTAL) return orchi_scope_fail(f, member->as.result.error);
+    return orchi_scope_join(f, member);
+}
+
+void orch_scope_cancel(orch_scope *scope, int reason) {
+    if (orchi_scope_broken(scope) != 0) return;
+    orch_future *f = orchi_scope_of(scope, "orch_scope_cancel");
+    if (f != NULL) orchi_scope_ask(f, reason != 0 ? reason : ORCH_ECANCELED);
+}
+
+/* Whether the task may close f now. Release builds first close what is open in it. */
+static bool orchi_scope_closes(orch_loop *loop, orch_task *task, orch_future *f) {
+    if (f == NULL || f->as.scope.task != task) {
+        if (f != NULL) orchi_misuse("orch_scope_close", ORCH_ESCOPE);
+        return false;
+    }
+    if (task->scope != f) orchi_misuse("orch_scope_close", ORCH_ESCOPE);
+    while (task->scope != f) {
+        orch_result r = orchi_scope_end(loop, task, task->scope);
+        orch_result_free(&r);
+    }
+    return true;
+}
+
+orch_result orch_scope_close(orch_scope *scope) {
+    int error;
+    orch_task *task = orchi_here_task("orch_scope_close", &error);
+    if (task == NULL) return orch_fail(error);
+    error = orchi_scope_broken(scope);
+    if (error != 0) return orch_fail(error);
+    orch_future *f = orchi_scope_of(scope, "orch_scope_close");
+    if (!orchi_scope_closes(orchi_loop, task, f)) return orch_fail(ORCH_ESCOPE);
+    return orchi_scope_end(orchi_loop, task, f);
+}
+
+int orch_scope_extend(orch_scope *scope, uint64_t ms) {
+    int error;
+    orch_future *f = orchi_scope_enter(scope, "orch_scope_extend", &error);
+    if (f == NULL) return error;
+    orch_future *deadline = f->as.scope.own->deadline;
+    f->as.scope.own->deadline = NULL;
+    orchi_deadline_free(orchi_loop, deadline);
+    if (ms == ORCH_NO_DEADLINE) return 0;
+    f->as.scope.own->deadline = orchi_deadline_new(orchi_loop, f, ms);
+    return f->as.scope.own->deadline != NULL ? 0 : ORCH_ENOMEM;
+}
+
+size_t orch_scope_failures(const orch_scope *scope) {
+    if (orchi_scope_broken(scope) != 0) return 0;
+    orch_future *f = orchi_scope_of(scope, "orch_scope_failures");
+    if (f == NULL) return 0;
+    orchi_scope_sweep(f);
+    return f->as.scope.own->failures;
+}
+
+const orch_result *orch_scope_error(const orch_scope *scope, size_t i) {
+    if (orchi_scope_broken(scope) != 0) return &orchi_no_element;
+    orch_future *f = orchi_scope_of(scope, "orch_scope_error");
+    const orch_future *last = f != NULL ? f->as.scope.own->errors : NULL;
+    if (last == NULL) return &orchi_no_element;
+    const orch_future *at = last->waiter.one.target;
+    for (; i > 0 && at != last; i--) at = at->waiter.one.target;
+    return i == 0 ? &at->as.result : &orchi_no_element;
+}
+
+uint64_t orch_time_left(void) {
+    const orch_task *task = orch_self();
+    if (task == NULL) return ORCH_NO_DEADLINE;
+    if (orchi_must_end(task)) return 0;
+    uint64_t now = orchi_now(orchi_loop);
+    const orch_future *nearest = orchi_nearest(orchi_loop, task, now);
+    if (nearest == NULL) return ORCH_NO_DEADLINE;
+    return orchi_timer_left(orchi_loop, nearest, now) / 1000000u;
+}
+
+// ------------------------------------------------------------------------------------------------
 // >>run
 //
 // The life of a loop: made, run, closed. orch_run is a loop, a main task, and everything cleaned
@@ -5196,6 +6020,8 @@ static void orchi_discard_visit(orch_future *f, void *context) {
     } else if (f->kind == ORCHI_HUB) {
         orch_completion *c = f->as.hub.iteration;
         orchi_free(loop, c, orchi_completion_bytes(c->count));
+    } else if (f->kind == ORCHI_SCOPE) {
+        orchi_scope_free_members(loop, f->as.scope.own);
     }
 }
 
@@ -5237,10 +6063,15 @@ static void orchi_cancel_all(orch_loop *loop) { orchi_each_slot(loop, orchi_canc
 
 /* A shielded task that was asked to end: its wait is cancelled now. */
 static void orchi_expose_visit(orch_future *f, void *context) {
-    if (f->kind != ORCHI_TASK || f->as.task.task->reason == 0 || f->as.task.task->exposed) return;
-    f->as.task.task->exposed = true;
+    if (f->kind != ORCHI_TASK) return;
+    orch_task *task = f->as.task.task;
+    if (task->reason == 0 || task->exposed) return;
+    task->exposed = true;
     *(bool *)context = true;
-    if (!f->as.task.task->joining) orchi_cancel(f->as.task.task->waiting, ORCH_ECANCELED);
+    for (uint32_t level = 1; level <= task->shields; level++) {
+        orchi_scopes_mark(task, NULL, level, task->reason);
+    }
+    orchi_cancel(orchi_task_asks(task), ORCH_ECANCELED);
 }
 
 /* The loop is deadlocked: shields of cancelled tasks do not hold any more. Whether there were any.
@@ -5294,7 +6125,8 @@ static void orchi_break_visit(orch_future *f, void *context) {
     lost->flags = (uint16_t)((lost->flags & ~ORCHI_WAITED) | ORCHI_DETACHED | ORCHI_CANCEL);
     lost->references--;
     task->waiting = orchi_rejected(ORCH_ECANCELED);
-    if (task->reason == 0) task->reason = ORCH_ECANCELED;
+    if (task->asked == 0) task->asked = ORCH_ECANCELED;
+    orchi_task_judge(task);
     orchi_push(orchi_loop_of(f), f);
     breaking->any = true;
     orchi_cancel(lost, ORCH_ECANCELED);
@@ -5532,6 +6364,12 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
      orchi_combine_source, NULL},
     {"iteration", orchi_hub_run, NULL,                //
      NULL, orchi_hub_ended, orchi_hub_retarget, NULL, //
+     NULL, NULL},
+    {"scope", orchi_scope_run, NULL,                      //
+     NULL, orchi_scope_ended, orchi_scope_retarget, NULL, //
+     orchi_scope_source, orchi_scope_label},
+    {"deadline", orchi_done_run, NULL,      //
+     NULL, NULL, NULL, orchi_deadline_fire, //
      NULL, NULL},
     {"settled", orchi_done_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
     {"settled", orchi_on_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
