@@ -814,8 +814,9 @@ void orch_scope_cancel(orch_scope *scope, int reason);
  * Returns success when nothing failed. Else ORCH_ETIMEDOUT when the deadline has passed before all
  * had ended; the first error otherwise; ORCH_ECANCELED when the scope was cancelled. What failed is
  * listed in the order of its end for orch_at, up to ORCH_SCOPE_ERRORS. What ended with
- * ORCH_ECANCELED because it was asked to is no failure. ORCH_ESCOPE for a scope that is closed, was
- * opened by another task, or has others open in it (release builds close those first); ORCH_ENOTASK.
+ * ORCH_ECANCELED because it was asked to is no failure. ORCH_ENOMEM when it could not be opened;
+ * ORCH_ENOTASK; ORCH_ESCOPE for a scope that is closed, was opened by another task, or has others
+ * open in it (release builds close those first).
  * Context: task only; suspends. A cancelled task waits here too.
  * Owns: consumes scope; the result is the caller's to free. */
 ORCH_NODISCARD orch_result orch_scope_close(orch_scope *scope);
@@ -4988,8 +4989,9 @@ enum { ORCHI_SCOPE_SMALL = 6 };
 
 /* Six members fit into a slot, which saves small scopes an allocation. */
 static size_t orchi_scope_capacity(const orchi_scope *scope) {
+    size_t small = ORCHI_SCOPE_SMALL;
     if (scope->capacity == 0) return 0;
-    return scope->capacity == ORCHI_SCOPE_SMALL ? ORCHI_SCOPE_SMALL : (size_t)1 << scope->capacity;
+    return scope->capacity == small ? small : (size_t)1 << scope->capacity;
 }
 
 static void orchi_scope_free_members(orch_loop *loop, orchi_scope *scope) {
