@@ -1,9 +1,11 @@
 # asyncorch.h is one file with nothing to build; this builds and runs what is around it. GNU make.
 #
-# CC, CXX, PREFIX, DESTDIR, JOBS (how many test programs run side by side) can be set.
+# CC, CXX, PREFIX, DESTDIR, JOBS (how many test programs run side by side), SEEDS and N can be set.
 
 B := .build
 JOBS ?= 2
+SEEDS ?= 200
+N ?= 2000
 PREFIX ?= /usr/local
 WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow
 VERSION := $(shell sed -n 's/^.define ORCH_VERSION "\(.*\)"/\1/p' asyncorch.h)
@@ -23,6 +25,7 @@ CURL = $(call once,CURL,$(shell \
 curl_for = $(if $(shell grep -lE 'HAVE_CURL|curl\.h|client\.h' $(1)),$(CURL))
 
 TESTS := $(filter-out test_harness,$(patsubst tests/%.c,%,$(wildcard tests/test_*.c)))
+SEEDED := $(patsubst tests/%.c,%,$(shell grep -l TEST_SEEDS tests/test_*.c))
 EXAMPLES := $(patsubst examples/%.c,%,$(wildcard examples/*.c))
 SCRIPTS := $(patsubst tests/%.sh,%,$(wildcard tests/test_*.sh))
 BENCHES := $(patsubst bench/%.c,%,$(wildcard bench/bench_*.c))
@@ -31,13 +34,13 @@ FORMATTED := asyncorch.h $(wildcard tests/*.[ch] tests/*.cc examples/*.[ch] benc
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test torture soak bench check deps install uninstall clean format coverage \
+.PHONY: help demo test test-seeds torture soak bench check deps install uninstall clean format coverage \
 	examples $(TESTS)
 
 help: # this list
 	@echo "asyncorch.h $(VERSION): copy asyncorch.h into your project; nothing else is needed"
 	@echo
-	@sed -n 's/^\([a-z]*\):[^#]*# \(.*\)/\1|\2/p' Makefile | \
+	@sed -n 's/^\([a-z-]*\):[^#]*# \(.*\)/\1|\2/p' Makefile | \
 		awk -F'|' '{ printf "    make %-10s %s\n", $$1, $$2 }'
 
 # ---- programs, one folder per way to build them: $(B)/<way>/<program>
@@ -89,9 +92,9 @@ test: # everything that fits into five minutes: sanitizers, allocation failures,
 	@$(call build,tests)
 	@$(MAKE) -k --no-print-directory -j$(JOBS) examples || true
 	@{ echo 'harness sh tests/run_harness.sh $(B)/tests/test_harness$(harness_without)'; \
-	$(call lines,tests) \
+	$(call lines,tests,,,TEST_SEEDS=$(SEEDS)) \
 	$(foreach s,$(SCRIPTS),echo '$(s) sh tests/$(s).sh $(B)/examples';) \
-	$(call sweeps) \
+	$(call sweeps,TEST_SEEDS=1) \
 	for group in options-gcc options-clang c cxx static cross units; do \
 		echo "matrix/$$group sh tests/run_matrix.sh $$group"; \
 	done; } | JOBS=$(JOBS) $(RUN)
@@ -105,6 +108,11 @@ torture: # the tests in every build there is
 	$(call lines,clang,clang) $(call lines,lto,lto) \
 	$(call lines,thread,thread,,TEST_TIME=4) \
 	$(call lines,tests,stack-use,,ASAN_OPTIONS=detect_stack_use_after_return=1) } | JOBS=$(JOBS) $(RUN)
+
+test-seeds: # what runs tasks in an order drawn from a seed, over N=2000 seeds
+	@$(call build,release)
+	@{ $(foreach t,$(SEEDED),echo '$(t) TEST_TIME=100 TEST_SEEDS=$(N) $(B)/release/$(t)';) } | \
+	JOBS=$(JOBS) $(RUN)
 
 soak: torture # torture, then valgrind, then 200 repeats on a busy machine; hours
 	@$(call build,plain lto)
