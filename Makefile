@@ -41,7 +41,7 @@ help: # this list
 	@echo "asyncorch.h $(VERSION): copy asyncorch.h into your project; nothing else is needed"
 	@echo
 	@sed -n 's/^\([a-z-]*\):[^#]*# \(.*\)/\1|\2/p' Makefile | \
-		awk -F'|' '{ printf "    make %-10s %s\n", $$1, $$2 }'
+		awk -F'|' '{ printf "    make %-11s %s\n", $$1, $$2 }'
 
 # ---- programs, one folder per way to build them: $(B)/<way>/<program>
 
