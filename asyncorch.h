@@ -94,24 +94,48 @@
 // orch_await, a promise with orch_promise_on_cancel, a timer, a descriptor. Sources that somebody
 // else holds too are left alone. In a cancelled task everything that would have to wait returns
 // ORCH_ECANCELED until the task ends; between orch_shield_begin and orch_shield_end it may wait,
-// for its clean-up. An await that is under way ends when what it waits for has ended, and returns
+// for its clean-up. orch_cancel_reason says why. An await that is under way ends when what it waits for has ended, and returns
 // what that came to: no value is lost. A combinator that is decided cancels its losers and is
 // delivered when they have ended, which takes no time unless a loser shields or its producer said
 // that it will still settle.
 //
-// 6. Time
+// 6. Scopes
+//
+// A scope makes sure that no work outlives the function that started it, and that all of it meets
+// one deadline:
+//
+//     static orch_result page(void *arg) {
+//         orch_scope s;                                   // on the task's stack
+//         orch_scope_desc desc = {"page", 2000, false};   // name, deadline in ms, keep_going
+//         orch_scope_open(&s, &desc);
+//         orch_scope_go(&s, fetch_comments, arg);         // if one fails, the other is cancelled,
+//         orch_scope_go(&s, fetch_likes, arg);            // and so is a wait between open and close
+//         return orch_scope_close(&s);                    // waits for both: the first error, or
+//     }                                                   // ORCH_ETIMEDOUT
+//
+// Close it on every path; what has gone before close is the body, and belongs to the scope like a
+// task in it. Scopes nest, the nearest deadline counts, and cancelling one reaches everything
+// below. A shield begun inside holds off what comes from outside: a scope opened within the shield
+// still has its own deadline, which bounds a clean-up. orch_local carries a value (a trace id) to
+// all that a task starts.
+//
+// 7. Time
 //
 // Milliseconds, never early. The clock is monotonic and read once per round of ready work: a timer
-// that is armed in a round counts from the round's end.
+// that is armed in a round counts from the round's end. For tests orch_loop_desc.clock can be
+// ORCH_CLOCK_VIRTUAL: whenever everything is blocked, time jumps to the next timer, so that a day
+// of back-off runs in milliseconds and always in the same way. orch_loop_desc.seed draws the order
+// of equally ready tasks and equal deadlines from a number: the same seed gives the same run, other
+// seeds find what depends on the order. Reports of a failure name the seed.
 //
-// 7. Errors
+// 8. Errors
 //
 // 0 is success, negative is -errno or ORCH_E..., positive is yours. Rejections can carry a message
 // (orch_failf) that orch_message finds. A detached future that is rejected and seen by nobody is
 // reported to on_unhandled. When everything is blocked for good, orch_run returns ORCH_EDEADLK and
 // reports who awaits what.
 //
-// 8. Misuse
+// 9. Misuse
 //
 // debug: builds without NDEBUG print "asyncorch: <function>: <what to do>", a backtrace, and abort.
 // release: builds with NDEBUG return the error named here. What was handed over is released in
@@ -133,6 +157,9 @@
 //     a stack size below 16 KiB or above 1 GiB        aborts   ORCH_EINVAL
 //     an argument copy above half the stack           aborts   ORCH_EINVAL
 //     orch_shield_end without a beginning             aborts   ignored
+//     a scope closed twice or by another task         aborts   ORCH_ESCOPE
+//     a scope closed while others are open in it      aborts   those are closed first
+//     a task that ends with a scope open              aborts   cancelled and closed; reported in both
 //     a second next while one is pending              aborts   ORCH_EBUSY
 //     a promise boxed twice at a time                 aborts   the first unbox wins
 //     orch_ready with no or unknown events            aborts   ORCH_EINVAL
@@ -143,13 +170,13 @@
 // twice, an element of a list kept longer than the list, a
 // ticket, box or future used after its loop was freed, a result of orch_await that is not freed.
 //
-// 9. Threads
+// 10. Threads
 //
 // Each thread may have a loop of its own; loops share nothing, and nothing in this file is to be
 // called for another thread's loop. Only orch_ok, orch_fail, orch_failf, orch_message and the like
 // need no loop.
 //
-// 10. Limits and caveats
+// 11. Limits and caveats
 //
 // - A task's stack is 64 KiB by default, of which only touched pages cost memory. Compile with
 //   -fstack-clash-protection, so that even a large frame meets the guard. orch_on_main_stack runs a
