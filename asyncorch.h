@@ -4753,6 +4753,7 @@ struct orch_task {
     uint32_t shields;
     uint32_t refused; // waits, since it was asked to end
     bool nested;
+    bool heir; // it has, or had, something that what it starts inherits
     bool joining;
     bool ended;
     bool exposed; // the loop is deadlocked: shields do not hold any more
@@ -5068,24 +5069,25 @@ static void orchi_deadline_fire(orch_future *f, int events) {
     orchi_scope_ask(owner, ORCH_ETIMEDOUT);
 }
 
-/* The one of two that fires first; either may be NULL. */
-static orch_future *orchi_nearer(orch_loop *loop, orch_future *a, orch_future *b, uint64_t now) {
+/* The one of two that fires first; either may be NULL. Only for two of them the clock is read. */
+static orch_future *orchi_nearer(orch_loop *loop, orch_future *a, orch_future *b) {
     if (a == NULL || b == NULL) return a != NULL ? a : b;
+    uint64_t now = orchi_now(loop);
     return orchi_timer_left(loop, b, now) < orchi_timer_left(loop, a, now) ? b : a;
 }
 
 /* The deadline that would cancel a task first, or NULL: of its scopes, its own, and of the scopes
  * around it. A shield ends the search. */
-static orch_future *orchi_nearest(orch_loop *loop, const orch_task *task, uint64_t now) {
+static orch_future *orchi_nearest(orch_loop *loop, const orch_task *task) {
     orch_future *nearest = NULL, *f = task->scope;
     uint32_t level = task->shields;
     for (;;) {
         for (; f != NULL; f = f->as.scope.outer) {
             if (f->as.scope.own->level != level) continue;
-            nearest = orchi_nearer(loop, nearest, f->as.scope.own->deadline, now);
+            nearest = orchi_nearer(loop, nearest, f->as.scope.own->deadline);
         }
         if (level > 0) return nearest;
-        nearest = orchi_nearer(loop, nearest, task->deadline, now);
+        nearest = orchi_nearer(loop, nearest, task->deadline);
         f = task->home;
         if (f == NULL) return nearest;
         level = f->as.scope.own->level;
@@ -5132,6 +5134,12 @@ static void orchi_locals_drop(orch_loop *loop, orchi_local *local) {
 static orchi_local *orchi_locals_share(orchi_local *local) {
     if (local != NULL) local->holders++;
     return local;
+}
+
+/* What a task has inherited, or left to others. */
+ORCHI_NO_INLINE static void orchi_task_disown(orch_loop *loop, orch_task *task) {
+    orchi_locals_drop(loop, task->locals);
+    orchi_deadline_free(loop, task->deadline);
 }
 
 // ---- running
@@ -5218,8 +5226,7 @@ ORCHI_COLD static void orchi_scopes_left(orch_loop *loop, orch_task *task) {
 static inline void *orchi_task_end(orch_loop *loop, orch_task *task, orch_result *r) {
     task->ended = true;
     if (task->release != NULL) task->release(task->arg);
-    orchi_locals_drop(loop, task->locals);
-    orchi_deadline_free(loop, task->deadline);
+    if (ORCHI_UNLIKELY(task->heir)) orchi_task_disown(loop, task);
     loop->stats.tasks--;
     orchi_resolve(loop, task->future, r);
     orch_task *next = orchi_next_task(loop, task);
@@ -5316,6 +5323,7 @@ static void orchi_task_init(orch_loop *loop, orch_task *task, orch_future *f, or
     task->level = task->shields = 0;
     task->refused = 0;
     task->nested = true;
+    task->heir = false;
     task->joining = false;
     task->ended = false;
     task->exposed = false;
@@ -5344,19 +5352,22 @@ static inline void orchi_task_start(orch_loop *loop, orch_task *task, char *top)
 }
 
 /* What a new task has from whoever starts it: locals, and a scope, a deadline or neither. */
-static bool orchi_task_inherit(orch_loop *loop, orch_task *task, orch_future *home,
-                               orch_future *deadline) {
-    if (loop->current != NULL) task->locals = orchi_locals_share(loop->current->locals);
+ORCHI_NO_INLINE static bool orchi_task_inherit(orch_loop *loop, orch_task *task, orch_future *home,
+                                               bool bounded) {
+    const orch_task *from = loop->current;
+    task->heir = true;
     task->home = home;
-    if (deadline == NULL || orchi_deadline_copy(loop, task, deadline)) return true;
-    orchi_deadline_free(loop, task->deadline);
-    orchi_locals_drop(loop, task->locals);
+    if (from == NULL) return true;
+    task->locals = orchi_locals_share(from->locals);
+    orch_future *nearest = bounded ? orchi_nearest(loop, from) : NULL;
+    if (nearest == NULL || orchi_deadline_copy(loop, task, nearest)) return true;
+    orchi_task_disown(loop, task);
     return false;
 }
 
 /* The slot first, then the stack: what fails gives back what it had. */
 static orch_future *orchi_go(orch_loop *loop, const orch_task_desc *desc, uint32_t size_log,
-                             orch_future *home, orch_future *deadline) {
+                             orch_future *home, bool bounded) {
     orch_future *f = orchi_slot_new(loop, ORCHI_TASK);
     if (f == NULL) return NULL;
     orchi_stack *stack = orchi_stack_take(loop, size_log);
@@ -5367,7 +5378,8 @@ static orch_future *orchi_go(orch_loop *loop, const orch_task_desc *desc, uint32
     char *top = stack->top;
     orch_task *task = (orch_task *)(void *)top;
     orchi_task_init(loop, task, f, stack, desc);
-    if (!orchi_task_inherit(loop, task, home, deadline)) {
+    bool heir = home != NULL || (task->starter != NULL && task->starter->heir);
+    if (ORCHI_UNLIKELY(heir) && !orchi_task_inherit(loop, task, home, bounded)) {
         orchi_stack_give(loop, stack);
         orchi_slot_free(loop, f);
         return NULL;
@@ -5389,39 +5401,29 @@ static int orchi_task_error(const orch_task_desc *desc, uint32_t *size_log) {
 }
 
 /* Starts what a desc says, or a rejected future and the argument released. */
-static orch_future *orchi_begin(const orch_task_desc *desc, orch_future *home,
-                                orch_future *deadline, const char *function) {
+static orch_future *orchi_begin(const orch_task_desc *desc, orch_future *home, bool bounded,
+                                const char *function) {
     uint32_t size_log = 0;
     int error = orchi_task_error(desc, &size_log);
     if (error != 0) orchi_misuse(function, error);
-    orch_future *f = error == 0 ? orchi_go(orchi_loop, desc, size_log, home, deadline) : NULL;
-    if (f != NULL) return f;
+    orch_future *f = error == 0 ? orchi_go(orchi_loop, desc, size_log, home, bounded) : NULL;
+    if (ORCHI_LIKELY(f != NULL)) return f;
     if (desc != NULL && desc->release != NULL) desc->release(desc->arg);
     return orchi_rejected(error != 0 ? error : ORCH_ENOMEM);
 }
 
-/* The deadline in force for whoever starts a task; NULL, and no clock read, where none can be. */
-static orch_future *orchi_deadline_here(void) {
-    orch_loop *loop = orchi_loop;
-    const orch_task *task = loop != NULL ? loop->current : NULL;
-    if (ORCHI_LIKELY(task == NULL ||
-                     (task->scope == NULL && task->home == NULL && task->deadline == NULL)))
-        return NULL;
-    return orchi_nearest(loop, task, orchi_now(loop));
-}
-
 orch_future *orch_go_with(const orch_task_desc *desc) {
-    return orchi_begin(desc, NULL, orchi_deadline_here(), "orch_go_with");
+    return orchi_begin(desc, NULL, true, "orch_go_with");
 }
 
 orch_future *orch_go(orch_task_fn fn, void *arg) {
     orch_task_desc desc = {NULL, fn, arg, 0, NULL, 0};
-    return orchi_begin(&desc, NULL, orchi_deadline_here(), "orch_go");
+    return orchi_begin(&desc, NULL, true, "orch_go");
 }
 
 int orch_spawn(orch_task_fn fn, void *arg) {
     orch_task_desc desc = {NULL, fn, arg, 0, NULL, 0};
-    orch_future *f = orchi_begin(&desc, NULL, NULL, "orch_spawn");
+    orch_future *f = orchi_begin(&desc, NULL, false, "orch_spawn");
     int error = f->flags & ORCHI_IMMORTAL ? f->as.result.error : 0;
     orch_detach(f);
     return error;
@@ -5586,6 +5588,7 @@ static int orchi_local_put(orch_task *task, orchi_local set) {
     *local = set;
     local->parent = task->locals;
     task->locals = local;
+    task->heir = true;
     return 0;
 }
 
@@ -5751,6 +5754,7 @@ static void orchi_scope_init(orch_task *task, orch_future *f, orchi_scope *own) 
     f->as.scope.reason = task->level == task->shields ? task->reason : 0;
     orchi_attach(f, task->future, 0);
     task->scope = f;
+    task->heir = true;
 }
 
 /* Both slots, or none. */
@@ -5865,7 +5869,7 @@ static int orchi_scope_start(const orch_scope *scope, const orch_task_desc *desc
         if (desc != NULL && desc->release != NULL) desc->release(desc->arg);
         return error;
     }
-    orch_future *task = orchi_begin(desc, f, NULL, function);
+    orch_future *task = orchi_begin(desc, f, false, function);
     if (task->flags & ORCHI_IMMORTAL) return orchi_scope_fail(f, task->as.result.error);
     return orchi_scope_join(f, orchi_claim(task, function));
 }
@@ -5956,10 +5960,9 @@ uint64_t orch_time_left(void) {
     const orch_task *task = orch_self();
     if (task == NULL) return ORCH_NO_DEADLINE;
     if (orchi_must_end(task)) return 0;
-    uint64_t now = orchi_now(orchi_loop);
-    const orch_future *nearest = orchi_nearest(orchi_loop, task, now);
+    const orch_future *nearest = orchi_nearest(orchi_loop, task);
     if (nearest == NULL) return ORCH_NO_DEADLINE;
-    return orchi_timer_left(orchi_loop, nearest, now) / 1000000u;
+    return orchi_timer_left(orchi_loop, nearest, orchi_now(orchi_loop)) / 1000000u;
 }
 
 // ------------------------------------------------------------------------------------------------
