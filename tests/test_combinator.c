@@ -1585,6 +1585,43 @@ static bool start_denying(void) {
     return start_with((orch_loop_desc){.allocator = {resize, NULL}});
 }
 
+// Each race leaves the future that never settles as it was: no memory, nobody in its list.
+static size_t live_bytes;
+
+static void *weigh(void *user, void *old, size_t old_size, size_t size) {
+    live_bytes += size - old_size;
+    return resize(user, old, old_size, size);
+}
+
+static size_t bytes_after(long races, orch_future *never) {
+    for (long i = 0; i < races; i++) {
+        orch_future *won = orch_settled(orch_ok(NULL, NULL));
+        orch_on(orch_race(orch_ref(never), won), end, &seen[0]);
+        if (i % 32 == 31) turns();
+    }
+    turns();
+    CHECK(!(never->flags & ORCHI_LISTED));
+    CHECK_INT(never->references, 1);
+    return live_bytes;
+}
+
+TEST(a_million_races_against_one_that_never_settles) {
+    orch_promise p;
+    long races =
+        test_shared->fail_at == 0 ? 1000000 : 2000; // when memory is refused, fewer will do
+    live_bytes = 0;
+    deny = false;
+    if (!start_with((orch_loop_desc){.allocator = {weigh, NULL}})) return;
+    orch_future *never = orch_future_new(&p);
+    if (!CHECK(!orch_is_settled(never))) return;
+    size_t few = bytes_after(1000, never);
+    CHECK_INT(bytes_after(races - 1000, never), few);
+    CHECK_INT(seen[0].calls, races);
+    orch_drop(never);
+    turns();
+    finish();
+}
+
 // The inputs are consumed all the same: asked to end, and their values released.
 TEST(no_memory_consumes_the_inputs) {
     for (int kind = 0; kind <= KINDS; kind++) {
