@@ -1416,6 +1416,14 @@ struct orchi_page { // 4 KiB, aligned to 4 KiB
 
 enum { ORCHI_PAGE = 4096, ORCHI_SLOT = 64, ORCHI_PAGE_SLOTS = ORCHI_PAGE / ORCHI_SLOT - 1 };
 
+// How a slot is found and how it goes:
+//
+//     new       the free list of the current page, else its next fresh slot, else another page that
+//               has one, else a page of a region, else a new region: four instructions, then rarer
+//               and rarer
+//     free      to its own page's list, which makes the page known as one with room
+//     its loop  is named in the head of its page: the address with its low 12 bits cleared
+
 typedef struct orchi_region { // memory for pages, from the allocator
     struct orchi_region *next;
     char *pages;
@@ -2742,6 +2750,15 @@ static const orchi_poller_ops orchi_poll_ops = {"poll", orchi_poll_open, orchi_p
 // (as.timed.position). Left out: a timer wheel. It fires a million timers faster, but needs
 // cascades and per-level state; for the common case, equal time-outs that are cancelled, the heap's
 // push and remove are a few compares.
+
+// The array, with three timers of earlier rounds and two of this one:
+//
+//     | 12 ms | 40 ms | 15 ms |  for 5 ms  |  for 100 ms  |
+//       heap, by deadline       not stamped, in any order
+//     0                       stamped                     count
+//
+// At the end of the round, at 10 ms, the fourth becomes 15 ms and moves up behind the third, which
+// came first; the fifth becomes 110 ms and stays.
 
 #define ORCHI_DISARMED UINT32_MAX // the position of a timer that is not in the array
 
@@ -4865,6 +4882,15 @@ static void orchi_take_turn(orch_loop *loop, orch_task *task) {
 // holds off what was opened before it began, so each scope remembers how many shields there were
 // (its level), and a request counts when no shield has begun since.
 
+// For example, with a task that has scope A open, begins a shield, opens scope B in it, and waits:
+//
+//     request to A, or to the task     A is marked (level 0), B is not (level 1); the wait goes on,
+//                                      as the task's one shield is newer than that request
+//     B's deadline                     B is marked (level 1): as many shields as the task has now,
+//                                      so the wait is refused. The clean-up is bounded
+//     B closes, the shield ends        what is left is the request to A, at level 0 like the task:
+//                                      the next wait is refused
+
 typedef struct orchi_scope { // in an extra slot
     orch_future **members;
     orch_future *ended;  // members that have settled: a circle, this is its last
@@ -5733,6 +5759,25 @@ static void orchi_fault_uninstall(orch_loop *loop) {
 //   - The deadline is a timer of the scope's own, so the nearest counts by firing first.
 // Left out: a result for each member. Await a reference of it, or let it write to its argument.
 
+// For example, a scope with a deadline of 100 ms, two members and a body that sleeps:
+//
+//     open           a slot, and behind it the rest; a timer for 100 ms; the task's innermost scope
+//     go, go         each member runs until it first waits; the scope is its consumer, and its
+//                    place in the array is written into it
+//     sleep          the body waits like any task
+//     90 ms          member 0 fails: settling takes it out of the array, appends it to `ended` and
+//                    queues the scope, no more
+//     the scope runs keeps the failure, marks itself and what is open inside as cancelled, asks
+//                    member 1 to end, and the timer that the body waits for
+//     the body       its sleep says ORCH_ECANCELED, and so would every wait until close
+//     close          waits for member 1, which settles, queues the scope, which wakes the task; the
+//                    list of failures becomes the result, timer and slots are given back
+//
+// Had the deadline come first, the same would have happened with ORCH_ETIMEDOUT for a reason. Had
+// the task been cancelled from outside, all its open scopes would have been marked at once, each
+// asking its members when it runs: that is how a request reaches a tree of any depth without
+// recursion.
+
 /* The slot of an open scope, or NULL and a misuse. */
 static orch_future *orchi_scope_of(const orch_scope *scope, const char *function) {
     orch_future *f = scope != NULL ? scope->future : NULL;
@@ -5972,6 +6017,17 @@ uint64_t orch_time_left(void) {
 // up: when main has ended, what is left is asked to end and run until it has; what shields, holds
 // until nothing else can happen. A result that main returned may show futures of the loop (a list,
 // a share): then the loop's memory lives until that result is freed.
+
+// Who frees what, when a loop goes:
+//
+//     slots, ring, timers, watches    orchi_loop_dispose, whole regions at a time
+//     what slots own                  orchi_discard_visit, before that: results, contexts, lists
+//     stacks                          orchi_maps_free; tasks have ended by then, or never will
+//     messages                        their results, with malloc's free: they may outlive the loop
+//     the loop itself                 last, through the allocator that came with the desc
+//
+// A task that cannot be ended (its producer never settles) is left where it is: its frames are
+// gone with its stack, and nothing of it runs any more.
 
 static void orchi_print_unhandled(const orch_result *r, void *context) {
     (void)context;
@@ -6285,6 +6341,18 @@ int orch_exit(orch_result r) {
 //
 // A descriptor's readiness as a future. The table of watches, by descriptor, holds at most one
 // waiter for each direction; a future that settles or is cancelled has left it.
+
+// The life of a wait for a descriptor:
+//
+//     orch_ready     a slot, and its place in the table: reader, writer or both; the poller is told
+//                    what the descriptor is waited for in all
+//     the look       the poller passes the descriptor and its events to orchi_fd_ready, which finds
+//                    the waiters in the table
+//     fire           takes the wait out of the table and the poller, and settles it: one event, one
+//                    settling. A descriptor that stays ready is reported again to who asks again
+//     cancel         the same without an event; what it leaves is as if it had never been
+//
+// The table is indexed by number, as poll's array is of numbers, and a process has few of them.
 
 /* Makes room for a descriptor. One that is not open is refused before the table grows to its
  * number. */

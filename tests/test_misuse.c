@@ -167,7 +167,42 @@ MISUSE(no_loop_as_completed, "orch_as_completed") {
     X(await, "orch_await", result_error(orch_await(orch_after(1))))                                \
     X(await_settled, "orch_await",                                                                 \
       result_error(orch_await(orch_settled(orch_ok(&value, count_release)))))                      \
-    X(wait, "orch_wait", wait_borrowed())
+    X(wait, "orch_wait", wait_borrowed())                                                          \
+    X(scope_open, "orch_scope_open", open_scope())                                                 \
+    X(scope_close, "orch_scope_close", close_scope())                                              \
+    X(local_set, "orch_local_set", set_local())
+
+// What could not be opened says so again, which is no second misuse.
+static int open_scope(void) {
+    orch_scope s;
+    orch_task_desc desc = owning_desc();
+    int error = orch_scope_open(&s, NULL);
+    CHECK_INT(orch_scope_go(&s, task, NULL), error);
+    CHECK_INT(orch_scope_go_with(&s, &desc), error);
+    CHECK_INT(orch_scope_add(&s, orch_settled(orch_ok_int(1))), error);
+    CHECK_INT(orch_scope_extend(&s, 1), error);
+    CHECK_INT(orch_scope_failures(&s), 0);
+    CHECK_INT(orch_scope_error(&s, 0)->error, ORCH_ERANGE);
+    orch_scope_cancel(&s, 0);
+    CHECK_INT(called, 0);
+    CHECK_INT(released, 1);
+    called = released = 0;
+    return error;
+}
+
+static int close_scope(void) {
+    orch_scope s = {NULL, 0};
+    return result_error(orch_scope_close(&s));
+}
+
+static int set_local(void) {
+    static const char key;
+    int error = orch_local_set(&key, &value, count_release);
+    CHECK_INT(released, 1);
+    released = 0;
+    CHECK(orch_local(&key) == NULL);
+    return error;
+}
 
 static int wait_borrowed(void) {
     orch_future *f = orch_settled(orch_ok_int(1));
@@ -951,6 +986,348 @@ IN_LOOP(freeing_another_threads_loop, "orch_loop_free") {
     CHECK(orch_loop_current() == loop);
 }
 
+// ---- scopes
+
+static int member_ended, member_slept;
+
+static orch_result long_member(void *arg) {
+    member_slept = orch_sleep(3600000);
+    orch_shield_begin();
+    orch_yield(); // it takes a moment to end
+    orch_shield_end();
+    member_ended++;
+    return orch_ok_int(arg != NULL);
+}
+
+static orch_result quick_member(void *arg) {
+    orch_yield();
+    member_ended++;
+    return orch_ok_int(arg != NULL);
+}
+
+IN_TASK(a_scope_closed_twice, "orch_scope_close") {
+    orch_scope s;
+    CHECK_INT(orch_scope_open(&s, NULL), 0);
+    orch_scope_go(&s, quick_member, NULL);
+    CHECK_INT(result_error(orch_scope_close(&s)), 0);
+    CHECK_INT(result_error(orch_scope_close(&s)), ORCH_ESCOPE);
+    CHECK_INT(result_error(orch_scope_close(&s)), ORCH_ESCOPE);
+    CHECK_INT(member_ended, 1);
+}
+
+IN_TASK(a_scope_closed_twice_says_what_to_do, "orch_scope_close: the scope is not open here") {
+    orch_scope s;
+    orch_scope_open(&s, NULL);
+    CHECK_INT(result_error(orch_scope_close(&s)), 0);
+    CHECK_INT(result_error(orch_scope_close(&s)), ORCH_ESCOPE);
+}
+
+IN_TASK(a_copy_of_a_scope_that_is_closed, "orch_scope_close") {
+    orch_scope s, copy;
+    orch_scope_open(&s, NULL);
+    copy = s;
+    CHECK_INT(result_error(orch_scope_close(&s)), 0);
+    orch_scope_open(&s, NULL); // perhaps in the same slot
+    CHECK_INT(result_error(orch_scope_close(&copy)), ORCH_ESCOPE);
+    CHECK_INT(result_error(orch_scope_close(&s)), 0);
+}
+
+static orch_result close_given(void *arg) {
+    return orch_ok_int(result_error(orch_scope_close((orch_scope *)arg)));
+}
+
+static void close_by(bool member) {
+    orch_scope s;
+    orch_scope_open(&s, NULL);
+    orch_scope_go(&s, quick_member, NULL);
+    if (member) CHECK_INT(orch_scope_go(&s, close_given, &s), 0);
+    if (!member) {
+        orch_result r = orch_await(orch_go(close_given, &s));
+        CHECK_INT(orch_int(&r), ORCH_ESCOPE);
+        orch_result_free(&r);
+    }
+    CHECK_INT(orch_sleep(1), 0); // it is still open, and none the worse for it
+    CHECK_INT(orch_scope_go(&s, quick_member, NULL), 0);
+    CHECK_INT(result_error(orch_scope_close(&s)), 0);
+    CHECK_INT(member_ended, 2);
+}
+
+IN_TASK(a_scope_closed_by_another_task, "orch_scope_close") { close_by(false); }
+
+IN_TASK(a_scope_closed_by_a_member, "orch_scope_close") { close_by(true); }
+
+static void close_in_callback(orch_result *in, void *context) {
+    if (in->error == 0) called = result_error(orch_scope_close((orch_scope *)context));
+}
+
+IN_TASK(a_scope_closed_by_a_callback, "orch_scope_close" DO_TASK) {
+    orch_scope s;
+    orch_scope_open(&s, NULL);
+    orch_on(orch_settled(orch_ok_int(1)), close_in_callback, &s);
+    orch_yield();
+    CHECK_INT(called, ORCH_ENOTASK);
+    CHECK_INT(result_error(orch_scope_close(&s)), 0);
+}
+
+IN_TASK(a_scope_closed_before_what_is_open_in_it, "orch_scope_close") {
+    orch_scope outer, middle, inner;
+    orch_scope_open(&outer, NULL);
+    orch_scope_open(&middle, NULL);
+    orch_scope_open(&inner, NULL);
+    orch_scope_go(&inner, quick_member, NULL);
+    orch_scope_go(&middle, quick_member, NULL);
+    orch_scope_go(&outer, quick_member, NULL);
+    int error = result_error(orch_scope_close(&outer));
+    CHECK(error == 0 || error == ORCH_ESCOPE);
+    CHECK_INT(member_ended, 3); // all of them are closed
+    CHECK_INT(result_error(orch_scope_close(&inner)), ORCH_ESCOPE);
+    CHECK_INT(result_error(orch_scope_close(&middle)), ORCH_ESCOPE);
+    CHECK_INT(result_error(orch_scope_close(&outer)), ORCH_ESCOPE);
+}
+
+static orch_result leaves_scopes(void *arg) {
+    orch_scope s[3];
+    for (int i = 0; i < 3; i++) {
+        CHECK_INT(orch_scope_open(&s[i], &(orch_scope_desc){.name = "left", .timeout_ms = 5000}),
+                  0);
+        CHECK_INT(orch_scope_go(&s[i], long_member, NULL), 0);
+    }
+    if (arg) orch_sleep(1);
+    return orch_ok(&value, count_release);
+}
+
+static void leave_scopes(void *arg) {
+    orch_result r = orch_await(orch_go(leaves_scopes, arg));
+    CHECK_INT(r.error, 0);
+    CHECK_INT(member_ended, 3); // cancelled, and ended before the task
+    CHECK_INT(member_slept, ORCH_ECANCELED);
+    CHECK_INT(released, 0);
+    orch_result_free(&r);
+    CHECK_INT(released, 1);
+    CHECK_INT(orch_loop_statistics(orch_loop_current()).timers, 0);
+}
+
+IN_TASK(a_task_that_leaves_scopes_open, "orch_scope_close") { leave_scopes(NULL); }
+
+IN_TASK(a_task_that_leaves_scopes_open_later, "orch_scope_close") { leave_scopes(&value); }
+
+// The report names the task and the scope, in both builds.
+static char leave_report[1024];
+
+static void keep_report(const char *text, void *context) {
+    (void)context;
+    fputs(text, stderr);
+    size_t used = strlen(leave_report);
+    snprintf(leave_report + used, sizeof leave_report - used, "%s", text);
+}
+
+static orch_result leave_in_main(void *arg) {
+    (void)arg;
+    return leaves_scopes(NULL);
+}
+
+TEST_DIES(a_scope_left_open_is_named, "left") {
+    orch_loop_desc desc = {.on_report = keep_report};
+    orch_result r = orch_run_with(&desc, leave_in_main, NULL);
+    orch_result_free(&r);
+    if (strstr(leave_report, "'left'") != NULL) abort(); // as a release build goes on
+}
+
+MISUSE(a_main_task_that_leaves_scopes_open, "orch_scope_close") {
+    orch_result r = orch_run(leave_in_main, NULL);
+    CHECK_INT(r.error, 0);
+    CHECK_INT(member_ended, 3);
+    orch_result_free(&r);
+    CHECK_INT(released, 1);
+}
+
+static orch_result forgets_one(void *arg) {
+    orch_scope s;
+    orch_scope_open(&s, NULL);
+    orch_scope_go(&s, long_member, NULL);
+    orch_scope_open(&s, NULL); // the ticket of the first one is lost
+    orch_scope_go(&s, quick_member, NULL);
+    CHECK_INT(result_error(orch_scope_close(&s)), 0);
+    return orch_ok_int(arg != NULL);
+}
+
+IN_TASK(a_scope_whose_ticket_was_overwritten, "orch_scope_close") {
+    CHECK_INT(await_error(orch_go(forgets_one, NULL)), 0);
+    CHECK_INT(member_ended, 2);
+}
+
+// A scope that is closed, or never was one.
+#define CLOSED_SCOPE(X)                                                                            \
+    X(go, "orch_scope_go", orch_scope_go(s, task, NULL))                                           \
+    X(go_with, "orch_scope_go_with", scope_go_owning(s))                                           \
+    X(add, "orch_scope_add", scope_add_pending(s))                                                 \
+    X(extend, "orch_scope_extend", orch_scope_extend(s, 100))                                      \
+    X(close, "orch_scope_close", result_error(orch_scope_close(s)))                                \
+    X(cancel, "orch_scope_cancel", (orch_scope_cancel(s, 7), ORCH_ESCOPE))                         \
+    X(failures, "orch_scope_failures", orch_scope_failures(s) ? 0 : ORCH_ESCOPE)                   \
+    X(error, "orch_scope_error", orch_scope_error(s, 0)->error == ORCH_ERANGE ? ORCH_ESCOPE : 0)
+
+static int scope_go_owning(orch_scope *s) {
+    orch_task_desc desc = owning_desc();
+    int error = orch_scope_go_with(s, &desc);
+    CHECK_INT(released, 1);
+    return error;
+}
+
+static int scope_add_pending(orch_scope *s) {
+    orch_promise p;
+    orch_future *f = orch_future_new(&p);
+    int error = orch_scope_add(s, f);
+    CHECK(!orch_promise_pending(p)); // given up
+    CHECK_INT(orch_scope_add(s, orch_settled(orch_ok(&value, count_release))), error);
+    CHECK_INT(released, 1);
+    CHECK_INT(orch_scope_add(s, orch_go(long_member, NULL)), error);
+    CHECK_INT(member_ended, 1); // and waited for
+    return error;
+}
+
+#define CLOSED_CASE(name, function, use)                                                           \
+    static int closed_use_##name(orch_scope *s) { return use; }                                    \
+    IN_TASK(closed_scope_##name, function) {                                                       \
+        orch_scope s;                                                                              \
+        orch_scope_open(&s, &(orch_scope_desc){.timeout_ms = 1000});                               \
+        CHECK_INT(result_error(orch_scope_close(&s)), 0);                                          \
+        CHECK_INT(closed_use_##name(&s), ORCH_ESCOPE);                                             \
+        CHECK_INT(called, 0);                                                                      \
+    }                                                                                              \
+    IN_TASK(zero_scope_##name, function) {                                                         \
+        orch_scope s = {NULL, 0};                                                                  \
+        CHECK_INT(closed_use_##name(&s), ORCH_ESCOPE);                                             \
+        CHECK_INT(called, 0);                                                                      \
+    }                                                                                              \
+    IN_TASK(null_scope_##name, function) {                                                         \
+        int error = closed_use_##name(NULL);                                                       \
+        CHECK(error == ORCH_EINVAL || error == ORCH_ESCOPE);                                       \
+        CHECK_INT(called, 0);                                                                      \
+    }
+CLOSED_SCOPE(CLOSED_CASE)
+
+IN_TASK(null_scope_open, "orch_scope_open") { CHECK_INT(orch_scope_open(NULL, NULL), ORCH_EINVAL); }
+
+// What cannot start counts as a failure of its scope.
+#define BAD_MEMBER(X)                                                                              \
+    X(go, "orch_scope_go", ORCH_EINVAL, orch_scope_go(&s, NULL, NULL))                             \
+    X(go_with, "orch_scope_go_with", ORCH_EINVAL, orch_scope_go_with(&s, NULL))                    \
+    X(stack, "orch_scope_go_with", ORCH_EINVAL, orch_scope_go_with(&s, &bad))                      \
+    X(add, "orch_scope_add", ORCH_EINVAL, orch_scope_add(&s, NULL))                                \
+    X(add_consumed, "orch_scope_add", ORCH_ECONSUMED, orch_scope_add(&s, consumed))
+
+#define BAD_MEMBER_CASE(name, function, want, use)                                                 \
+    IN_TASK(bad_member_##name, function) {                                                         \
+        orch_scope s;                                                                              \
+        orch_promise p;                                                                            \
+        orch_task_desc bad = owning_desc();                                                        \
+        bad.stack_size = 1;                                                                        \
+        orch_future *consumed = orch_future_new(&p), *all = orch_all(consumed);                    \
+        orch_scope_open(&s, NULL);                                                                 \
+        CHECK_INT(use, want);                                                                      \
+        CHECK_INT(called, 0);                                                                      \
+        CHECK(released == 0 || bad.release != NULL);                                               \
+        CHECK_INT(orch_scope_failures(&s), 1);                                                     \
+        CHECK_INT(orch_scope_error(&s, 0)->error, want);                                           \
+        CHECK_INT(orch_sleep(1), ORCH_ECANCELED);                                                  \
+        CHECK_INT(result_error(orch_scope_close(&s)), want);                                       \
+        CHECK(orch_promise_pending(p));                                                            \
+        orch_drop(all);                                                                            \
+    }
+BAD_MEMBER(BAD_MEMBER_CASE)
+
+IN_TASK(bad_member_releases_its_argument, "orch_scope_go_with") {
+    orch_scope s;
+    orch_task_desc bad = owning_desc();
+    bad.stack_size = SIZE_MAX;
+    orch_scope_open(&s, &(orch_scope_desc){.keep_going = true});
+    CHECK_INT(orch_scope_go_with(&s, &bad), ORCH_EINVAL);
+    CHECK_INT(released, 1);
+    CHECK_INT(orch_scope_go(&s, quick_member, NULL), 0); // keeps going
+    CHECK_INT(result_error(orch_scope_close(&s)), ORCH_EINVAL);
+    CHECK_INT(member_ended, 1);
+}
+
+static orch_scope *scope_there;
+
+static void *go_there(void *arg) {
+    foreign *f = arg;
+    orch_task_desc desc = owning_desc();
+    f->error = orch_scope_go_with(scope_there, &desc);
+    return NULL;
+}
+
+IN_TASK(using_another_threads_scope, "orch_scope_go_with") {
+    orch_scope s;
+    foreign f = {.error = 0};
+    orch_scope_open(&s, NULL);
+    scope_there = &s;
+    in_thread(go_there, &f);
+    CHECK(f.error == ORCH_ETHREAD || f.error == ORCH_ESCOPE || f.error == ORCH_ENOLOOP);
+    CHECK_INT(called, 0);
+    CHECK_INT(released, 1);
+    CHECK_INT(result_error(orch_scope_close(&s)), 0);
+}
+
+IN_TASK(a_local_without_a_key, "orch_local_set") {
+    CHECK_INT(orch_local_set(NULL, &value, count_release), ORCH_EINVAL);
+    CHECK_INT(released, 1);
+    CHECK(orch_local(NULL) == NULL);
+}
+
+// ---- clocks and chance
+
+MISUSE(an_unknown_clock, "orch_loop_new") {
+    orch_loop_desc desc = {.clock = (orch_clock)77};
+    CHECK(orch_loop_new(&desc) == NULL);
+    CHECK(orch_loop_current() == NULL);
+}
+
+static uint64_t no_time(void *context) {
+    (void)context;
+    return 0;
+}
+
+MISUSE(two_clocks, "orch_loop_new") {
+    orch_loop_desc desc = {.clock = ORCH_CLOCK_VIRTUAL, .now = no_time};
+    CHECK(orch_loop_new(&desc) == NULL);
+    CHECK(orch_loop_current() == NULL);
+}
+
+MISUSE(a_run_with_an_unknown_clock, "orch_run") {
+    orch_loop_desc desc = {.clock = (orch_clock)77};
+    CHECK_INT(result_error(orch_run_with(&desc, task, NULL)), ORCH_EINVAL);
+    CHECK_INT(called, 0);
+}
+
+MISUSE(random_without_a_loop, "orch_random") { CHECK_INT(orch_random(), 0); }
+
+static void *describe_there(void *arg) {
+    foreign *f = arg;
+    f->decided = orch_promise_describe(f->promise, "elsewhere");
+    return NULL;
+}
+
+IN_TASK(describing_another_threads_promise, "orch_promise_describe" DO_THREAD) {
+    foreign f = {.decided = true};
+    f.future = orch_future_new(&f.promise);
+    in_thread(describe_there, &f);
+    CHECK(!f.decided);
+    orch_drop(f.future);
+}
+
+// A report of a misuse names the seed, so that it can be seen again.
+static orch_result misuse_in_main(void *arg) {
+    orch_drop(orch_go(NULL, arg));
+    return orch_ok_int(1);
+}
+
+MISUSE(a_misuse_names_the_seed, "the loop's seed is 4711") {
+    orch_loop_desc desc = {.seed = 4711};
+    CHECK_INT(result_error(orch_run_with(&desc, misuse_in_main, NULL)), 0);
+}
+
 // ---- what is no misuse, though it may look like one
 
 TEST(late_and_second_settles_are_harmless) {
@@ -976,6 +1353,22 @@ TEST(a_bad_descriptor_is_an_error_not_a_misuse) {
     if (!CHECK(loop != NULL)) return;
     CHECK_INT(error_of(orch_ready(-1, ORCH_READABLE)), -EBADF);
     CHECK_INT(orch_loop_free(loop), 0);
+}
+
+static orch_result scope_in_order(void *arg) {
+    orch_scope outer, inner, *late = &outer;
+    orch_scope_open(late, NULL);
+    orch_scope_open(&inner, NULL);
+    orch_scope copy = inner; // tickets may be copied
+    CHECK_INT(result_error(orch_scope_close(&copy)), 0);
+    CHECK_INT(result_error(orch_scope_close(&outer)), 0);
+    orch_scope_open(&inner, &(orch_scope_desc){.timeout_ms = ORCH_NO_DEADLINE});
+    CHECK_INT(result_error(orch_scope_close(&inner)), 0);
+    return orch_ok_int(arg != NULL);
+}
+
+TEST(tickets_of_scopes_may_be_copied) {
+    CHECK_INT(result_error(orch_run(scope_in_order, NULL)), 0);
 }
 
 int main(int argc, char **argv) { return test_main(argc, argv); }
