@@ -1511,7 +1511,7 @@ struct orch_loop {
     uint64_t looked;                // when the poller was last asked
     uint64_t look_cost;             // ns
     uint64_t now;                   // ns, of a virtual clock
-    uint32_t busy;                  // looks since the last one that found nothing ready
+    uint64_t ticked;                // resumes when a virtual clock was last moved
     uint64_t random;                // state of the generator
     uint64_t trimmed;               // when idle stacks were last given back
     void (*join)(orch_future *f);   // cancels, and in a task waits for the end; set by >>task
@@ -1583,6 +1583,11 @@ const char *orch_error_name(int error) {
 static orch_future *orchi_rejected(int error) {
     const orchi_error *known = orchi_find_error(error);
     return (orch_future *)(uintptr_t)&orchi_static_futures[known - orchi_errors];
+}
+
+/* By its address alone: what a member of a scope was may be gone. */
+static bool orchi_is_static(const orch_future *f) {
+    return (uintptr_t)f - (uintptr_t)orchi_static_futures < sizeof orchi_static_futures;
 }
 
 static const char *orchi_hint(int error) {
@@ -2985,14 +2990,15 @@ static uint64_t orchi_look_cost(const orch_loop *loop, uint64_t measured) {
     return measured < most ? measured : most;
 }
 
-enum { ORCHI_BUSY = 100, ORCHI_TICK_NS = 1000000 };
+enum { ORCHI_BUSY = 100 * ORCHI_BUDGET, ORCHI_TICK_NS = 1000000 };
 
-/* Tasks that only yield until some time has passed would wait for ever on a virtual clock: when
- * work has been ready for long, it moves on. */
+/* Tasks that only yield until some time has passed would wait for ever on a virtual clock: after so
+ * many resumptions it moves on by a little. */
 static void orchi_tick(orch_loop *loop) {
-    if (loop->desc.clock == ORCH_CLOCK_VIRTUAL && ++loop->busy > ORCHI_BUSY) {
-        loop->now += ORCHI_TICK_NS;
-    }
+    if (loop->desc.clock != ORCH_CLOCK_VIRTUAL) return;
+    if (orchi_resumes(loop) - loop->ticked < ORCHI_BUSY) return;
+    loop->ticked = orchi_resumes(loop);
+    if (loop->now < UINT64_MAX - ORCHI_TICK_NS) loop->now += ORCHI_TICK_NS;
 }
 
 /* A look while work is ready: not sooner than ten times its cost after the last one. */
@@ -3019,13 +3025,15 @@ static int orchi_sleep(orch_loop *loop, uint64_t now, uint64_t ns) {
 }
 
 /* The same on a virtual clock: descriptors are looked at once, and with nothing ready still the
- * time has passed. Only without a timer the sleep is real, as nothing but a descriptor can end it.
- */
+ * time has passed. Only without a timer the sleep is real, as nothing but a descriptor can end it;
+ * and without either, the last timer is one for the end of time. */
 static int orchi_jump(orch_loop *loop, uint64_t ns) {
-    loop->busy = 0;
-    int error = loop->poller.count > 0 ? orchi_poll(loop, ns == UINT64_MAX ? ns : 0) : 0;
-    if (error == 0 && ns != UINT64_MAX && orchi_ring_empty(loop)) loop->now += ns;
-    return error;
+    bool watched = loop->poller.count > 0;
+    loop->ticked = orchi_resumes(loop);
+    int error = watched ? orchi_poll(loop, ns == UINT64_MAX ? ns : 0) : 0;
+    if (error != 0 || !orchi_ring_empty(loop) || (watched && ns == UINT64_MAX)) return error;
+    loop->now = ns < UINT64_MAX - loop->now ? loop->now + ns : UINT64_MAX;
+    return 0;
 }
 
 /* A look with nothing ready: sleeps until an event, the next deadline, or the limit. */
@@ -3728,16 +3736,27 @@ bool orch_follow(orch_promise p, orch_future *f) {
     return true;
 }
 
-/* Goes up from consumer to consumer. A task or callback sees whatever comes, and so does somebody
- * of many. */
-bool orch_promise_wanted(orch_promise p) {
-    if (!orch_promise_pending(p) || (p.future->flags & ORCHI_CANCEL)) return false;
-    const orch_future *f = p.future;
+/* Whether what f comes to gets anywhere: a task or callback sees whatever comes, a combinator that is
+ * decided, or a scope that was cancelled, nothing. */
+static bool orchi_is_seen(const orch_future *f) {
     while ((f->flags & ORCHI_WAITED) && f->kind != ORCHI_TASK) {
         f = f->waiter.one.target;
         if (f->flags & ORCHI_DECIDED) return false;
     }
     return true;
+}
+
+/* One of many holders is enough, and a handle that nobody has used yet. */
+bool orch_promise_wanted(orch_promise p) {
+    if (!orch_promise_pending(p) || (p.future->flags & ORCHI_CANCEL)) return false;
+    if (!(p.future->flags & ORCHI_LISTED)) return orchi_is_seen(p.future);
+    uint32_t holders = 0;
+    const orch_future *proxy = p.future->waiter.list.first;
+    for (; proxy != NULL; proxy = proxy->as.follow.next) {
+        if (orchi_is_seen(proxy)) return true;
+        holders++;
+    }
+    return holders < p.future->references;
 }
 
 bool orch_promise_describe(orch_promise p, const char *label) {
@@ -4763,7 +4782,7 @@ struct orch_task {
     orch_future *scope;    // the innermost one that it has open
     orch_future *home;     // the scope it was started in
     orch_future *deadline; // copied by orch_go
-    struct orchi_local *locals;
+    struct orchi_locals *locals;
     int asked;      // not 0: it was asked to end
     int reason;     // not 0: it, or a scope that it has open, was asked to end
     uint32_t level; // how many shields were there when that was opened
@@ -4925,11 +4944,26 @@ static void orchi_scopes_mark(orch_task *task, const orch_future *last, uint32_t
     for (orch_future *f = task->scope; f != NULL; f = f->as.scope.outer) {
         if (f->as.scope.reason == 0 && f->as.scope.own->level == level) {
             f->as.scope.reason = reason;
+            f->flags |= ORCHI_DECIDED; // what its members come to is not seen
             orchi_push(orchi_loop_of(f), f);
         }
         if (f == last) break;
     }
     orchi_task_judge(task);
+}
+
+/* A shield has ended. Scopes that were opened in it are not protected any more: they hear of what
+ * came from outside meanwhile. */
+static void orchi_scopes_lower(orch_task *task) {
+    orch_future *f = task->scope;
+    for (; f != NULL && f->as.scope.own->level > task->shields; f = f->as.scope.outer) {
+        f->as.scope.own->level = (uint16_t)task->shields;
+    }
+    while (f != NULL && f->as.scope.reason == 0) f = f->as.scope.outer;
+    bool same = f != NULL && f->as.scope.own->level == task->shields;
+    int reason = same ? f->as.scope.reason : f == NULL && task->shields == 0 ? task->asked : 0;
+    if (reason != 0) orchi_scopes_mark(task, NULL, task->shields, reason);
+    else orchi_task_judge(task);
 }
 
 /* What a request has to ask next: what the task waits for, unless it may go on waiting. */
@@ -5002,15 +5036,21 @@ static void orchi_scope_count(orch_future *f, orch_future *member) {
     if (failed && !(scope->bits & ORCHI_KEEP_GOING)) orchi_scope_ask(f, error);
 }
 
+/* Work that others hold too is asked as well, for it has to end before the scope does. */
+static void orchi_scope_ask_member(orch_future *f, orch_future *member) {
+    orch_future *work = member->kind == ORCHI_PROXY ? member->as.follow.source : member;
+    member->flags |= ORCHI_CANCEL;
+    work->flags |= ORCHI_CANCEL;
+    orchi_cancel(work, f->as.scope.reason);
+}
+
 /* Asks every member, once; none can come after that. From the end, as some settle at once, and the
  * last one takes their place. */
 static void orchi_scope_ask_members(orch_future *f) {
     f->as.scope.own->bits |= ORCHI_ASKED_ALL;
     for (uint32_t i = f->as.scope.count; i-- > 0;) {
         if (i >= f->as.scope.count) continue;
-        orch_future *member = f->as.scope.own->members[i];
-        member->flags |= ORCHI_CANCEL;
-        orchi_cancel(member, f->as.scope.reason);
+        orchi_scope_ask_member(f, f->as.scope.own->members[i]);
     }
 }
 
@@ -5035,6 +5075,13 @@ static void orchi_scope_retarget(orch_future *f, uint32_t input, orch_future *to
 
 static orch_future *orchi_scope_source(const orch_future *f) {
     return f->as.scope.count > 0 ? f->as.scope.own->members[0] : NULL;
+}
+
+/* It ends when its members have, and its task asks them. */
+static orch_future *orchi_scope_cancel(orch_future *f, int reason) {
+    (void)f;
+    (void)reason;
+    return NULL;
 }
 
 static const char *orchi_scope_label(const orch_future *f) { return f->as.scope.own->name; }
@@ -5068,6 +5115,14 @@ static bool orchi_scope_reserve(orch_loop *loop, orchi_scope *scope, uint32_t co
     return true;
 }
 
+/* Makes a pending future that is held exclusively a member. False when out of memory. */
+static bool orchi_scope_admit(orch_loop *loop, orch_future *f, orch_future *member) {
+    if (!orchi_scope_reserve(loop, f->as.scope.own, f->as.scope.count)) return false;
+    orchi_attach(member, f, f->as.scope.count);
+    f->as.scope.own->members[f->as.scope.count++] = member;
+    return true;
+}
+
 // ---- deadlines
 
 /* Of a scope, or of a task (its future). */
@@ -5091,7 +5146,7 @@ static void orchi_deadline_fire(orch_future *f, int events) {
         orchi_cancel(owner, ORCH_ETIMEDOUT);
         return;
     }
-    if (owner->as.scope.reason == 0) owner->as.scope.own->bits |= ORCHI_EXPIRED;
+    owner->as.scope.own->bits |= ORCHI_EXPIRED;
     orchi_scope_ask(owner, ORCH_ETIMEDOUT);
 }
 
@@ -5139,48 +5194,107 @@ static bool orchi_deadline_copy(orch_loop *loop, orch_task *task, orch_future *f
 
 // ---- locals
 
-typedef struct orchi_local { // in an extra slot; shared with the tasks that inherited it
+typedef struct orchi_local { // in an extra slot
     const void *key;
     void *value;
     void (*release)(void *value);
-    struct orchi_local *parent;
-    uint32_t holders;
+    uint32_t holders; // tables
 } orchi_local;
 
-/* Lets go of a chain of locals. */
-static void orchi_locals_drop(orch_loop *loop, orchi_local *local) {
-    while (local != NULL && --local->holders == 0) {
-        orchi_local gone = *local;
-        orchi_extra_free(loop, local);
-        if (gone.release != NULL) gone.release(gone.value);
-        local = gone.parent;
-    }
+// All that a task has. It is shared with the tasks that inherit it, until one of them sets a value:
+// that one gets a table of its own.
+typedef struct orchi_locals { // followed by pointers to its values
+    uint32_t holders, count;
+} orchi_locals;
+
+static orchi_local **orchi_locals_items(orchi_locals *locals) {
+    return (orchi_local **)(void *)(locals + 1);
 }
 
-static orchi_local *orchi_locals_share(orchi_local *local) {
-    if (local != NULL) local->holders++;
-    return local;
+static size_t orchi_locals_bytes(uint32_t count) {
+    return sizeof(orchi_locals) + count * sizeof(orchi_local *);
+}
+
+static void orchi_local_drop(orch_loop *loop, orchi_local *local) {
+    if (--local->holders > 0) return;
+    orchi_local gone = *local;
+    orchi_extra_free(loop, local);
+    if (gone.release != NULL) gone.release(gone.value);
+}
+
+static void orchi_locals_drop(orch_loop *loop, orchi_locals *locals) {
+    if (locals == NULL || --locals->holders > 0) return;
+    for (uint32_t i = 0; i < locals->count; i++) {
+        orchi_local_drop(loop, orchi_locals_items(locals)[i]);
+    }
+    orchi_free(loop, locals, orchi_locals_bytes(locals->count));
+}
+
+static orchi_locals *orchi_locals_share(orchi_locals *locals) {
+    if (locals != NULL) locals->holders++;
+    return locals;
+}
+
+/* The place of a key: `count` when it has none. */
+static uint32_t orchi_locals_find(orchi_locals *locals, const void *key) {
+    uint32_t i = 0;
+    if (locals == NULL) return 0;
+    while (i < locals->count && orchi_locals_items(locals)[i]->key != key) i++;
+    return i;
+}
+
+/* A copy with room for `count`, which are as many or one more, or NULL. */
+static orchi_locals *orchi_locals_copy(orch_loop *loop, orchi_locals *from, uint32_t count) {
+    orchi_locals *locals = (orchi_locals *)orchi_allocate(loop, orchi_locals_bytes(count));
+    if (locals == NULL) return NULL;
+    locals->holders = 1;
+    locals->count = count;
+    for (uint32_t i = 0; from != NULL && i < from->count; i++) {
+        orchi_locals_items(locals)[i] = orchi_locals_items(from)[i];
+        orchi_locals_items(locals)[i]->holders++;
+    }
+    return locals;
 }
 
 /* What a task has inherited, or left to others. */
 ORCHI_NO_INLINE static void orchi_task_disown(orch_loop *loop, orch_task *task) {
-    orchi_locals_drop(loop, task->locals);
-    orchi_deadline_free(loop, task->deadline);
+    orchi_locals *locals = task->locals;
+    orch_future *deadline = task->deadline;
+    task->locals = NULL; // the releases may look around
+    task->deadline = NULL;
+    orchi_deadline_free(loop, deadline);
+    orchi_locals_drop(loop, locals);
 }
 
 // ---- running
 
+/* What need not wait goes on at once, but the 128th in a row takes its turn. */
+static inline void orchi_no_wait(orch_loop *loop, orch_task *task) {
+    if (ORCHI_UNLIKELY(++loop->streak >= ORCHI_BUDGET)) orchi_take_turn(loop, task);
+}
+
 static void orchi_task_run(orch_future *f) { orchi_enter(orchi_loop_of(f), f->as.task.task); }
 
 // ---- closing a scope
+
+/* The loop has broken off the wait: what has not ended never will, and goes on alone. */
+static void orchi_scope_abandon(orch_future *f) {
+    while (f->as.scope.count > 0) {
+        orch_future *member = f->as.scope.own->members[--f->as.scope.count];
+        member->flags = (uint16_t)((member->flags & ~ORCHI_WAITED) | ORCHI_DETACHED);
+        member->references--;
+    }
+}
 
 /* Asks nothing of anybody: waits until all members have ended. It cannot be refused. */
 static void orchi_scope_wait(orch_loop *loop, orch_task *task, orch_future *f) {
     bool outer = task->joining;
     task->joining = true;
     f->as.scope.own->bits |= ORCHI_CLOSING;
-    orchi_wait_for(loop, task, f);
+    bool broken = orchi_wait_for(loop, task, f) != f;
+    f->as.scope.own->bits &= (uint8_t)~ORCHI_CLOSING; // releases may wait for other things
     task->joining = outer;
+    if (broken) orchi_scope_abandon(f);
 }
 
 /* The kept failures as a list, or the first alone where there is no memory for one. */
@@ -5215,6 +5329,8 @@ static orch_result orchi_scope_outcome(orch_loop *loop, orch_future *f) {
 /* Waits for the innermost scope's members and takes it off its task. */
 static orch_result orchi_scope_end(orch_loop *loop, orch_task *task, orch_future *f) {
     orchi_scope *scope = f->as.scope.own;
+    orchi_scope_sweep(f);
+    if (f->as.scope.count == 0) orchi_no_wait(loop, task);
     orchi_scope_sweep(f);
     while (f->as.scope.count > 0) {
         orchi_scope_wait(loop, task, f);
@@ -5383,12 +5499,12 @@ ORCHI_NO_INLINE static bool orchi_task_inherit(orch_loop *loop, orch_task *task,
     const orch_task *from = loop->current;
     task->heir = true;
     task->home = home;
-    if (from == NULL) return true;
-    task->locals = orchi_locals_share(from->locals);
-    orch_future *nearest = bounded ? orchi_nearest(loop, from) : NULL;
-    if (nearest == NULL || orchi_deadline_copy(loop, task, nearest)) return true;
-    orchi_task_disown(loop, task);
-    return false;
+    if (from != NULL) task->locals = orchi_locals_share(from->locals);
+    orch_future *nearest = bounded && from != NULL ? orchi_nearest(loop, from) : NULL;
+    bool ok = nearest == NULL || orchi_deadline_copy(loop, task, nearest);
+    if (ok && home != NULL) ok = orchi_scope_admit(loop, home, task->future);
+    if (!ok) orchi_task_disown(loop, task);
+    return ok;
 }
 
 /* The slot first, then the stack: what fails gives back what it had. */
@@ -5404,6 +5520,7 @@ static orch_future *orchi_go(orch_loop *loop, const orch_task_desc *desc, uint32
     char *top = stack->top;
     orch_task *task = (orch_task *)(void *)top;
     orchi_task_init(loop, task, f, stack, desc);
+    f->as.task.task = task;
     bool heir = home != NULL || (task->starter != NULL && task->starter->heir);
     if (ORCHI_UNLIKELY(heir) && !orchi_task_inherit(loop, task, home, bounded)) {
         orchi_stack_give(loop, stack);
@@ -5411,7 +5528,6 @@ static orch_future *orchi_go(orch_loop *loop, const orch_task_desc *desc, uint32
         return NULL;
     }
     if (desc->arg_size > 0) top = orchi_task_copy(task, top, desc);
-    f->as.task.task = task;
     loop->stats.tasks++;
     orchi_task_start(loop, task, top);
     return f;
@@ -5464,11 +5580,6 @@ static orch_task *orchi_here_task(const char *function, int *error) {
     if (ORCHI_LIKELY(*error == 0)) return task;
     orchi_misuse(function, *error);
     return NULL;
-}
-
-/* What need not wait goes on at once, but the 128th in a row takes its turn. */
-static inline void orchi_no_wait(orch_loop *loop, orch_task *task) {
-    if (ORCHI_UNLIKELY(++loop->streak >= ORCHI_BUDGET)) orchi_take_turn(loop, task);
 }
 
 ORCHI_NO_INLINE static orch_result orchi_await_pending(orch_loop *loop, orch_task *task,
@@ -5577,8 +5688,12 @@ void orch_shield_end(void) {
     int error;
     orch_task *task = orchi_here_task("orch_shield_end", &error);
     if (task == NULL) return;
-    if (task->shields == 0) orchi_misuse("orch_shield_end", ORCH_EINVAL);
-    else task->shields--;
+    if (task->shields == 0) {
+        orchi_misuse("orch_shield_end", ORCH_EINVAL);
+        return;
+    }
+    task->shields--;
+    if (task->scope != NULL) orchi_scopes_lower(task);
 }
 
 // ---- looking at a task
@@ -5587,43 +5702,46 @@ orch_task *orch_self(void) { return orchi_loop != NULL ? orchi_loop->current : N
 
 void *orch_local(const void *key) {
     const orch_task *task = orch_self();
-    orchi_local *local = task != NULL ? task->locals : NULL;
-    while (local != NULL && local->key != key) local = local->parent;
-    return local != NULL ? local->value : NULL;
+    orchi_locals *locals = task != NULL ? task->locals : NULL;
+    uint32_t i = orchi_locals_find(locals, key);
+    return locals != NULL && i < locals->count ? orchi_locals_items(locals)[i]->value : NULL;
 }
 
-/* The one that only this task can see, which may be overwritten. */
-static orchi_local *orchi_local_own(orch_task *task, const void *key) {
-    orchi_local *local = task->locals;
-    while (local != NULL && local->holders == 1 && local->key != key) local = local->parent;
-    return local != NULL && local->holders == 1 ? local : NULL;
-}
-
-/* Children that started before keep what they inherited. */
-static int orchi_local_put(orch_task *task, orchi_local set) {
-    orchi_local *local = orchi_local_own(task, set.key);
-    if (local != NULL) {
-        orchi_local old = *local;
-        local->value = set.value;
-        local->release = set.release;
-        if (old.release != NULL) old.release(old.value);
-        return 0;
+/* Puts a value in its place in a table of the task's own. */
+static int orchi_local_put(orch_loop *loop, orch_task *task, orchi_local *local) {
+    orchi_locals *locals = task->locals;
+    uint32_t i = orchi_locals_find(locals, local->key), count = locals != NULL ? locals->count : 0;
+    orchi_local *old = i < count ? orchi_locals_items(locals)[i] : NULL;
+    if (old == NULL || locals->holders > 1) {
+        task->locals = orchi_locals_copy(loop, locals, i < count ? count : count + 1);
+        if (task->locals == NULL) {
+            task->locals = locals;
+            return ORCH_ENOMEM;
+        }
+        orchi_locals_drop(loop, locals);
     }
-    local = (orchi_local *)orchi_extra_new(orchi_loop);
+    orchi_locals_items(task->locals)[i] = local;
+    task->heir = true;
+    if (old != NULL) orchi_local_drop(loop, old);
+    return 0;
+}
+
+/* Without memory nothing has changed. */
+static int orchi_local_set(orch_task *task, orchi_local set) {
+    orchi_local *local = (orchi_local *)orchi_extra_new(orchi_loop);
     if (local == NULL) return ORCH_ENOMEM;
     *local = set;
-    local->parent = task->locals;
-    task->locals = local;
-    task->heir = true;
-    return 0;
+    int error = orchi_local_put(orchi_loop, task, local);
+    if (error != 0) orchi_extra_free(orchi_loop, local);
+    return error;
 }
 
 int orch_local_set(const void *key, void *value, void (*release)(void *value)) {
     int error;
     orch_task *task = orchi_here_task("orch_local_set", &error);
     if (task != NULL && key == NULL) error = orchi_misuse("orch_local_set", ORCH_EINVAL);
-    orchi_local set = {key, value, release, NULL, 1};
-    if (error == 0) error = orchi_local_put(task, set);
+    orchi_local set = {key, value, release, 1};
+    if (error == 0) error = orchi_local_set(task, set);
     if (error != 0 && release != NULL) release(value);
     return error;
 }
@@ -5797,6 +5915,7 @@ static void orchi_scope_init(orch_task *task, orch_future *f, orchi_scope *own) 
     f->as.scope.outer = task->scope;
     f->as.scope.count = 0;
     f->as.scope.reason = task->level == task->shields ? task->reason : 0;
+    if (f->as.scope.reason != 0) f->flags |= ORCHI_DECIDED;
     orchi_attach(f, task->future, 0);
     task->scope = f;
     task->heir = true;
@@ -5862,48 +5981,31 @@ static orch_future *orchi_scope_enter(const orch_scope *scope, const char *funct
     return *error == 0 ? f : NULL;
 }
 
-/* Something could not be put in: that is a failure like any other, though there may be no memory to
- * keep it. */
+/* A failure that there is no memory to keep. */
+static void orchi_scope_lost(orch_future *f, int error) {
+    f->as.scope.own->failures++;
+    if (!(f->as.scope.own->bits & ORCHI_KEEP_GOING)) orchi_scope_ask(f, error);
+}
+
+/* Counts what has settled, behind what has before. It may be a rejected future that is nobody's, or
+ * others may hold it too: then a slot of its own stands for it. */
+static void orchi_scope_take(orch_future *f, orch_future *member) {
+    if ((member->flags & ORCHI_IMMORTAL) || member->references != 1) {
+        orch_result r = orchi_take_result(member);
+        int error = r.error;
+        member = orchi_slot_new(orchi_loop, ORCHI_DONE);
+        if (member != NULL) member->as.result = r;
+        else orch_result_free(&r);
+        if (member == NULL && error != 0) orchi_scope_lost(f, error);
+    }
+    if (member != NULL) orchi_circle_append(&f->as.scope.own->ended, member);
+    orchi_scope_sweep(f);
+}
+
+/* Something could not be put in: that is a failure like any other. */
 static int orchi_scope_fail(orch_future *f, int error) {
-    orchi_scope *own = f->as.scope.own;
-    orch_future *member = orchi_slot_new(orchi_loop, ORCHI_DONE);
-    if (member != NULL) {
-        member->as.result = orch_fail(error);
-        orchi_scope_count(f, member);
-        return error;
-    }
-    own->failures++;
-    if (!(own->bits & ORCHI_KEEP_GOING)) orchi_scope_ask(f, error);
+    orchi_scope_take(f, orchi_rejected(error));
     return error;
-}
-
-/* Counts what has settled already; others may hold it too. */
-static int orchi_scope_join_settled(orch_future *f, orch_future *member) {
-    if (!(member->flags & ORCHI_IMMORTAL) && member->references == 1) {
-        orchi_scope_count(f, member);
-        return 0;
-    }
-    orch_result r = orchi_take_result(member);
-    int error = r.error;
-    orch_result_free(&r);
-    if (error != 0) orchi_scope_fail(f, error);
-    return 0;
-}
-
-/* Makes a claimed future a member. The scope may have been cancelled while a task began to run. */
-static int orchi_scope_join(orch_future *f, orch_future *member) {
-    if (orchi_settled(member)) return orchi_scope_join_settled(f, member);
-    if (!orchi_scope_reserve(orchi_loop, f->as.scope.own, f->as.scope.count)) {
-        orchi_scope_fail(f, ORCH_ENOMEM);
-        orch_drop(member);
-        return ORCH_ENOMEM;
-    }
-    orchi_attach(member, f, f->as.scope.count);
-    f->as.scope.own->members[f->as.scope.count++] = member;
-    if (f->as.scope.reason == 0) return 0;
-    member->flags |= ORCHI_CANCEL;
-    orchi_cancel(member, f->as.scope.reason);
-    return 0;
 }
 
 static int orchi_scope_start(const orch_scope *scope, const orch_task_desc *desc,
@@ -5915,8 +6017,9 @@ static int orchi_scope_start(const orch_scope *scope, const orch_task_desc *desc
         return error;
     }
     orch_future *task = orchi_begin(desc, f, false, function);
-    if (task->flags & ORCHI_IMMORTAL) return orchi_scope_fail(f, task->as.result.error);
-    return orchi_scope_join(f, orchi_claim(task, function));
+    if (orchi_is_static(task)) return orchi_scope_fail(f, task->as.result.error);
+    orchi_scope_sweep(f); // it may have ended
+    return 0;
 }
 
 int orch_scope_go(orch_scope *scope, orch_task_fn fn, void *arg) {
@@ -5937,7 +6040,14 @@ int orch_scope_add(orch_scope *scope, orch_future *added) {
     }
     orch_future *member = orchi_claim(added, "orch_scope_add");
     if (member->flags & ORCHI_IMMORTAL) return orchi_scope_fail(f, member->as.result.error);
-    return orchi_scope_join(f, member);
+    if (orchi_settled(member)) {
+        orchi_scope_take(f, member);
+    } else if (!orchi_scope_admit(orchi_loop, f, member)) {
+        orchi_scope_fail(f, ORCH_ENOMEM);
+        orch_drop(member);
+        return ORCH_ENOMEM;
+    }
+    return 0;
 }
 
 void orch_scope_cancel(orch_scope *scope, int reason) {
@@ -5994,6 +6104,7 @@ size_t orch_scope_failures(const orch_scope *scope) {
 const orch_result *orch_scope_error(const orch_scope *scope, size_t i) {
     if (orchi_scope_broken(scope) != 0) return &orchi_no_element;
     orch_future *f = orchi_scope_of(scope, "orch_scope_error");
+    if (f != NULL) orchi_scope_sweep(f);
     const orch_future *last = f != NULL ? f->as.scope.own->errors : NULL;
     if (last == NULL) return &orchi_no_element;
     const orch_future *at = last->waiter.one.target;
@@ -6465,7 +6576,7 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
     {"iteration", orchi_hub_run, NULL,                //
      NULL, orchi_hub_ended, orchi_hub_retarget, NULL, //
      NULL, NULL},
-    {"scope", orchi_scope_run, NULL,                      //
+    {"scope", orchi_scope_run, orchi_scope_cancel,        //
      NULL, orchi_scope_ended, orchi_scope_retarget, NULL, //
      orchi_scope_source, orchi_scope_label},
     {"deadline", orchi_done_run, NULL,      //
