@@ -24,6 +24,9 @@
 //         >>scope       a nursery and a deadline in one ....... orch_scope_open, orch_scope_go
 //         >>run         the life of a loop, the main task ..... orch_loop_new, orch_run
 //       9 >>io          descriptors ........................... orch_ready
+//      11 >>coordination semaphore, event, channel, topic ... orch_acquire, orch_send, orch_publish
+//      12 >>policy      retry, map, hedge ..................... orch_retry, orch_map, orch_hedge
+//         >>guard       limiter, breaker, single flight ....... orch_limit, orch_breaker_run
 //
 //     >>end             macros undefined, licence
 
@@ -94,10 +97,10 @@
 // orch_await, a promise with orch_promise_on_cancel, a timer, a descriptor. Sources that somebody
 // else holds too are left alone. In a cancelled task everything that would have to wait returns
 // ORCH_ECANCELED until the task ends; between orch_shield_begin and orch_shield_end it may wait,
-// for its clean-up. orch_cancel_reason says why. An await that is under way ends when what it waits for has ended, and returns
-// what that came to: no value is lost. A combinator that is decided cancels its losers and is
-// delivered when they have ended, which takes no time unless a loser shields or its producer said
-// that it will still settle.
+// for its clean-up. orch_cancel_reason says why. An await that is under way ends when what it waits
+// for has ended, and returns what that came to: no value is lost. A combinator that is decided
+// cancels its losers and is delivered when they have ended, which takes no time unless a loser
+// shields or its producer said that it will still settle.
 //
 // 6. Scopes
 //
@@ -109,7 +112,8 @@
 //         orch_scope_desc desc = {"page", 2000, false};   // name, deadline in ms, keep_going
 //         orch_scope_open(&s, &desc);
 //         orch_scope_go(&s, fetch_comments, arg);         // if one fails, the other is cancelled,
-//         orch_scope_go(&s, fetch_likes, arg);            // and so is a wait between open and close
+//         orch_scope_go(&s, fetch_likes, arg);            // and so is a wait between open and
+// close
 //         return orch_scope_close(&s);                    // waits for both: the first error, or
 //     }                                                   // ORCH_ETIMEDOUT
 //
@@ -159,7 +163,7 @@
 //     orch_shield_end without a beginning             aborts   ignored
 //     a scope closed twice or by another task         aborts   ORCH_ESCOPE
 //     a scope closed while others are open in it      aborts   those are closed first
-//     a task that ends with a scope open              aborts   cancelled and closed; reported in both
+//     a task that ends with a scope open              aborts   reported, cancelled and closed
 //     a second next while one is pending              aborts   ORCH_EBUSY
 //     a promise boxed twice at a time                 aborts   the first unbox wins
 //     orch_ready with no or unknown events            aborts   ORCH_EINVAL
@@ -1028,6 +1032,757 @@ orch_result orch_run_with(const orch_loop_desc *desc, orch_task_fn main, void *a
  * Owns: consumes r. */
 int orch_exit(orch_result r);
 
+// ---- coordination
+//
+// What tasks share: a semaphore, an event, a channel, a topic. Waiters are served strictly in the
+// order in which they came, tasks and futures alike. The int form waits in a task; the form that
+// returns a future is for race, timeout, all and callbacks. Such a future takes nothing when it is
+// made: it is served from the loop, and only while somebody can see what it would get. So a race of
+// two receives takes one item, and what loses takes nothing. An object belongs to the loop that it
+// was made on, and is freed before it. None of these constructors returns NULL: what could not be
+// made says why (ORCH_ENOMEM; where debug builds abort: ORCH_ENOLOOP) in every operation. Where a
+// block says nothing else, NULL for an object aborts or gives ORCH_EINVAL, and another thread's
+// ORCH_ETHREAD. After a free, an operation that somebody is still in says ORCH_ECLOSED.
+
+typedef struct orch_semaphore orch_semaphore;       // so many at a time
+typedef struct orch_event orch_event;               // has happened, or not yet
+typedef struct orch_channel orch_channel;           // items from senders to receivers
+typedef struct orch_topic orch_topic;               // events for everybody who subscribed
+typedef struct orch_subscription orch_subscription; // one who did
+
+/* A semaphore with so many permits. None is a pause, until orch_semaphore_resize.
+ * Returns the semaphore.
+ * Context: loop thread.
+ * Owns: hands it over, for orch_semaphore_free. */
+ORCH_NODISCARD orch_semaphore *orch_semaphore_new(size_t permits);
+
+/* Takes a permit, or `count` at once, and waits for its turn: a small request does not overtake a
+ * large one.
+ * Returns 0; ORCH_ECANCELED, and nothing was taken; ORCH_ELIMIT for more permits than there are,
+ * unless there are none; ORCH_ECLOSED; ORCH_ENOMEM; ORCH_EINVAL for a count of 0; ORCH_ENOTASK.
+ * Context: task only; suspends unless a permit is free, and then too when it is the 128th call.
+ * Owns: the caller holds the permits until orch_release. */
+int orch_acquire(orch_semaphore *s);
+int orch_acquire_n(orch_semaphore *s, size_t count);
+
+/* Takes permits if that needs no waiting and overtakes nobody.
+ * Returns whether it did.
+ * Context: loop thread; does not suspend.
+ * Owns: as orch_acquire. */
+bool orch_try_acquire(orch_semaphore *s);
+bool orch_try_acquire_n(orch_semaphore *s, size_t count);
+
+/* Gives back what orch_acquire or orch_try_acquire took, from any task or callback.
+ * Returns 0; ORCH_EINVAL (debug builds abort) for more than was taken, or none.
+ * Context: loop thread; does not suspend. Also after orch_semaphore_free, by who still holds one.
+ * Owns: takes the permits back. */
+int orch_release(orch_semaphore *s);
+int orch_release_n(orch_semaphore *s, size_t count);
+
+/* A future of permits. Its result holds them until it is freed: orch_result_free gives them back,
+ * so that no outcome of all, race or timeout can lose one. There is no orch_release for it.
+ * Returns the future; rejected as orch_acquire fails.
+ * Context: loop thread. The result ends before the loop does.
+ * Owns: hands over the future. */
+ORCH_NODISCARD orch_future *orch_semaphore_acquire(orch_semaphore *s);
+ORCH_NODISCARD orch_future *orch_semaphore_acquire_n(orch_semaphore *s, size_t count);
+
+/* Changes how many permits there are. With fewer, what is taken stays taken, and nobody gets one
+ * until enough came back; who waits for more than there are now gets ORCH_ELIMIT, unless there are
+ * none.
+ * Returns 0; ORCH_ENOMEM and the like as the semaphore itself.
+ * Context: loop thread; does not suspend.
+ * Owns nothing. */
+int orch_semaphore_resize(orch_semaphore *s, size_t permits);
+
+/* How many permits there are in all, how many are free, and how many wait for some (which is
+ * counted now).
+ * Returns the number; 0 for a broken one.
+ * Context: loop thread.
+ * Owns nothing. */
+size_t orch_semaphore_permits(const orch_semaphore *s);
+size_t orch_semaphore_available(const orch_semaphore *s);
+size_t orch_semaphore_waiting(const orch_semaphore *s);
+
+/* Ends a semaphore. Who waits gets ORCH_ECLOSED; the memory goes when every permit has come back.
+ * Returns nothing.
+ * Context: loop thread; does not suspend.
+ * Owns: consumes s. NULL does nothing. */
+void orch_semaphore_free(orch_semaphore *s);
+
+/* An event that has not happened.
+ * Returns the event.
+ * Context: loop thread.
+ * Owns: hands it over, for orch_event_free. */
+ORCH_NODISCARD orch_event *orch_event_new(void);
+
+/* Says that it has happened: everybody who waits goes on, and nobody waits any more. Or that it has
+ * not (again): who waits from now on waits for the next time.
+ * Returns nothing.
+ * Context: loop thread; does not suspend.
+ * Owns nothing. */
+void orch_event_set(orch_event *e);
+void orch_event_clear(orch_event *e);
+
+/* Whether it has happened.
+ * Returns true or false.
+ * Context: loop thread.
+ * Owns nothing. */
+bool orch_event_is_set(const orch_event *e);
+
+/* A future that is fulfilled when the event has happened; at once if it has.
+ * Returns the future; ORCH_ECLOSED when the event is freed first.
+ * Context: loop thread.
+ * Owns: hands over the future. */
+ORCH_NODISCARD orch_future *orch_event_wait(orch_event *e);
+
+/* Ends an event. Who waits gets ORCH_ECLOSED.
+ * Returns nothing.
+ * Context: loop thread; does not suspend.
+ * Owns: consumes e. NULL does nothing. */
+void orch_event_free(orch_event *e);
+
+/* A channel in which so many items may wait. 0: none, so that a send ends when somebody has
+ * received. SIZE_MAX: as many as memory holds. Room is made as it is needed.
+ * Returns the channel.
+ * Context: loop thread.
+ * Owns: hands it over, for orch_channel_free. */
+ORCH_NODISCARD orch_channel *orch_channel_new(size_t capacity);
+
+/* Sends an item and waits while the channel is full. An item is any result: a value with its
+ * release, a list, an error. Not one that is lent, and no orch_chain.
+ * Returns 0; ORCH_ECANCELED; ORCH_ECLOSED; ORCH_ENOMEM; ORCH_ENOTASK. Not 0: the item was freed.
+ * Context: task only; suspends while the channel is full, and else at the 128th call.
+ * Owns: consumes item, on every path. */
+int orch_send(orch_channel *c, orch_result item);
+
+/* Receives the oldest item and waits while there is none.
+ * Returns the item, which is the caller's to free. ORCH_ECLOSED when the channel is closed and
+ * nothing is left; ORCH_ECANCELED, and no item was taken; ORCH_ENOMEM; ORCH_ENOTASK.
+ * Context: task only; suspends while there is no item, and else at the 128th call.
+ * Owns: hands over the item. */
+orch_result orch_recv(orch_channel *c);
+
+/* Sends, or receives, if that needs no waiting and overtakes nobody.
+ * Returns 0; -EAGAIN when the channel is full, or empty; ORCH_ECLOSED; ORCH_ENOMEM.
+ * Context: loop thread; does not suspend.
+ * Owns: returns 0: *item was moved (send clears it). Else it is as it was. */
+int orch_try_send(orch_channel *c, orch_result *item);
+int orch_try_recv(orch_channel *c, orch_result *item);
+
+/* A future of a send. Cancelled, or lost in a race, it has sent nothing and frees the item.
+ * Returns the future; rejected as orch_send fails.
+ * Context: loop thread.
+ * Owns: consumes item, on every path; hands over the future. */
+ORCH_NODISCARD orch_future *orch_channel_send(orch_channel *c, orch_result item);
+
+/* A future of the next item: it settles as the item is. Cancelled, or lost in a race, it has taken
+ * none: orch_race of several receives (index: whose) is a select. A callback that takes part in the
+ * decision (orch_then) belongs around the race: inside, it has received before the race is decided.
+ * Returns the future; rejected as orch_recv fails.
+ * Context: loop thread.
+ * Owns: hands over the future. */
+ORCH_NODISCARD orch_future *orch_channel_receive(orch_channel *c);
+
+/* No more sends: who waits to send gets ORCH_ECLOSED. What is in the channel can still be received,
+ * then ORCH_ECLOSED. Closing twice is harmless.
+ * Returns nothing.
+ * Context: loop thread; does not suspend.
+ * Owns nothing. */
+void orch_channel_close(orch_channel *c);
+
+/* How many items wait in the channel, without those of senders that wait.
+ * Returns the number; 0 for a broken one.
+ * Context: loop thread.
+ * Owns nothing. */
+size_t orch_channel_count(const orch_channel *c);
+
+/* Whether orch_channel_close was called.
+ * Returns true or false; true for a broken one.
+ * Context: loop thread.
+ * Owns nothing. */
+bool orch_channel_is_closed(const orch_channel *c);
+
+/* Closes a channel and frees it and what is in it. Who waits gets ORCH_ECLOSED.
+ * Returns nothing.
+ * Context: loop thread; calls the release of every item.
+ * Owns: consumes c. NULL does nothing. */
+void orch_channel_free(orch_channel *c);
+
+/* A topic: what is published reaches everybody who has subscribed, each in a queue of its own.
+ * Returns the topic.
+ * Context: loop thread.
+ * Owns: hands it over, for orch_topic_free. */
+ORCH_NODISCARD orch_topic *orch_topic_new(void);
+
+/* Publishes an event. It never waits, and nothing of a subscriber's runs in this call.
+ * Returns 0, also when nobody has subscribed or nobody had room; ORCH_ENOMEM: it reached nobody.
+ * Context: loop thread; does not suspend.
+ * Owns: consumes event; every subscriber gets a share, the last one frees it. */
+int orch_publish(orch_topic *t, orch_result event);
+
+// What happens to a subscription that has no room for an event. The others do not notice.
+typedef enum orch_overflow {
+    ORCH_OVERFLOW_DROP_OLDEST, // of those that wait
+    ORCH_OVERFLOW_DROP_NEWEST, // the event that came
+    ORCH_OVERFLOW_CLOSE        // it too, and every later one: what waits is the last
+} orch_overflow;
+
+typedef orch_result (*orch_subscriber_fn)(const orch_result *event, void *context);
+
+typedef struct orch_subscribe_desc {
+    const char *name;            // of on_event's task, for reports; borrowed until the end
+    size_t capacity;             // events that may wait; default: 64; SIZE_MAX: any number
+    orch_overflow overflow;      // default: the oldest event is dropped
+    orch_subscriber_fn on_event; // called with each event, in order, one at a time, in a task of
+                                 // its own, which may wait; NULL: orch_subscription_next is used
+    void (*on_error)(const orch_result *error,
+                     void *context); // what on_event failed with, and ORCH_ECLOSED after an
+                                     // overflow that closes; default: the loop's on_unhandled
+    void *context;                   // passed to both
+    void (*release)(void *context);  // called exactly once, when nothing uses context any more
+} orch_subscribe_desc;
+
+typedef struct orch_subscription_stats {
+    size_t waiting;     // events
+    uint64_t delivered; // handed to on_event, or to who asked for the next
+    uint64_t dropped;   // for want of room
+    uint64_t failed;    // that on_event failed with
+} orch_subscription_stats;
+
+/* Subscribes: every event that is published from now on is queued. desc NULL: all defaults.
+ * Returns the subscription; broken as the topic is, or with ORCH_ENOMEM, or (where debug builds
+ * abort) ORCH_EINVAL for an unknown overflow.
+ * Context: loop thread; on_event and on_error are called from the loop.
+ * Owns: consumes desc->context, on every path; hands over the subscription, for
+ * orch_unsubscribe. */
+ORCH_NODISCARD orch_subscription *orch_subscribe(orch_topic *t, const orch_subscribe_desc *desc);
+
+/* A future of the next event. Cancelled, or lost in a race, it has taken none.
+ * Returns the future: a share of the event. ORCH_ECLOSED when the topic was freed, or an overflow
+ * closed the subscription, and nothing is left. ORCH_EINVAL (debug builds abort) with an on_event.
+ * Context: loop thread.
+ * Owns: hands over the future. */
+ORCH_NODISCARD orch_future *orch_subscription_next(orch_subscription *s);
+
+/* Counters, of a subscription that was not ended.
+ * Returns them; zeros for NULL or a broken one.
+ * Context: loop thread.
+ * Owns nothing. */
+orch_subscription_stats orch_subscription_statistics(const orch_subscription *s);
+
+/* The settings in force, every default filled in.
+ * Returns the desc; NULL for NULL or a broken one.
+ * Context: loop thread.
+ * Owns nothing; lives as long as the subscription. */
+const orch_subscribe_desc *orch_subscription_settings(const orch_subscription *s);
+
+/* Ends a subscription, before or after its topic. What waits is dropped, a next gets ORCH_ECLOSED,
+ * and an on_event that is under way is cancelled; in a task, it has ended when this returns. Called
+ * by on_event itself, that is the last call.
+ * Returns nothing.
+ * Context: loop thread; in a task it may suspend.
+ * Owns: consumes s. NULL does nothing. */
+void orch_unsubscribe(orch_subscription *s);
+
+/* Ends a topic. Its subscriptions deliver what waits, and then end as closed ones; each is still to
+ * be given to orch_unsubscribe.
+ * Returns nothing.
+ * Context: loop thread; does not suspend.
+ * Owns: consumes t. NULL does nothing. */
+void orch_topic_free(orch_topic *t);
+
+// ---- policy: retry, map, hedge
+//
+// How often, how many at once, and for how long. They take task functions and not futures, as work
+// that runs already cannot be started again. What they return is a future like any other:
+// cancelling it ends all of it, attempts and waits alike, and once it has settled nothing of it
+// runs any more. Numbers of a desc may come from a configuration. Those that make no sense (a
+// factor that is NaN, a negative time that was converted and is now 584 million years) are no
+// misuse: the future is rejected with ORCH_EINVAL and a message that names the field. No function,
+// no desc or a bad stack size is a misuse.
+
+typedef enum orch_jitter {
+    ORCH_JITTER_NONE,
+    ORCH_JITTER_FULL,        // from 0 to the back-off
+    ORCH_JITTER_DECORRELATED // from delay_ms to three times the one before; factor does not count
+} orch_jitter;
+
+// What on_attempt sees of an attempt that has failed.
+typedef struct orch_attempt {
+    unsigned number;           // 1: the first
+    unsigned left;             // attempts that may follow; 0: this was the last
+    const orch_result *result; // how it ended; lent for the call
+    uint64_t elapsed_ms;       // since the first one began, hooks and waits included
+    uint64_t delay_ms;         // until the next one begins; 0 when none follows
+} orch_attempt;
+
+typedef bool (*orch_retry_if_fn)(const orch_result *r, void *context);
+typedef int (*orch_on_attempt_fn)(const orch_attempt *attempt, void *context);
+typedef bool (*orch_retry_after_fn)(const orch_result *r, uint64_t *ms, void *context);
+
+typedef struct orch_retry_desc {
+    const char *name; // of its task, for reports; borrowed until it has ended
+    orch_task_fn fn;  // required: one attempt
+    void *arg;        // passed to fn
+    size_t arg_size;  // bytes; not 0: that many bytes of arg are copied once, for all attempts
+    void (*release)(void *arg);    // called exactly once with what fn got (arg, if it never ran)
+    size_t stack_size;             // bytes of its task's stack; default: the loop's
+    unsigned attempts;             // at most, the first included, to INT_MAX; default: 10
+    uint64_t delay_ms;             // the first back-off; default: 1000
+    bool no_delay;                 // no back-off: delay_ms, factor and jitter do not count
+    double factor;                 // from one back-off to the next, 1 to 1000; default: 2
+    uint64_t max_delay_ms;         // no back-off is longer; default: no cap
+    orch_jitter jitter;            // default: ORCH_JITTER_NONE
+    uint64_t timeout_ms;           // for each attempt; default: none
+    uint64_t budget_ms;            // for all of it: attempts, hooks and waits; default: none
+    orch_retry_if_fn retry_if;     // false: this error will not pass; default: only ORCH_ECANCELED
+    orch_on_attempt_fn on_attempt; // told of each failed attempt, also the last; not 0: the retry
+                                   // stops with this error
+    orch_retry_after_fn retry_after; // true: *ms is how long to wait, as the server asks for it
+    void *context;                   // passed to the three; borrowed until it has ended
+} orch_retry_desc;
+
+/* Calls a task function until it succeeds. The back-offs are delay_ms, delay_ms * factor,
+ * delay_ms * factor * factor and so on, none above max_delay_ms, rounded up, then jittered; what
+ * retry_after says takes the place of one, cap and jitter included. After a failed attempt come
+ * retry_if and retry_after (if an attempt and time are left), on_attempt, and the wait. These hooks
+ * run in the retry's task and may wait; a cancelled retry calls none. No attempt begins while the
+ * one before it still runs, nor without time left in the budget: when a wait would take the rest,
+ * it ends at once. An attempt that the end of the budget comes upon is cancelled.
+ * Returns the future. Fulfilled: as the attempt that succeeded. Rejected: as the last attempt
+ * (ORCH_ETIMEDOUT when timeout_ms or budget_ms cut it); with what on_attempt returned;
+ * ORCH_ECANCELED, ORCH_ENOMEM; ORCH_EINVAL with a message for a number that makes no sense.
+ * Context: loop thread; the first attempt runs until it first waits.
+ * Owns: consumes arg when there is a release, on every path; borrows it otherwise.
+ * Units: milliseconds. Source of the jitters: M. Brooker, Exponential Backoff And Jitter, AWS
+ * Architecture Blog, 2015. */
+ORCH_NODISCARD orch_future *orch_retry(const orch_retry_desc *desc);
+
+/* Which attempt this is, of the innermost retry or hedge around the current task: for one that
+ * asks another server than the attempt before.
+ * Returns its number, from 1; 0 outside of one.
+ * Context: loop thread.
+ * Owns nothing. */
+unsigned orch_attempt_number(void);
+
+typedef orch_result (*orch_map_fn)(size_t index, void *context); // a task
+
+typedef struct orch_map_desc {
+    const char *name;               // of its tasks, for reports; borrowed until it has ended
+    size_t count;                   // items
+    orch_map_fn fn;                 // required: one item, in a task of its own
+    void *context;                  // passed to fn
+    void (*release)(void *context); // called exactly once, when the last item has ended
+    size_t concurrency;             // at most so many at once; default: all
+    orch_semaphore *limit;        // each item holds one of its permits; default: none. Several maps
+                                  // may share it, and orch_semaphore_resize changes it while they
+                                  // run; borrowed until it has ended
+    bool keep_going;              // an error stops nothing: the list shows every outcome
+    uint64_t timeout_ms;          // for each item, all its attempts together; default: none
+    const orch_retry_desc *retry; // for each item: numbers and hooks, fn is to be NULL; read during
+                                  // the call; default: one attempt
+    size_t stack_size;            // bytes of an item's stack; default: the loop's
+} orch_map_desc;
+
+/* Runs fn for the indices 0 to count - 1, each in a task of its own, started in order, at most
+ * `concurrency` at once. A place is free when the task has ended, and what it returned by
+ * orch_chain too; an item keeps it through its retries. More permits for the limit start more items
+ * at once; with fewer, those that run end. Items see the caller's task-local values and deadline,
+ * and not what other items set.
+ * Returns the future, as orch_all_n: the list of values in the order of the items, for orch_at; or
+ * the first error (index: whose), after which no item starts and those that run are cancelled. With
+ * keep_going as orch_all_settled_n. ORCH_ENOMEM; ORCH_EINVAL with a message for a number that makes
+ * no sense; ORCH_ECLOSED for items whose limit was freed.
+ * Context: loop thread; items run until they first wait, and at every 128th others get their turn.
+ * Owns: consumes context when there is a release, on every path; borrows it otherwise. A result
+ * must not show what that releases.
+ * Units: milliseconds. */
+ORCH_NODISCARD orch_future *orch_map(const orch_map_desc *desc);
+
+typedef struct orch_hedge_desc {
+    const char *name; // of its tasks, for reports; borrowed until it has ended
+    orch_task_fn fn;  // required: one attempt; several run at a time
+    void *arg;        // passed to fn
+    size_t arg_size;  // bytes; not 0: that many bytes of arg are copied once, for all attempts
+    void (*release)(void *arg); // called exactly once with what fn got (arg, if it never ran)
+    size_t stack_size;          // bytes of an attempt's stack; default: the loop's
+    unsigned attempts;          // at most, the first included, to 100; default: 2
+    uint64_t delay_ms;          // from an attempt's start to the next one's; default: 100
+    bool no_delay;              // all start at once
+    orch_retry_if_fn retry_if;  // false: this error will not pass, and no other attempt starts;
+                                // default: all errors may
+    void *context;              // passed to it; borrowed until it has ended
+} orch_hedge_desc;
+
+/* Starts an attempt; another one when it has not succeeded after delay_ms, or at once when it
+ * fails; and so on. The first success counts, and the other attempts are cancelled.
+ * Returns the future, as orch_any_n: the first success (index: of which attempt, from 0); or
+ * ORCH_EALLFAILED and the list of errors when every attempt failed, in which one that never
+ * started shows ORCH_ECANCELED. ORCH_ENOMEM; ORCH_EINVAL with a message for a number that makes no
+ * sense.
+ * Context: loop thread; the first attempt runs until it first waits.
+ * Owns: consumes arg when there is a release, on every path; borrows it otherwise.
+ * Units: milliseconds. Source: J. Dean, L. A. Barroso, The Tail at Scale, CACM 56(2), 2013. */
+ORCH_NODISCARD orch_future *orch_hedge(const orch_hedge_desc *desc);
+
+// ---- guards: limiter, circuit breaker, single flight, adaptive concurrency
+//
+// They stand between callers and a service. A guard belongs to the loop of the thread that made it
+// and is freed before it. A constructor never returns NULL: with no memory (and for a bad desc or
+// outside a loop, where debug builds abort) it returns an object whose every operation says
+// ORCH_ENOMEM (ORCH_EINVAL, ORCH_ENOLOOP); freeing it does nothing. NULL for a guard is
+// ORCH_EINVAL, another thread's ORCH_ETHREAD; debug builds abort. The functions that take an
+// orch_task_desc consume its arg on every path, also when the task never runs.
+
+typedef struct orch_limiter orch_limiter;
+typedef struct orch_breaker orch_breaker;
+typedef struct orch_flight orch_flight;
+typedef struct orch_adaptive orch_adaptive;
+
+// What an outcome says about the service.
+typedef enum orch_outcome {
+    ORCH_OUTCOME_GOOD,
+    ORCH_OUTCOME_BAD,    // it failed; for an adaptive limit: it is overloaded
+    ORCH_OUTCOME_IGNORED // nothing
+} orch_outcome;
+
+typedef orch_outcome (*orch_judge_fn)(const orch_result *r, void *context); // must not suspend
+
+// ---- limiter
+
+typedef struct orch_limiter_desc {
+    const char *name;     // for reports; borrowed until it is freed; default: ""
+    uint32_t limit;       // starts in each interval; required
+    uint64_t interval_ms; // required; at most 73 years
+    uint32_t burst;   // token bucket: tokens at most, and at first; default: limit; at most what
+                      // comes in 73 years
+    bool strict;      // any limit + 1 starts in a row span the interval; limit at most 16777216
+    uint32_t waiting; // how many may wait, one more gets ORCH_ELIMIT; default: any number
+} orch_limiter_desc;
+
+/* A limit on starts: by default a token bucket (limit tokens come in each interval, evenly; burst
+ * of them are kept), with strict a sliding window (8 bytes for each of limit). Whole tokens only
+ * are given out, and no fraction of one is ever lost. A start is the moment in which the turn is
+ * given.
+ * Returns the limiter, never NULL: see above. ORCH_EINVAL for desc NULL, no limit or interval, a
+ * burst with strict, a value out of range.
+ * Context: loop thread; does not suspend.
+ * Owns: hands over the limiter, for orch_limiter_free. Units: milliseconds. Source: GCRA (ITU-T
+ * I.371); a log of starts. */
+ORCH_NODISCARD orch_limiter *orch_limiter_new(const orch_limiter_desc *desc);
+
+/* Frees a limiter. Who still waits gets ORCH_ECLOSED.
+ * Returns nothing.
+ * Context: loop thread; does not suspend.
+ * Owns: consumes l. NULL does nothing. */
+void orch_limiter_free(orch_limiter *l);
+
+/* Waits for its turn to start something that counts `weight` times. Turns are given in order: a
+ * heavy start is not overtaken by light ones.
+ * Returns 0; ORCH_ELIMIT at once when weight is above limit (token bucket: burst), or when too many
+ * wait; ORCH_ECANCELED, which took nothing; ORCH_ECLOSED when the limiter is freed meanwhile;
+ * ORCH_EINVAL for a weight of 0; ORCH_ENOMEM; ORCH_ENOTASK.
+ * Context: task only; suspends unless it is its turn, and then too in every 128th call.
+ * Owns nothing. */
+int orch_limit(orch_limiter *l, uint32_t weight);
+
+/* orch_limit as a future, for races and callbacks. It takes nothing at the time of the call, and
+ * nothing at all when nobody wants it any more: a lost race costs no start.
+ * Returns the future; fulfilled with nothing when it is its turn; rejected as orch_limit says.
+ * Context: loop thread; does not suspend.
+ * Owns: hands over the future; borrows l until it is freed. */
+ORCH_NODISCARD orch_future *orch_limiter_acquire(orch_limiter *l, uint32_t weight);
+
+/* Starts now or not at all. It does not overtake those who wait.
+ * Returns whether it may start; false also when it never could (a weight of 0 or above the limit).
+ * Context: loop thread; does not suspend.
+ * Owns nothing. */
+bool orch_limiter_try(orch_limiter *l, uint32_t weight);
+
+/* How long until a start of that weight would be allowed if nobody else came: for a Retry-After.
+ * Returns milliseconds, rounded up; 0: now, if nobody waits; UINT64_MAX: never.
+ * Context: loop thread; does not suspend.
+ * Owns nothing. Units: milliseconds. */
+uint64_t orch_limiter_delay(orch_limiter *l, uint32_t weight);
+
+/* No start for ms from now on, whatever the limit allows: for a server that says Retry-After. A
+ * longer pause stands.
+ * Returns 0, or the limiter's error.
+ * Context: loop thread; does not suspend.
+ * Owns nothing. Units: milliseconds. */
+int orch_limiter_pause(orch_limiter *l, uint64_t ms);
+
+/* Changes limit, interval_ms, burst and waiting. Tokens that are there stay (whole ones, at most
+ * the new burst), and starts of the past count against the new limit. Who waits with more weight
+ * than is allowed now gets ORCH_ELIMIT.
+ * Returns 0; ORCH_EINVAL for a bad desc or another `strict`; ORCH_ENOMEM, and nothing has changed.
+ * Context: loop thread; does not suspend.
+ * Owns nothing; the name stays. */
+int orch_limiter_change(orch_limiter *l, const orch_limiter_desc *desc);
+
+/* How many wait for their turn.
+ * Returns the number; 0 for an object that is not usable.
+ * Context: loop thread.
+ * Owns nothing. */
+size_t orch_limiter_waiting(const orch_limiter *l);
+
+/* The settings in force, every default filled in.
+ * Returns the desc; NULL for an object that is not usable.
+ * Context: loop thread.
+ * Owns nothing; lives as long as the limiter. */
+const orch_limiter_desc *orch_limiter_settings(const orch_limiter *l);
+
+// ---- circuit breaker
+
+typedef enum orch_breaker_state {
+    ORCH_BREAKER_CLOSED,    // calls pass
+    ORCH_BREAKER_HALF_OPEN, // a few pass, to see how it is
+    ORCH_BREAKER_OPEN       // none passes
+} orch_breaker_state;
+
+typedef struct orch_breaker_desc {
+    const char *name;    // for messages; borrowed until it is freed; default: ""
+    uint32_t failures;   // opens at so many bad calls in a row; default: 5, with a rate: none
+    double failure_rate; // opens at this share of bad calls, above 0 and at most 1; default: none
+    uint32_t window;     // the share of how many last calls; at most 65536; default: 100
+    uint32_t minimum;    // no rate before so many calls, at most window; default: 10, or window
+    uint64_t open_ms;    // open for so long; at most 73 years; default: 30000
+    uint32_t probes;     // half-open: so many pass, and all good ones close it; default: 1
+    uint64_t probe_ms;   // half-open: opens again when probes take longer; default: open_ms
+    uint64_t slow_ms;    // a call that took so long is bad, whatever it came to; default: none
+    orch_judge_fn judge; // default: an error is bad
+    void (*on_change)(orch_breaker_state from, orch_breaker_state to, void *context); // after it
+    void *context; // for both, which must not suspend
+} orch_breaker_desc;
+
+typedef struct orch_breaker_stats {
+    uint64_t passed;         // calls let through
+    uint64_t refused;        // calls not let through
+    uint64_t bad;            // outcomes that counted as bad
+    uint64_t opened;         // times it opened
+    uint32_t in_row;         // closed: bad calls in a row; half-open: good ones
+    uint32_t seen, seen_bad; // calls in the window
+} orch_breaker_stats;
+
+/* A circuit breaker. A call that ends with an error after it was cancelled counts as nothing,
+ * unless it had been under way for slow_ms. Outcomes of calls that began in an earlier state count
+ * as nothing. There are no timers: time is looked at when somebody calls.
+ * Returns the breaker, never NULL: see above. desc NULL: all defaults. ORCH_EINVAL for a value out
+ * of range (NaN is).
+ * Context: loop thread; does not suspend.
+ * Owns: hands over the breaker, for orch_breaker_free. Units: milliseconds. Source: Nygard, Release
+ * It!, 2007. */
+ORCH_NODISCARD orch_breaker *orch_breaker_new(const orch_breaker_desc *desc);
+
+/* Frees a breaker. Calls under way go on; nothing of the desc is called any more, and the memory
+ * goes when the last call has ended.
+ * Returns nothing.
+ * Context: loop thread; does not suspend.
+ * Owns: consumes b. NULL does nothing. */
+void orch_breaker_free(orch_breaker *b);
+
+/* Runs fn as a task, if the breaker lets it pass.
+ * Returns the task's future; rejected at once with ORCH_EOPEN and a message that says for how long,
+ * in which case fn does not run; otherwise as orch_go.
+ * Context: as orch_go.
+ * Owns: borrows arg until the task has ended, b until it is freed. */
+ORCH_NODISCARD orch_future *orch_breaker_run(orch_breaker *b, orch_task_fn fn, void *arg);
+
+/* orch_breaker_run with a name, a copied argument, a release or a stack size.
+ * Returns as orch_breaker_run; ORCH_EINVAL as orch_go_with.
+ * Context: as orch_go_with.
+ * Owns: consumes desc->arg when there is a release, on every path. */
+ORCH_NODISCARD orch_future *orch_breaker_run_with(orch_breaker *b, const orch_task_desc *desc);
+
+/* Asks for a pass, for a call that is no task.
+ * Returns a result that owns a pass, for orch_breaker_record; freeing it instead says that the call
+ * did not take place. ORCH_EOPEN with a message; ORCH_ENOMEM; the breaker's error.
+ * Context: loop thread; does not suspend.
+ * Owns: hands over the pass. */
+ORCH_NODISCARD orch_result orch_breaker_allow(orch_breaker *b);
+
+/* Says what the call came to. NULL, or ORCH_ECANCELED: nothing, as freeing the pass does.
+ * Returns nothing. A rejected, freed or recorded pass does nothing.
+ * Context: loop thread; does not suspend.
+ * Owns: consumes *pass and clears it; borrows outcome. */
+void orch_breaker_record(orch_result *pass, const orch_result *outcome);
+
+/* Opens it for ms (0: open_ms; UINT64_MAX: until a reset).
+ * Returns 0, or the breaker's error.
+ * Context: loop thread; does not suspend.
+ * Owns nothing. Units: milliseconds. */
+int orch_breaker_trip(orch_breaker *b, uint64_t ms);
+
+/* Closes it and forgets what was counted.
+ * Returns 0, or the breaker's error.
+ * Context: loop thread; does not suspend.
+ * Owns nothing. */
+int orch_breaker_reset(orch_breaker *b);
+
+/* The state that the next call will find. on_change hears of an open one that has become half-open
+ * with that call.
+ * Returns the state; open for an object that is not usable.
+ * Context: loop thread.
+ * Owns nothing. */
+orch_breaker_state orch_breaker_state_of(const orch_breaker *b);
+
+/* Counters since it was made; the last three since the last change of state.
+ * Returns them; zeros for an object that is not usable.
+ * Context: loop thread.
+ * Owns nothing. */
+orch_breaker_stats orch_breaker_statistics(const orch_breaker *b);
+
+/* The settings in force, every default filled in.
+ * Returns the desc; NULL for an object that is not usable.
+ * Context: loop thread.
+ * Owns nothing; lives as long as the breaker. */
+const orch_breaker_desc *orch_breaker_settings(const orch_breaker *b);
+
+// ---- single flight
+
+/* Lets concurrent calls for one key share one run.
+ * Returns the flight, never NULL: see above.
+ * Context: loop thread; does not suspend.
+ * Owns: hands over the flight, for orch_flight_free. */
+ORCH_NODISCARD orch_flight *orch_flight_new(void);
+
+/* Frees a flight. Its runs are asked to end, and their callers get ORCH_ECLOSED when they have (or
+ * what the run came to all the same). What was forgotten goes on.
+ * Returns nothing.
+ * Context: loop thread; does not suspend.
+ * Owns: consumes f. NULL does nothing. */
+void orch_flight_free(orch_flight *f);
+
+/* Joins the run for a key; the first caller starts it, as a task. A call after it has ended starts
+ * the next. The last caller to give up cancels it; one that calls while that still winds down waits
+ * for its end and then starts the next: at no time are there two runs for a key. No caller's
+ * deadline ends a run that others wait for. The first caller
+ * can give up before the others, but if it lent an arg (not NULL, without arg_size or release) it
+ * stays until the run has ended.
+ * Returns the future of the caller's share (orch_take gives NULL when there were several); rejected
+ * as the run; ORCH_EINVAL for no key, no fn, or a key that does not fit into half the task's stack;
+ * ORCH_ECYCLE inside the run itself; ORCH_ENOMEM.
+ * Context: as orch_go.
+ * Owns: borrows key during the call, and the first caller's arg until the run has ended. */
+ORCH_NODISCARD orch_future *orch_flight_run(orch_flight *f, const void *key, size_t key_size,
+                                            orch_task_fn fn, void *arg);
+
+/* orch_flight_run with a name, a copied argument, a release or a stack size. Of a caller that
+ * joins, the arg is released at once.
+ * Returns as orch_flight_run; the key and a copied argument together fit into half the stack.
+ * Context: as orch_go_with.
+ * Owns: consumes desc->arg when there is a release, on every path; borrows key during the call. */
+ORCH_NODISCARD orch_future *orch_flight_run_with(orch_flight *f, const void *key, size_t key_size,
+                                                 const orch_task_desc *desc);
+
+/* The next call for the key starts a run of its own at once, whatever is under way; that goes on
+ * for its callers.
+ * Returns whether there was a run.
+ * Context: loop thread; does not suspend.
+ * Owns: borrows key during the call. */
+bool orch_flight_forget(orch_flight *f, const void *key, size_t key_size);
+
+/* How many callers share the run for a key.
+ * Returns the number; 0: there is no run that a call would join.
+ * Context: loop thread.
+ * Owns: borrows key during the call. */
+size_t orch_flight_callers(const orch_flight *f, const void *key, size_t key_size);
+
+/* How many runs are under way, the forgotten ones included.
+ * Returns the number; 0 for an object that is not usable.
+ * Context: loop thread.
+ * Owns nothing. */
+size_t orch_flight_count(const orch_flight *f);
+
+// ---- adaptive concurrency
+
+typedef struct orch_adaptive_desc {
+    const char *name;    // for reports; borrowed until it is freed; default: ""
+    uint32_t min;        // calls at once at least; default: 1
+    uint32_t max;        // calls at once at most; default: 200, or min when that is more
+    uint32_t initial;    // at first; default: 20, or the nearest of min and max
+    uint64_t latency_ms; // a call that takes longer says overload; default: none
+    double tolerance;    // so do 20 calls that in the mean take this times the usual, and 1 ms,
+                         // longer; above 1; default: 2, with latency_ms: none
+    double backoff;      // overload multiplies the limit by it; above 0, below 1; default: 0.9
+    uint32_t waiting;    // how many may wait, one more gets ORCH_ELIMIT; default: any number
+    bool no_wait;        // ORCH_ELIMIT at once instead of waiting
+    orch_judge_fn judge; // default: ORCH_ETIMEDOUT is bad, other errors are ignored
+    void *context;       // for judge
+} orch_adaptive_desc;
+
+/* A limit on calls at once that finds its own height. It grows by one for each good call until the
+ * first overload, then by one for as many good calls as it has, and only while half of it is used;
+ * it shrinks by `backoff`, once for all calls under way. The usual latency is the least mean of 20
+ * good calls; it is learnt first, and anew when a limit of `min` does not help.
+ * A cancelled call says nothing, or overload if it had taken too long by then.
+ * Returns the limit, never NULL: see above. desc NULL: all defaults. ORCH_EINVAL for a value out of
+ * range (NaN is).
+ * Context: loop thread; does not suspend.
+ * Owns: hands over the limit, for orch_adaptive_free. Units: milliseconds. Source: AIMD (Chiu, Jain
+ * 1989), with slow start and one decrease a round trip (RFC 5681). */
+ORCH_NODISCARD orch_adaptive *orch_adaptive_new(const orch_adaptive_desc *desc);
+
+/* Frees a limit. Who waits gets ORCH_ECLOSED, calls under way go on; nothing of the desc is called
+ * any more, and the memory goes when the last call has ended.
+ * Returns nothing.
+ * Context: loop thread; does not suspend.
+ * Owns: consumes a. NULL does nothing. */
+void orch_adaptive_free(orch_adaptive *a);
+
+/* Runs fn as a task, now or when its turn comes, in order. Waiting does not count as latency.
+ * Returns the task's future; ORCH_ELIMIT at once when it may not wait; ORCH_ECLOSED when the limit
+ * is freed while it waits; otherwise as orch_go.
+ * Context: as orch_go; fn runs in the task that waited.
+ * Owns: borrows arg until the task has ended, a until it is freed. */
+ORCH_NODISCARD orch_future *orch_adaptive_run(orch_adaptive *a, orch_task_fn fn, void *arg);
+
+/* orch_adaptive_run with a name, a copied argument, a release or a stack size.
+ * Returns as orch_adaptive_run; ORCH_EINVAL as orch_go_with.
+ * Context: as orch_go_with.
+ * Owns: consumes desc->arg when there is a release, on every path. */
+ORCH_NODISCARD orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_task_desc *desc);
+
+/* Asks for a pass, for a call that is no task. A pass that nobody takes (a lost race) goes back.
+ * Returns the future of a result that owns a pass, for orch_adaptive_record; freeing it instead
+ * says nothing about the service. ORCH_ELIMIT at once when it may not wait; ORCH_ECLOSED;
+ * ORCH_ENOMEM.
+ * Context: loop thread; does not suspend.
+ * Owns: hands over the future; its result owns the pass. */
+ORCH_NODISCARD orch_future *orch_adaptive_acquire(orch_adaptive *a);
+
+/* A pass now or not at all. It does not overtake those who wait.
+ * Returns a result that owns a pass; ORCH_ELIMIT; ORCH_ENOMEM; the limit's error.
+ * Context: loop thread; does not suspend.
+ * Owns: hands over the pass. */
+ORCH_NODISCARD orch_result orch_adaptive_try(orch_adaptive *a);
+
+/* Says what the call came to. NULL, or ORCH_ECANCELED: nothing, as freeing the pass does.
+ * Returns nothing. A rejected, freed or recorded pass does nothing.
+ * Context: loop thread; does not suspend.
+ * Owns: consumes *pass and clears it; borrows outcome. */
+void orch_adaptive_record(orch_result *pass, const orch_result *outcome);
+
+/* How many calls may be under way at once now.
+ * Returns the limit; 0 for an object that is not usable.
+ * Context: loop thread.
+ * Owns nothing. */
+size_t orch_adaptive_limit(const orch_adaptive *a);
+
+/* How many calls are under way, and how many wait for their turn.
+ * Returns the number; 0 for an object that is not usable.
+ * Context: loop thread.
+ * Owns nothing. */
+size_t orch_adaptive_running(const orch_adaptive *a);
+size_t orch_adaptive_waiting(const orch_adaptive *a);
+
+/* The settings in force, every default filled in.
+ * Returns the desc; NULL for an object that is not usable.
+ * Context: loop thread.
+ * Owns nothing; lives as long as the limit. */
+const orch_adaptive_desc *orch_adaptive_settings(const orch_adaptive *a);
+
 #ifdef __cplusplus
 } // extern "C"
 
@@ -1072,6 +1827,34 @@ static inline int orch_scope_go_with(orch_scope *scope, const orch_task_desc &de
 static inline orch_loop *orch_loop_new(const orch_loop_desc &desc) { return orch_loop_new(&desc); }
 static inline orch_result orch_run_with(const orch_loop_desc &desc, orch_task_fn main, void *arg) {
     return orch_run_with(&desc, main, arg);
+}
+static inline orch_subscription *orch_subscribe(orch_topic *t, const orch_subscribe_desc &desc) {
+    return orch_subscribe(t, &desc);
+}
+static inline orch_future *orch_retry(const orch_retry_desc &desc) { return orch_retry(&desc); }
+static inline orch_future *orch_map(const orch_map_desc &desc) { return orch_map(&desc); }
+static inline orch_future *orch_hedge(const orch_hedge_desc &desc) { return orch_hedge(&desc); }
+static inline orch_limiter *orch_limiter_new(const orch_limiter_desc &desc) {
+    return orch_limiter_new(&desc);
+}
+static inline int orch_limiter_change(orch_limiter *l, const orch_limiter_desc &desc) {
+    return orch_limiter_change(l, &desc);
+}
+static inline orch_breaker *orch_breaker_new(const orch_breaker_desc &desc) {
+    return orch_breaker_new(&desc);
+}
+static inline orch_future *orch_breaker_run_with(orch_breaker *b, const orch_task_desc &desc) {
+    return orch_breaker_run_with(b, &desc);
+}
+static inline orch_future *orch_flight_run_with(orch_flight *f, const void *key, size_t key_size,
+                                                const orch_task_desc &desc) {
+    return orch_flight_run_with(f, key, key_size, &desc);
+}
+static inline orch_adaptive *orch_adaptive_new(const orch_adaptive_desc &desc) {
+    return orch_adaptive_new(&desc);
+}
+static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_task_desc &desc) {
+    return orch_adaptive_run_with(a, &desc);
 }
 #endif
 
@@ -3736,8 +4519,8 @@ bool orch_follow(orch_promise p, orch_future *f) {
     return true;
 }
 
-/* Whether what f comes to gets anywhere: a task or callback sees whatever comes, a combinator that is
- * decided, or a scope that was cancelled, nothing. */
+/* Whether what f comes to gets anywhere: a task or callback sees whatever comes, a combinator that
+ * is decided, or a scope that was cancelled, nothing. */
 static bool orchi_is_seen(const orch_future *f) {
     while ((f->flags & ORCHI_WAITED) && f->kind != ORCHI_TASK) {
         f = f->waiter.one.target;
@@ -6586,6 +7369,3373 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
     {"settled", orchi_on_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
     {"memory", orchi_extra_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
 };
+
+// ------------------------------------------------------------------------------------------------
+// >>coordination
+//
+// Semaphore, event, channel and topic, on the public API and >>base. Invariants:
+//   - Who waits is a promise in a ring, in the order of coming. The waiter of a task lies on its
+//     stack, and the task takes it out when its wait was cancelled. The waiter of a future has a
+//     slot, and the promise's cancel hook takes it out. Who settles it takes it out first.
+//   - Only what is wanted (orch_promise_wanted) is served: a lost race gets nothing, so that there
+//     is never anything to put back.
+//   - A waiting task is served by the call that makes it possible. A future is served by a pump: a
+//     callback from the loop, as by then the expression around the future is complete. Whoever
+//     stands behind it waits for the pump too.
+//   - Nobody overtakes: a call that need not wait looks for wanted waiters first.
+//   - An object lives until its handle was freed and nobody is inside (users). A free takes every
+//     waiter out: a task or a hook that finds itself out does not look at the object again.
+
+// How an item travels. In orch_race(orch_channel_receive(a), orch_channel_receive(b)) both channels
+// have one:
+//
+//     receive a, b    a waiter each, and a pump each, as there is something to serve
+//     orch_race       consumes both futures; the task waits
+//     the pump of a   the waiter is wanted: its promise settles with the item, which decides the
+// race
+//     the pump of b   the waiter is not wanted any more: the item stays
+//     the race        cancels its loser: the hook frees the waiter
+//
+// Had the race been decided before, both items would have stayed. Had a task been in orch_recv, the
+// sender would have settled the task's promise, with no pump between them.
+
+typedef struct orchi_object { // what each of them begins with
+    int error;                // not 0: broken or freed; what every operation says
+    uint32_t users;           // the handle, a pump on its way, calls that are inside
+    uint32_t calls;           // since somebody who called let others run
+    bool pumping;             // a pump is on its way
+    orch_on_fn pump;
+    orch_loop *loop;
+} orchi_object;
+
+typedef struct orchi_link { // of a ring; its head is in the object
+    struct orchi_link *next, *previous;
+} orchi_link;
+
+typedef struct orchi_waiter {
+    orchi_link link; // next is NULL: taken out
+    orch_promise promise;
+    void *object; // of a future: for its hook; NULL: it is a task's
+    union {
+        size_t count;      // permits
+        orch_result *item; // to send
+    } wants;
+} orchi_waiter;
+
+typedef char orchi_waiter_fits[sizeof(orchi_waiter) <= 48 ? 1 : -1]; // an extra slot
+
+struct orch_semaphore {
+    orchi_object object;
+    size_t permits, taken; // after a resize more may be taken than there are
+    orchi_link waiters;
+    void (*release)(void *waiter); // of a future's permits
+};
+
+struct orch_event {
+    orchi_object object;
+    bool set;
+    orchi_link waiters;
+};
+
+struct orch_channel {
+    orchi_object object;
+    bool closed;
+    size_t capacity, count, head;
+    size_t room; // places of items: 0 or a power of two
+    orch_result *items;
+    orchi_link senders, receivers;
+};
+
+struct orch_topic {
+    orchi_object object;
+    orchi_link subscriptions;
+};
+
+struct orch_subscription {
+    orchi_object object;
+    orchi_link link; // in its topic; next is NULL: it is out, and gets nothing more
+    orch_subscribe_desc desc;
+    orch_channel *channel; // of chains to the events
+    orch_future *worker;   // calls on_event; NULL: does not run, or has not waited yet
+    orch_task *task;       // the same, while it runs
+    bool working;
+    bool orphan;     // ended by somebody else before it had waited: to be dropped then
+    bool overflowed; // and was closed, which was not reported yet
+    uint64_t queued, evicted, refused, failed;
+};
+
+// ---- objects
+
+// What stands for any object that could not be made: only `error` is read of it.
+typedef union orchi_broken_object {
+    orchi_object object;
+    orch_semaphore semaphore;
+    orch_event event;
+    orch_channel channel;
+    orch_topic topic;
+    orch_subscription subscription;
+} orchi_broken_object;
+
+#define ORCHI_BROKEN(error)                                                                        \
+    {                                                                                              \
+        { error, 0, 0, false, NULL, NULL }                                                         \
+    }
+static const orchi_broken_object orchi_broken_objects[] = {
+    ORCHI_BROKEN(ORCH_ENOMEM), ORCHI_BROKEN(ORCH_ENOLOOP), ORCHI_BROKEN(ORCH_EINVAL),
+    ORCHI_BROKEN(ORCH_ETHREAD)};
+#undef ORCHI_BROKEN
+
+/* Const, and never written: every operation looks at the error first. */
+static void *orchi_broken(int error) {
+    size_t i = 0;
+    while (orchi_broken_objects[i].object.error != error) i++;
+    return (void *)(uintptr_t)&orchi_broken_objects[i];
+}
+
+/* Zeroed memory behind an object, or a broken one. */
+static void *orchi_object_new(size_t size, orch_on_fn pump, const char *function) {
+    orch_loop *loop = orchi_loop;
+    if (loop == NULL) return orchi_broken(orchi_misuse(function, ORCH_ENOLOOP));
+    orchi_object *o = (orchi_object *)orchi_allocate(loop, size);
+    if (o == NULL) return orchi_broken(ORCH_ENOMEM);
+    memset(o, 0, size);
+    o->users = 1;
+    o->pump = pump;
+    o->loop = loop;
+    return o;
+}
+
+/* What is wrong with an object here and now, or 0. */
+static int orchi_object_error(const void *object, const char *function) {
+    const orchi_object *o = (const orchi_object *)object;
+    if (o == NULL) {
+        orchi_misuse(function, ORCH_EINVAL);
+        return ORCH_EINVAL; // not 0, as a compiler can see
+    }
+    if (o->error != 0) return o->error;
+    if (o->loop == orchi_loop) return 0;
+    return orchi_misuse(function, orchi_loop != NULL ? ORCH_ETHREAD : ORCH_ENOLOOP);
+}
+
+/* The same for what only a task may do. */
+static int orchi_object_wait_error(const void *object, const char *function) {
+    int error = orchi_object_error(object, function);
+    return error == 0 && orch_self() == NULL ? orchi_misuse(function, ORCH_ENOTASK) : error;
+}
+
+/* Both in short, for calls that are to be fast, which are counted. The others find out what is the
+ * matter, and may call: the fast ones then need not save a register. */
+static inline bool orchi_object_fast(void *object) {
+    orchi_object *o = (orchi_object *)object;
+    return o != NULL && o->error == 0 && o->loop == orchi_loop && orch_self() != NULL &&
+           o->calls++ < ORCHI_BUDGET;
+}
+
+/* What need not wait goes on at once, but one call of 128 lets others run when it is done. It has
+ * succeeded then: a cancelled task is told by the next call that has to wait. */
+static bool orchi_object_turn(orchi_object *o) {
+    if (o->calls < ORCHI_BUDGET) return false;
+    o->calls = 0;
+    return true;
+}
+
+/* Whether a free has something to free; after it every operation says ORCH_ECLOSED. */
+static bool orchi_object_close(void *object, const char *function) {
+    if (object == NULL || orchi_object_error(object, function) != 0) return false;
+    ((orchi_object *)object)->error = ORCH_ECLOSED;
+    return true;
+}
+
+/* Has the loop call the pump. False when out of memory. */
+static bool orchi_pump_soon(orchi_object *o) {
+    if (o->pumping) return true;
+    orch_future *turn = orch_settled(orch_ok(NULL, NULL));
+    if (turn == orchi_rejected(ORCH_ENOMEM)) return false;
+    o->pumping = true;
+    o->users++;
+    orch_on(turn, o->pump, o);
+    return true;
+}
+
+// ---- waiters
+
+static void orchi_ring_init(orchi_link *ring) { ring->next = ring->previous = ring; }
+
+static inline bool orchi_ring_alone(const orchi_link *ring) { return ring->next == ring; }
+
+static void orchi_ring_append(orchi_link *ring, orchi_link *link) {
+    link->next = ring;
+    link->previous = ring->previous;
+    ring->previous->next = link;
+    ring->previous = link;
+}
+
+/* Whether it was in. */
+static bool orchi_take_out(orchi_link *link) {
+    if (link->next == NULL) return false;
+    link->next->previous = link->previous;
+    link->previous->next = link->next;
+    link->next = NULL;
+    return true;
+}
+
+/* The first that is wanted. Those before it never will be again, and are taken out, so that a
+ * thousand that are cancelled at once are not looked at a thousand times; their tasks and hooks
+ * find themselves out. */
+static orchi_waiter *orchi_first(orchi_link *ring) {
+    while (!orchi_ring_alone(ring)) {
+        orchi_waiter *w = (orchi_waiter *)(void *)ring->next;
+        if (orch_promise_wanted(w->promise)) return w;
+        orchi_take_out(&w->link);
+    }
+    return NULL;
+}
+
+/* A task's waiter. The future is to be awaited; out of memory it is a rejected one. */
+static orch_future *orchi_waiter_init(orchi_waiter *w, orchi_link *ring, const char *label) {
+    orch_future *f = orch_future_new(&w->promise);
+    orch_promise_describe(w->promise, label);
+    w->object = NULL;
+    orchi_ring_append(ring, &w->link);
+    return f;
+}
+
+/* A future's waiter, or NULL when out of memory, and *f is a rejected one. */
+static orchi_waiter *orchi_waiter_new(void *object, orchi_link *ring, const char *label,
+                                      orch_cancel_fn cancel, orch_future **f) {
+    orchi_waiter *w = (orchi_waiter *)orchi_extra_new(orchi_loop);
+    *f = w != NULL ? orch_future_new(&w->promise) : orchi_rejected(ORCH_ENOMEM);
+    if (w == NULL) return NULL;
+    if (!orch_promise_on_cancel(w->promise, cancel, w)) {
+        orchi_extra_free(orchi_loop, w);
+        return NULL;
+    }
+    orch_promise_describe(w->promise, label);
+    w->object = object;
+    orchi_ring_append(ring, &w->link);
+    return w;
+}
+
+/* Takes a waiter out to settle it. A future's slot goes: its hook is not called any more. */
+static orch_promise orchi_waiter_end(orchi_waiter *w) {
+    orch_promise promise = w->promise;
+    orchi_take_out(&w->link);
+    if (w->object != NULL) orchi_extra_free(orchi_loop, w);
+    return promise;
+}
+
+/* Settles everybody in a ring with a result that owns nothing. A rejection's hook may call anything
+ * meanwhile. */
+static void orchi_ring_settle(orchi_link *ring, orch_result r) {
+    while (!orchi_ring_alone(ring)) {
+        orchi_waiter *w = (orchi_waiter *)(void *)ring->next;
+        orch_settle(orchi_waiter_end(w), r);
+    }
+}
+
+/* How many are wanted. */
+static size_t orchi_ring_count(const orchi_link *ring) {
+    size_t count = 0;
+    for (orchi_link *link = ring->next; link != ring; link = link->next) {
+        count += orch_promise_wanted(((orchi_waiter *)(void *)link)->promise);
+    }
+    return count;
+}
+
+// ---- semaphore
+
+static void orchi_semaphore_leave(orch_semaphore *s) {
+    if (--s->object.users == 0) orchi_free(s->object.loop, s, sizeof *s);
+}
+
+/* Whether so many are free; more may be taken than there are. */
+static inline bool orchi_permits_fit(const orch_semaphore *s, size_t count) {
+    return s->permits > s->taken && count <= s->permits - s->taken;
+}
+
+/* Permits come back, and no waiter was served yet. What was freed lives until the last is back. */
+static inline bool orchi_permits_back(orch_semaphore *s, size_t count) {
+    s->taken -= count;
+    if (ORCHI_UNLIKELY(s->object.error != 0) && s->taken == 0) {
+        orchi_semaphore_leave(s);
+        return false;
+    }
+    return !orchi_ring_alone(&s->waiters);
+}
+
+/* Serves who waits, as far as the permits go. Of those of a future the waiter stays: it is what
+ * gives them back, see orchi_permits_release. */
+static void orchi_semaphore_serve(orch_semaphore *s, bool pump) {
+    orchi_waiter *w;
+    s->object.users++;
+    while ((w = orchi_first(&s->waiters)) != NULL && orchi_permits_fit(s, w->wants.count)) {
+        if (w->object != NULL && !pump && orchi_pump_soon(&s->object)) break;
+        orch_result r = orch_ok(NULL, NULL);
+        if (w->object != NULL) {
+            r.value = s;
+            r.owner = w;
+            r.release = s->release;
+        }
+        orchi_take_out(&w->link);
+        s->taken += w->wants.count;
+        orch_settle(w->promise, r);
+    }
+    orchi_semaphore_leave(s);
+}
+
+/* The release of a future's permits. */
+static void orchi_permits_release(void *waiter) {
+    orchi_waiter *w = (orchi_waiter *)waiter;
+    orch_semaphore *s = (orch_semaphore *)w->object;
+    size_t count = w->wants.count;
+    orchi_extra_free(s->object.loop, w);
+    if (orchi_permits_back(s, count)) orchi_semaphore_serve(s, false);
+}
+
+static void orchi_semaphore_pump(orch_result *in, void *context) {
+    (void)in;
+    orch_semaphore *s = (orch_semaphore *)context;
+    s->object.pumping = false;
+    orchi_semaphore_serve(s, true);
+    orchi_semaphore_leave(s);
+}
+
+/* A small request may have stood behind a large one that goes. */
+static bool orchi_semaphore_cancel(void *context, int reason) {
+    (void)reason;
+    orchi_waiter *w = (orchi_waiter *)context;
+    orch_semaphore *s = (orch_semaphore *)w->object;
+    bool was_in = orchi_take_out(&w->link); // else s may be gone
+    orchi_waiter_end(w);
+    if (was_in) orchi_semaphore_serve(s, false);
+    return true;
+}
+
+orch_semaphore *orch_semaphore_new(size_t permits) {
+    void *memory =
+        orchi_object_new(sizeof(orch_semaphore), orchi_semaphore_pump, "orch_semaphore_new");
+    orch_semaphore *s = (orch_semaphore *)memory;
+    if (s->object.error != 0) return s;
+    s->permits = permits;
+    s->release = orchi_permits_release;
+    orchi_ring_init(&s->waiters);
+    return s;
+}
+
+/* What is wrong with a request by itself. With no permits at all it waits for a resize. */
+static int orchi_permits_error(const orch_semaphore *s, size_t count, const char *function) {
+    if (count == 0) return orchi_misuse(function, ORCH_EINVAL);
+    return count > s->permits && s->permits > 0 ? ORCH_ELIMIT : 0;
+}
+
+static int orchi_acquire_wait(orch_semaphore *s, size_t count) {
+    orchi_waiter w;
+    w.wants.count = count;
+    int error = orch_await(orchi_waiter_init(&w, &s->waiters, "semaphore")).error;
+    if (orchi_take_out(&w.link)) orchi_semaphore_serve(s, false);
+    return error;
+}
+
+ORCHI_NO_INLINE static int orchi_acquire_slow(orch_semaphore *s, size_t count,
+                                              const char *function) {
+    int error = orchi_object_wait_error(s, function);
+    if (error == 0) error = orchi_permits_error(s, count, function);
+    if (error != 0) return error;
+    if (!orchi_permits_fit(s, count) || orchi_first(&s->waiters) != NULL) {
+        return orchi_acquire_wait(s, count);
+    }
+    s->taken += count;
+    if (orchi_object_turn(&s->object)) orch_yield();
+    return 0;
+}
+
+static inline int orchi_acquire(orch_semaphore *s, size_t count, const char *function) {
+    if (ORCHI_UNLIKELY(!orchi_object_fast(s) || !orchi_permits_fit(s, count) ||
+                       !orchi_ring_alone(&s->waiters) || count == 0)) {
+        return orchi_acquire_slow(s, count, function);
+    }
+    s->taken += count;
+    return 0;
+}
+
+int orch_acquire(orch_semaphore *s) { return orchi_acquire(s, 1, "orch_acquire"); }
+
+int orch_acquire_n(orch_semaphore *s, size_t count) {
+    return orchi_acquire(s, count, "orch_acquire_n");
+}
+
+bool orch_try_acquire_n(orch_semaphore *s, size_t count) {
+    int error = orchi_object_error(s, "orch_try_acquire");
+    if (error == 0) error = orchi_permits_error(s, count, "orch_try_acquire");
+    if (error != 0 || !orchi_permits_fit(s, count)) return false;
+    if (orchi_first(&s->waiters) != NULL) return false;
+    s->taken += count;
+    return true;
+}
+
+bool orch_try_acquire(orch_semaphore *s) { return orch_try_acquire_n(s, 1); }
+
+/* More came back than was taken, or there is no such semaphore. */
+ORCHI_COLD static int orchi_release_error(const orch_semaphore *s, const char *function) {
+    int error = orchi_object_error(s, function);
+    return error == 0 || error == ORCH_ECLOSED ? orchi_misuse(function, ORCH_EINVAL) : error;
+}
+
+static inline int orchi_release_permits(orch_semaphore *s, size_t count, const char *function) {
+    bool good = s != NULL && s->object.loop == orchi_loop && count - 1 < s->taken; // 0 is large
+    if (ORCHI_UNLIKELY(!good)) return orchi_release_error(s, function);
+    if (orchi_permits_back(s, count)) orchi_semaphore_serve(s, false);
+    return 0;
+}
+
+int orch_release(orch_semaphore *s) { return orchi_release_permits(s, 1, "orch_release"); }
+
+int orch_release_n(orch_semaphore *s, size_t count) {
+    return orchi_release_permits(s, count, "orch_release_n");
+}
+
+orch_future *orch_semaphore_acquire_n(orch_semaphore *s, size_t count) {
+    orch_future *f;
+    int error = orchi_object_error(s, "orch_semaphore_acquire");
+    if (error == 0) error = orchi_permits_error(s, count, "orch_semaphore_acquire");
+    if (error == 0 && orchi_permits_fit(s, count) && !orchi_pump_soon(&s->object))
+        error = ORCH_ENOMEM;
+    if (error != 0) return orchi_rejected(error);
+    orchi_waiter *w = orchi_waiter_new(s, &s->waiters, "semaphore", orchi_semaphore_cancel, &f);
+    if (w != NULL) w->wants.count = count;
+    return f;
+}
+
+orch_future *orch_semaphore_acquire(orch_semaphore *s) { return orch_semaphore_acquire_n(s, 1); }
+
+/* Those who can not be served any more move to a ring of their own first. */
+int orch_semaphore_resize(orch_semaphore *s, size_t permits) {
+    int error = orchi_object_error(s, "orch_semaphore_resize");
+    if (error != 0) return error;
+    orchi_link limited, *next;
+    orchi_ring_init(&limited);
+    s->permits = permits;
+    for (orchi_link *link = s->waiters.next; link != &s->waiters; link = next) {
+        next = link->next;
+        orchi_waiter *w = (orchi_waiter *)(void *)link;
+        if (w->wants.count <= permits || permits == 0) continue;
+        orchi_take_out(link);
+        orchi_ring_append(&limited, link);
+    }
+    s->object.users++;
+    orchi_ring_settle(&limited, orch_fail(ORCH_ELIMIT));
+    orchi_semaphore_serve(s, false);
+    orchi_semaphore_leave(s);
+    return 0;
+}
+
+size_t orch_semaphore_permits(const orch_semaphore *s) {
+    return orchi_object_error(s, "orch_semaphore_permits") == 0 ? s->permits : 0;
+}
+
+size_t orch_semaphore_available(const orch_semaphore *s) {
+    bool good = orchi_object_error(s, "orch_semaphore_available") == 0;
+    return good && s->permits > s->taken ? s->permits - s->taken : 0;
+}
+
+size_t orch_semaphore_waiting(const orch_semaphore *s) {
+    bool good = orchi_object_error(s, "orch_semaphore_waiting") == 0;
+    return good ? orchi_ring_count(&s->waiters) : 0;
+}
+
+/* With permits out, the handle's part is left for the last of them. */
+void orch_semaphore_free(orch_semaphore *s) {
+    if (!orchi_object_close(s, "orch_semaphore_free")) return;
+    s->object.users++;
+    if (s->taken == 0) orchi_semaphore_leave(s);
+    orchi_ring_settle(&s->waiters, orch_fail(ORCH_ECLOSED));
+    orchi_semaphore_leave(s);
+}
+
+// ---- event
+
+static bool orchi_event_cancel(void *waiter, int reason) {
+    (void)reason;
+    orchi_waiter_end((orchi_waiter *)waiter);
+    return true;
+}
+
+orch_event *orch_event_new(void) {
+    orch_event *e = (orch_event *)orchi_object_new(sizeof(orch_event), NULL, "orch_event_new");
+    if (e->object.error == 0) orchi_ring_init(&e->waiters);
+    return e;
+}
+
+void orch_event_set(orch_event *e) {
+    if (orchi_object_error(e, "orch_event_set") != 0) return;
+    e->set = true;
+    orchi_ring_settle(&e->waiters, orch_ok(NULL, NULL));
+}
+
+void orch_event_clear(orch_event *e) {
+    if (orchi_object_error(e, "orch_event_clear") == 0) e->set = false;
+}
+
+bool orch_event_is_set(const orch_event *e) {
+    return orchi_object_error(e, "orch_event_is_set") == 0 && e->set;
+}
+
+/* An event takes nothing away, so a future needs no pump. */
+orch_future *orch_event_wait(orch_event *e) {
+    orch_future *f;
+    int error = orchi_object_error(e, "orch_event_wait");
+    if (error != 0) return orchi_rejected(error);
+    if (e->set) return orch_settled(orch_ok(NULL, NULL));
+    orchi_waiter_new(e, &e->waiters, "event", orchi_event_cancel, &f);
+    return f;
+}
+
+void orch_event_free(orch_event *e) {
+    if (!orchi_object_close(e, "orch_event_free")) return;
+    orchi_ring_settle(&e->waiters, orch_fail(ORCH_ECLOSED));
+    orchi_free(e->object.loop, e, sizeof *e);
+}
+
+// ---- channel
+
+static void orchi_channel_leave(orch_channel *c) {
+    if (--c->object.users > 0) return;
+    orchi_free(c->object.loop, c->items, c->room * sizeof *c->items);
+    orchi_free(c->object.loop, c, sizeof *c);
+}
+
+/* Room for one more item: doubles, and puts the oldest first. */
+static bool orchi_channel_reserve(orch_channel *c) {
+    if (c->count < c->room) return true;
+    size_t room = c->room > 0 ? c->room * 2 : 8;
+    if (room > SIZE_MAX / 2 / sizeof *c->items) return false;
+    void *memory = orchi_allocate(c->object.loop, room * sizeof *c->items);
+    orch_result *items = (orch_result *)memory;
+    if (items == NULL) return false;
+    for (size_t i = 0; i < c->count; i++) items[i] = c->items[(c->head + i) & (c->room - 1)];
+    orchi_free(c->object.loop, c->items, c->room * sizeof *c->items);
+    c->items = items;
+    c->room = room;
+    c->head = 0;
+    return true;
+}
+
+/* With room for it. */
+static inline void orchi_channel_push(orch_channel *c, const orch_result *item) {
+    orchi_move(&c->items[(c->head + c->count++) & (c->room - 1)], item);
+}
+
+/* With an item in it. */
+static inline void orchi_channel_pop(orch_channel *c, orch_result *item) {
+    *item = c->items[c->head++ & (c->room - 1)];
+    c->count--;
+}
+
+/* Takes a sender's item and the sender out. The copy of a future's item has a slot. */
+static orch_promise orchi_sender_end(orchi_waiter *sender, orch_result *item) {
+    *item = *sender->wants.item;
+    if (sender->object != NULL) orchi_extra_free(orchi_loop, sender->wants.item);
+    return orchi_waiter_end(sender);
+}
+
+/* Whether a future takes part, and is to be served by a pump that is on its way now. */
+static bool orchi_channel_later(orch_channel *c, const orchi_waiter *a, const orchi_waiter *b,
+                                bool pump) {
+    bool future = (a != NULL && a->object != NULL) || (b != NULL && b->object != NULL);
+    return future && !pump && orchi_pump_soon(&c->object);
+}
+
+/* Hands one item to the first receiver, from the channel or else from the first sender. Whether
+ * there may be more to do. */
+static bool orchi_channel_hand_over(orch_channel *c, bool pump) {
+    orch_result item;
+    orchi_waiter *receiver = orchi_first(&c->receivers);
+    if (receiver == NULL) return false;
+    orchi_waiter *sender = c->count == 0 ? orchi_first(&c->senders) : NULL;
+    if (c->count == 0 && sender == NULL) return false;
+    if (orchi_channel_later(c, receiver, sender, pump)) return false;
+    orch_promise received = orchi_waiter_end(receiver);
+    if (sender != NULL) orch_settle(orchi_sender_end(sender, &item), orch_ok(NULL, NULL));
+    else orchi_channel_pop(c, &item);
+    orch_settle(received, item);
+    return true;
+}
+
+/* Takes one item into the channel from the first sender. Whether there may be more to do. */
+static bool orchi_channel_refill(orch_channel *c, bool pump) {
+    orch_result item;
+    orchi_waiter *sender = c->count < c->capacity ? orchi_first(&c->senders) : NULL;
+    if (sender == NULL || orchi_channel_later(c, sender, NULL, pump)) return false;
+    bool task = sender->object == NULL, room = orchi_channel_reserve(c);
+    orch_promise sent = orchi_sender_end(sender, &item);
+    if (room) orchi_channel_push(c, &item);
+    orch_settle(sent, room ? orch_ok(NULL, NULL) : orch_fail(ORCH_ENOMEM));
+    if (!room && !task) orch_result_free(&item); // a task frees its own
+    return true;
+}
+
+/* Does all that can be done for those who wait. */
+static void orchi_channel_match(orch_channel *c, bool pump) {
+    c->object.users++;
+    while (orchi_channel_hand_over(c, pump) || orchi_channel_refill(c, pump)) continue;
+    if (c->closed && c->count == 0) orchi_ring_settle(&c->receivers, orch_fail(ORCH_ECLOSED));
+    orchi_channel_leave(c);
+}
+
+static void orchi_channel_pump(orch_result *in, void *context) {
+    (void)in;
+    orch_channel *c = (orch_channel *)context;
+    c->object.pumping = false;
+    orchi_channel_match(c, true);
+    orchi_channel_leave(c);
+}
+
+orch_channel *orch_channel_new(size_t capacity) {
+    void *memory = orchi_object_new(sizeof(orch_channel), orchi_channel_pump, "orch_channel_new");
+    orch_channel *c = (orch_channel *)memory;
+    if (c->object.error != 0) return c;
+    c->capacity = capacity;
+    orchi_ring_init(&c->senders);
+    orchi_ring_init(&c->receivers);
+    return c;
+}
+
+/* Sends without waiting: 0, or -EAGAIN, ORCH_ENOMEM, and the item is still the caller's. `spare`:
+ * where no item may wait, one may, for a receiver that the pump is about to serve. */
+static int orchi_channel_give(orch_channel *c, orch_result *item, bool spare) {
+    if (orchi_first(&c->senders) != NULL) return -EAGAIN;
+    orchi_waiter *receiver = c->count == 0 ? orchi_first(&c->receivers) : NULL;
+    if (receiver != NULL && receiver->object == NULL) {
+        orch_settle(orchi_waiter_end(receiver), *item);
+        return 0;
+    }
+    bool room = c->count < c->capacity || (spare && receiver != NULL);
+    if (!room) return -EAGAIN;
+    if (!orchi_channel_reserve(c)) return ORCH_ENOMEM;
+    orchi_channel_push(c, item);
+    if (!orchi_ring_alone(&c->receivers)) orchi_channel_match(c, false);
+    return 0;
+}
+
+/* Receives without waiting: 0, or -EAGAIN, ORCH_ECLOSED. `any`: from a future, too. */
+static int orchi_channel_get(orch_channel *c, orch_result *item, bool any) {
+    if (orchi_first(&c->receivers) != NULL) return -EAGAIN;
+    if (c->count > 0) {
+        orchi_channel_pop(c, item);
+        if (!orchi_ring_alone(&c->senders)) orchi_channel_match(c, false);
+        return 0;
+    }
+    if (c->closed) return ORCH_ECLOSED;
+    orchi_waiter *sender = orchi_first(&c->senders);
+    if (sender == NULL || (sender->object != NULL && !any)) return -EAGAIN;
+    orch_settle(orchi_sender_end(sender, item), orch_ok(NULL, NULL));
+    return 0;
+}
+
+/* The item stays where it is, in orch_send's frame, until somebody takes it. */
+static int orchi_send_wait(orch_channel *c, orch_result *item) {
+    orchi_waiter w;
+    w.wants.item = item;
+    orch_future *f = orchi_waiter_init(&w, &c->senders, "channel, to send");
+    orchi_channel_match(c, false);
+    int error = orch_await(f).error;
+    orchi_take_out(&w.link);
+    return error;
+}
+
+ORCHI_NO_INLINE static int orchi_send_slow(orch_channel *c, orch_result *item) {
+    int error = orchi_object_wait_error(c, "orch_send");
+    bool turn = error == 0 && orchi_object_turn(&c->object);
+    if (error == 0 && c->closed) error = ORCH_ECLOSED;
+    if (error == 0) error = orchi_channel_give(c, item, false);
+    if (error == -EAGAIN) error = orchi_send_wait(c, item);
+    if (error != 0) orch_result_free(item);
+    if (turn) orch_yield();
+    return error;
+}
+
+int orch_send(orch_channel *c, orch_result item) {
+    if (ORCHI_UNLIKELY(!orchi_object_fast(c) || c->closed || c->count >= c->capacity ||
+                       c->count >= c->room || !orchi_ring_alone(&c->senders) ||
+                       !orchi_ring_alone(&c->receivers))) {
+        return orchi_send_slow(c, &item);
+    }
+    orchi_channel_push(c, &item);
+    return 0;
+}
+
+static orch_result orchi_recv_wait(orch_channel *c) {
+    orchi_waiter w;
+    w.wants.item = NULL;
+    orch_future *f = orchi_waiter_init(&w, &c->receivers, "channel, to receive");
+    orchi_channel_match(c, false);
+    orch_result item = orch_await(f);
+    orchi_take_out(&w.link);
+    return item;
+}
+
+ORCHI_NO_INLINE static orch_result orchi_recv_slow(orch_channel *c) {
+    orch_result item;
+    int error = orchi_object_wait_error(c, "orch_recv");
+    bool turn = error == 0 && orchi_object_turn(&c->object);
+    if (error == 0) error = orchi_channel_get(c, &item, false);
+    if (error == -EAGAIN) item = orchi_recv_wait(c);
+    else if (error != 0) item = orch_fail(error);
+    if (turn) orch_yield();
+    return item;
+}
+
+orch_result orch_recv(orch_channel *c) {
+    orch_result item;
+    if (ORCHI_UNLIKELY(!orchi_object_fast(c) || c->count == 0 || !orchi_ring_alone(&c->senders) ||
+                       !orchi_ring_alone(&c->receivers))) {
+        return orchi_recv_slow(c);
+    }
+    orchi_channel_pop(c, &item);
+    return item;
+}
+
+int orch_try_send(orch_channel *c, orch_result *item) {
+    int error = orchi_object_error(c, "orch_try_send");
+    if (error == 0 && item == NULL) error = orchi_misuse("orch_try_send", ORCH_EINVAL);
+    if (error == 0 && c->closed) error = ORCH_ECLOSED;
+    if (error == 0) error = orchi_channel_give(c, item, true);
+    if (error == 0) memset(item, 0, sizeof *item);
+    return error;
+}
+
+int orch_try_recv(orch_channel *c, orch_result *item) {
+    int error = orchi_object_error(c, "orch_try_recv");
+    if (error == 0 && item == NULL) error = orchi_misuse("orch_try_recv", ORCH_EINVAL);
+    return error != 0 ? error : orchi_channel_get(c, item, true);
+}
+
+static bool orchi_send_cancel(void *context, int reason) {
+    (void)reason;
+    orch_result item;
+    orchi_sender_end((orchi_waiter *)context, &item);
+    orch_result_free(&item);
+    return true;
+}
+
+/* Whether a send can not even be tried. If it may be served soon, the pump is needed first. */
+static int orchi_send_error(orch_channel *c) {
+    int error = orchi_object_error(c, "orch_channel_send");
+    if (error == 0 && c->closed) error = ORCH_ECLOSED;
+    if (error != 0) return error;
+    bool soon = c->count < c->capacity || !orchi_ring_alone(&c->receivers);
+    return soon && !orchi_pump_soon(&c->object) ? ORCH_ENOMEM : 0;
+}
+
+orch_future *orch_channel_send(orch_channel *c, orch_result item) {
+    orch_future *f;
+    int error = orchi_send_error(c);
+    void *copy = error == 0 ? orchi_extra_new(orchi_loop) : NULL;
+    f = orchi_rejected(error != 0 ? error : ORCH_ENOMEM);
+    orchi_waiter *w = NULL;
+    if (copy != NULL)
+        w = orchi_waiter_new(c, &c->senders, "channel, to send", orchi_send_cancel, &f);
+    if (w == NULL) {
+        if (copy != NULL) orchi_extra_free(orchi_loop, copy);
+        orch_result_free(&item);
+        return f;
+    }
+    w->wants.item = (orch_result *)copy;
+    *w->wants.item = item;
+    return f;
+}
+
+static bool orchi_receive_cancel(void *context, int reason) {
+    (void)reason;
+    orchi_waiter_end((orchi_waiter *)context);
+    return true;
+}
+
+orch_future *orch_channel_receive(orch_channel *c) {
+    orch_future *f;
+    int error = orchi_object_error(c, "orch_channel_receive");
+    if (error != 0) return orchi_rejected(error);
+    if (c->closed && c->count == 0) return orchi_rejected(ORCH_ECLOSED);
+    bool soon = c->count > 0 || !orchi_ring_alone(&c->senders);
+    if (soon && !orchi_pump_soon(&c->object)) return orchi_rejected(ORCH_ENOMEM);
+    orchi_waiter_new(c, &c->receivers, "channel, to receive", orchi_receive_cancel, &f);
+    return f;
+}
+
+/* Senders are told, and their items freed: a task frees its own. */
+static void orchi_channel_shut(orch_channel *c) {
+    orch_result item;
+    c->closed = true;
+    c->object.users++;
+    while (!orchi_ring_alone(&c->senders)) {
+        orchi_waiter *sender = (orchi_waiter *)(void *)c->senders.next;
+        bool task = sender->object == NULL;
+        orch_settle(orchi_sender_end(sender, &item), orch_fail(ORCH_ECLOSED));
+        if (!task) orch_result_free(&item);
+    }
+    orchi_channel_match(c, false);
+    orchi_channel_leave(c);
+}
+
+void orch_channel_close(orch_channel *c) {
+    if (orchi_object_error(c, "orch_channel_close") == 0) orchi_channel_shut(c);
+}
+
+size_t orch_channel_count(const orch_channel *c) {
+    return orchi_object_error(c, "orch_channel_count") == 0 ? c->count : 0;
+}
+
+bool orch_channel_is_closed(const orch_channel *c) {
+    return orchi_object_error(c, "orch_channel_is_closed") != 0 || c->closed;
+}
+
+/* Receivers that wait for the pump find nothing any more when it comes. */
+void orch_channel_free(orch_channel *c) {
+    orch_result item;
+    if (!orchi_object_close(c, "orch_channel_free")) return;
+    orchi_channel_shut(c);
+    while (c->count > 0) {
+        orchi_channel_pop(c, &item);
+        orch_result_free(&item);
+    }
+    orchi_channel_leave(c);
+}
+
+// ---- topic
+//
+// An event is a settled future. A subscription is a channel whose items are chains to it: what they
+// settle gets a share, whatever the event is. Nothing of the user's runs inside publish: on_event
+// is started from the loop, and what is dropped is given up there.
+
+orch_topic *orch_topic_new(void) {
+    orch_topic *t = (orch_topic *)orchi_object_new(sizeof(orch_topic), NULL, "orch_topic_new");
+    if (t->object.error == 0) orchi_ring_init(&t->subscriptions);
+    return t;
+}
+
+static orch_subscription *orchi_subscription_of(orchi_link *link) {
+    size_t offset = offsetof(orch_subscription, link);
+    return (orch_subscription *)(void *)((char *)link - offset);
+}
+
+/* The callback of an event that was dropped for want of room. */
+static void orchi_event_gone(orch_result *in, void *context) {
+    (void)in;
+    (void)context;
+}
+
+/* Makes room. The event may be the last of its kind: its release runs from the loop. */
+static void orchi_subscription_evict(orch_subscription *s) {
+    orch_result oldest;
+    orchi_channel_pop(s->channel, &oldest);
+    s->evicted++;
+    orch_on(orch_settled(oldest), orchi_event_gone, NULL);
+}
+
+/* The subscription ends with what waits. */
+static void orchi_subscription_shut(orch_subscription *s) {
+    orchi_take_out(&s->link);
+    orchi_channel_shut(s->channel);
+}
+
+/* Queues an event, or does what is to be done without room. Out of memory, the worker is started
+ * with the next event. */
+static void orchi_subscription_offer(orch_subscription *s, orch_future *event) {
+    orch_result item = orch_chain(orch_ref(event));
+    bool full = s->channel->count >= s->desc.capacity;
+    if (full && s->desc.overflow == ORCH_OVERFLOW_DROP_OLDEST) orchi_subscription_evict(s);
+    int error = orchi_channel_give(s->channel, &item, false);
+    if (error == 0) s->queued++;
+    else s->refused++;
+    if (error != 0) orch_result_free(&item); // the publisher still has one
+    if (full && s->desc.overflow == ORCH_OVERFLOW_CLOSE) {
+        s->overflowed = true;
+        orchi_subscription_shut(s);
+    }
+    if (s->desc.on_event != NULL && !s->working) orchi_pump_soon(&s->object);
+}
+
+int orch_publish(orch_topic *t, orch_result event) {
+    orchi_link *next;
+    int error = orchi_object_error(t, "orch_publish");
+    if (error != 0 || orchi_ring_alone(&t->subscriptions)) {
+        orch_result_free(&event);
+        return error;
+    }
+    orch_future *f = orch_settled(event);
+    if (f == orchi_rejected(ORCH_ENOMEM)) return ORCH_ENOMEM;
+    for (orchi_link *link = t->subscriptions.next; link != &t->subscriptions; link = next) {
+        next = link->next; // an overflow may take this one out
+        orchi_subscription_offer(orchi_subscription_of(link), f);
+    }
+    orch_drop(f);
+    return 0;
+}
+
+// ---- subscription
+
+static void orchi_subscription_leave(orch_subscription *s) {
+    if (--s->object.users == 0) orchi_free(s->object.loop, s, sizeof *s);
+}
+
+/* The subscription has ended, and so has what on_event was doing. */
+static void orchi_subscription_done(orch_subscription *s) {
+    void (*release)(void *context) = s->desc.release;
+    s->desc.release = NULL;
+    if (release != NULL) release(s->desc.context);
+}
+
+/* A failure goes to on_error, or where every rejection goes that nobody looks at. */
+static void orchi_subscription_fail(orch_subscription *s, orch_result error) {
+    if (s->desc.on_error == NULL) {
+        orch_detach(orch_settled(error));
+        return;
+    }
+    s->desc.on_error(&error, s->desc.context);
+    orch_result_free(&error);
+}
+
+/* Hands one event to on_event, whose result may be a chain. What fails because it was cancelled is
+ * no failure. */
+static void orchi_subscription_call(orch_subscription *s, orch_result item) {
+    orch_result event = orch_await(orch_settled(item)), r = orch_ok(NULL, NULL);
+    if (s->object.error == 0) r = s->desc.on_event(&event, s->desc.context);
+    bool passed = r.release != NULL && r.release == event.release && r.owner == event.owner;
+    if (!passed) orch_result_free(&event);
+    if (r.release != NULL) r = orch_await(orch_settled(r));
+    if (r.error == 0 || orch_cancel_reason() != 0) {
+        orch_result_free(&r);
+        return;
+    }
+    s->failed++;
+    orchi_subscription_fail(s, r);
+}
+
+/* The task of a subscription: runs while there are events. */
+static orch_result orchi_subscription_work(void *arg) {
+    orch_subscription *s = (orch_subscription *)arg;
+    orch_result item;
+    s->task = orch_self();
+    while (s->object.error == 0 && orch_cancel_reason() == 0) {
+        if (orchi_channel_get(s->channel, &item, false) != 0) break;
+        orchi_subscription_call(s, item);
+    }
+    if (s->overflowed && s->object.error == 0 && s->channel->count == 0) {
+        s->overflowed = false;
+        orchi_subscription_fail(s, orch_fail(ORCH_ECLOSED));
+    }
+    s->working = false;
+    s->task = NULL;
+    orch_detach(s->worker);
+    s->worker = NULL;
+    if (s->object.error != 0) orchi_subscription_done(s);
+    orchi_subscription_leave(s);
+    return orch_ok(NULL, NULL);
+}
+
+/* Starts the task. It may wait, end, or end the subscription before orch_go_with returns. */
+static void orchi_subscription_start(orch_subscription *s) {
+    orch_task_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.name = s->desc.name;
+    desc.fn = orchi_subscription_work;
+    desc.arg = s;
+    s->working = true;
+    s->object.users++;
+    orch_future *f = orch_go_with(&desc);
+    if (f == orchi_rejected(ORCH_ENOMEM)) {
+        s->working = false;
+        s->object.users--; // not the last: the pump is inside
+        orchi_subscription_fail(s, orch_fail(ORCH_ENOMEM));
+    } else if (s->working && !s->orphan) {
+        s->worker = f;
+    } else {
+        orch_drop(f);
+    }
+}
+
+static void orchi_subscription_pump(orch_result *in, void *context) {
+    (void)in;
+    orch_subscription *s = (orch_subscription *)context;
+    s->object.pumping = false;
+    if (s->object.error == 0) orchi_subscription_start(s); // nobody else starts it
+    orchi_subscription_leave(s);
+}
+
+/* The only place where defaults are filled in. */
+static orch_subscribe_desc orchi_subscribe_defaults(const orch_subscribe_desc *given) {
+    orch_subscribe_desc desc;
+    memset(&desc, 0, sizeof desc);
+    if (given != NULL) desc = *given;
+    if (desc.capacity == 0) desc.capacity = 64;
+    if (desc.name == NULL) desc.name = "subscription";
+    return desc;
+}
+
+static orch_subscription *orchi_subscribe(orch_topic *t, const orch_subscribe_desc *desc) {
+    int error = orchi_object_error(t, "orch_subscribe");
+    if (error == 0 && (unsigned)desc->overflow > ORCH_OVERFLOW_CLOSE)
+        error = orchi_misuse("orch_subscribe", ORCH_EINVAL);
+    if (error != 0) return (orch_subscription *)orchi_broken(error);
+    orch_channel *channel = orch_channel_new(desc->capacity);
+    if (channel->object.error != 0) return (orch_subscription *)orchi_broken(ORCH_ENOMEM);
+    void *memory =
+        orchi_object_new(sizeof(orch_subscription), orchi_subscription_pump, "orch_subscribe");
+    orch_subscription *s = (orch_subscription *)memory;
+    if (s->object.error != 0) {
+        orch_channel_free(channel);
+        return s;
+    }
+    s->desc = *desc;
+    s->channel = channel;
+    orchi_ring_append(&t->subscriptions, &s->link);
+    return s;
+}
+
+orch_subscription *orch_subscribe(orch_topic *t, const orch_subscribe_desc *given) {
+    orch_subscribe_desc desc = orchi_subscribe_defaults(given);
+    orch_subscription *s = orchi_subscribe(t, &desc);
+    if (s->object.error != 0 && desc.release != NULL) desc.release(desc.context);
+    return s;
+}
+
+orch_future *orch_subscription_next(orch_subscription *s) {
+    int error = orchi_object_error(s, "orch_subscription_next");
+    if (error == 0 && s->desc.on_event != NULL)
+        error = orchi_misuse("orch_subscription_next", ORCH_EINVAL);
+    if (error != 0) return orchi_rejected(error);
+    return orch_channel_receive(s->channel);
+}
+
+orch_subscription_stats orch_subscription_statistics(const orch_subscription *s) {
+    orch_subscription_stats stats;
+    memset(&stats, 0, sizeof stats);
+    if (orchi_object_error(s, "orch_subscription_statistics") != 0) return stats;
+    stats.waiting = s->channel->count;
+    stats.delivered = s->queued - s->evicted - s->channel->count;
+    stats.dropped = s->evicted + s->refused;
+    stats.failed = s->failed;
+    return stats;
+}
+
+const orch_subscribe_desc *orch_subscription_settings(const orch_subscription *s) {
+    return s != NULL && s->object.error == 0 ? &s->desc : NULL;
+}
+
+void orch_unsubscribe(orch_subscription *s) {
+    if (!orchi_object_close(s, "orch_unsubscribe")) return;
+    orch_future *worker = NULL;
+    if (s->working && s->task != orch_self()) {
+        worker = s->worker;
+        s->worker = NULL;
+        s->orphan = worker == NULL;
+    }
+    orchi_take_out(&s->link);
+    orch_channel_free(s->channel);
+    orch_drop(worker);
+    if (!s->working) orchi_subscription_done(s);
+    orchi_subscription_leave(s);
+}
+
+void orch_topic_free(orch_topic *t) {
+    if (!orchi_object_close(t, "orch_topic_free")) return;
+    while (!orchi_ring_alone(&t->subscriptions)) {
+        orchi_subscription_shut(orchi_subscription_of(t->subscriptions.next));
+    }
+    orchi_free(t->object.loop, t, sizeof *t);
+}
+
+// ------------------------------------------------------------------------------------------------
+// >>policy
+//
+// Retry, map and hedge, on the public API. Invariants:
+//   - A retry is one task that loops. An attempt runs in that task or, when its time is limited, in
+//     one of its own, which can be cancelled while the loop goes on.
+//   - A map or hedge is a batch: a future for each item; a combinator of them, which gives outcome,
+//     order and cancellation; and a leader, a task that starts the items' tasks one by one.
+//   - Until the leader waits for the first time nothing else runs, and a future of an item is that
+//     of its task. Then what has not begun gets promises, which will follow their tasks, and all
+//     are combined. The leader ends with the combinator in its place.
+//   - Items are children of the leader and not of each other: so they inherit from the caller only.
+//   - A promise whose task has not begun ends at once when it is cancelled. The one that the leader
+//     waits to begin wakes the leader by its hook; so nobody has to tell it that all is decided.
+//   - A batch is freed, and its release called, by the last of the leader and the items' tasks,
+//     which is before its future settles.
+
+// For example, orch_map over four items, two at once, of which item 1 fails after 10 ms:
+//
+//     orch_map   allocates the batch and starts the leader, which starts 0 and 1: their tasks' own
+//                futures are noted. For 2 there is no place: 2 and 3 get promises, all four are
+//                combined, 2 gets the hook, and the leader waits. orch_map returns its future.
+//     5 ms       0 ends and wakes the leader, which starts 2 and lets its promise follow the task.
+//                So the task takes the promise's place in the combinator. For 3 it waits again.
+//     10 ms      1 ends with an error: its place wakes the leader. Its future settles, and the
+//                combinator is decided. The leader sees that 3 is not wanted, ends it, and returns
+//                the combinator by orch_chain, which takes the place of the leader's future.
+//                Meanwhile that has cancelled 2. When 2 has ended, the error is delivered.
+//
+// What was tried and left: workers that take one item after the other save a task's start, but what
+// cancels an item would stay with the worker, and so would task-local values and open shields.
+
+// ---- what all three share
+
+// A hundred years: what is above is a mistake.
+static const uint64_t ORCHI_POLICY_MOST_MS = 3155760000000;
+enum { ORCHI_POLICY_STACK_LEAST = 16 << 10, ORCHI_POLICY_STACK_MOST = 1 << 30 };
+
+/* What a task function has returned, to be looked at: a chain is awaited. Chains, shares and what
+ * is lent do not own what they show. */
+static orch_result orchi_outcome(orch_result r) {
+    return r.owner == r.value ? r : orch_await(orch_settled(r));
+}
+
+/* What is wrong with the part that every desc has. */
+static int orchi_policy_error(bool has_fn, const void *arg, size_t arg_size, size_t stack_size) {
+    if (orchi_loop == NULL) return ORCH_ENOLOOP;
+    if (!has_fn || (arg_size > 0 && arg == NULL) || arg_size > SIZE_MAX / 4) return ORCH_EINVAL;
+    bool in_range = stack_size >= ORCHI_POLICY_STACK_LEAST && stack_size <= ORCHI_POLICY_STACK_MOST;
+    return stack_size == 0 || in_range ? 0 : ORCH_EINVAL;
+}
+
+/* Whether a time makes sense; if not, *refusal says so. */
+static bool orchi_policy_time(const char *who, const char *field, uint64_t ms,
+                              orch_result *refusal) {
+    if (ms <= ORCHI_POLICY_MOST_MS) return true;
+    *refusal = orch_failf(ORCH_EINVAL, "%s: %s is %llu ms, more than a hundred years", who, field,
+                          (unsigned long long)ms);
+    return false;
+}
+
+/* The answer to a call that cannot be done: it gives back what it was to own. */
+static orch_future *orchi_policy_refuse(orch_future *answer, void (*release)(void *arg),
+                                        void *arg) {
+    if (release != NULL) release(arg);
+    return answer;
+}
+
+/* Where a copy of arg is put behind `size` bytes of state: aligned as malloc aligns. */
+static size_t orchi_state_end(size_t size) { return (size + 15) / 16 * 16; }
+
+/* Memory for the state of a call with its copy of arg, if it wants one; *arg is then the copy. */
+static void *orchi_state_new(size_t size, void **arg, size_t arg_size) {
+    size_t end = orchi_state_end(size);
+    char *state = (char *)orchi_allocate(orchi_loop, end + arg_size);
+    if (state == NULL || arg_size == 0) return state;
+    memcpy(state + end, *arg, arg_size);
+    *arg = state + end;
+    return state;
+}
+
+static const char orchi_attempt_key = 0; // of the task-local number of the attempt
+
+/* Says which attempt begins, to the current task and what it starts. */
+static int orchi_attempt_begin(size_t number) {
+    return orch_local_set(&orchi_attempt_key, (void *)(uintptr_t)number, NULL);
+}
+
+unsigned orch_attempt_number(void) { return (unsigned)(uintptr_t)orch_local(&orchi_attempt_key); }
+
+// ---- retry
+//
+// A retry needs no timer and no state machine: it is a loop with a sleep in it. What is asked after
+// a failed attempt, and in which order, is orchi_retry_again.
+
+typedef struct orchi_attempts {  // a retry under way
+    const orch_retry_desc *desc; // its defaults filled in
+    orch_task_fn fn;
+    void *arg;
+    uint64_t start;  // ms
+    double backoff;  // the next one, before cap and jitter
+    uint64_t drawn;  // decorrelated jitter: the delay before
+    unsigned number; // attempts begun
+} orchi_attempts;
+
+/* Numbers that make no sense are refused by name. A comparison with NaN is false. */
+static bool orchi_retry_valid(const char *who, const orch_retry_desc *d, orch_result *refusal) {
+    if (!orchi_policy_time(who, "delay_ms", d->delay_ms, refusal)) return false;
+    if (!orchi_policy_time(who, "max_delay_ms", d->max_delay_ms, refusal)) return false;
+    if (!orchi_policy_time(who, "timeout_ms", d->timeout_ms, refusal)) return false;
+    if (!orchi_policy_time(who, "budget_ms", d->budget_ms, refusal)) return false;
+    bool no_factor = d->factor >= 0 && d->factor <= 0;
+    if (d->attempts > INT_MAX) {
+        *refusal =
+            orch_failf(ORCH_EINVAL, "%s: attempts is %u, more than %d", who, d->attempts, INT_MAX);
+    } else if (!no_factor && !(d->factor >= 1 && d->factor <= 1000)) {
+        *refusal = orch_failf(ORCH_EINVAL, "%s: factor is %g, not from 1 to 1000", who, d->factor);
+    } else if ((unsigned)d->jitter > ORCH_JITTER_DECORRELATED) {
+        *refusal = orch_failf(ORCH_EINVAL, "%s: jitter is %d, none of ORCH_JITTER_...", who,
+                              (int)d->jitter);
+    } else {
+        return true;
+    }
+    return false;
+}
+
+/* A valid desc with its defaults filled in. */
+static orch_retry_desc orchi_retry_defaults(const orch_retry_desc *desc) {
+    orch_retry_desc d = *desc;
+    if (d.attempts == 0) d.attempts = 10;
+    if (d.delay_ms == 0) d.delay_ms = 1000;
+    if (d.factor < 1) d.factor = 2;
+    if (d.max_delay_ms == 0) d.max_delay_ms = ORCHI_POLICY_MOST_MS;
+    return d;
+}
+
+/* Since the first attempt began. */
+static uint64_t orchi_retry_elapsed(const orchi_attempts *a) { return orch_now() - a->start; }
+
+/* Whether the budget leaves no time for an attempt after another `ms`. */
+static bool orchi_retry_spent(const orchi_attempts *a, uint64_t ms) {
+    uint64_t budget = a->desc->budget_ms;
+    return budget > 0 && orchi_retry_elapsed(a) + ms >= budget;
+}
+
+/* The time for the next attempt; 0: no limit. The budget was not spent when it was last asked. */
+static uint64_t orchi_retry_limit(const orchi_attempts *a) {
+    uint64_t limit = a->desc->timeout_ms, budget = a->desc->budget_ms;
+    if (budget == 0) return limit;
+    uint64_t elapsed = orchi_retry_elapsed(a), left = elapsed < budget ? budget - elapsed : 1;
+    return limit == 0 || left < limit ? left : limit;
+}
+
+/* One attempt, to its end. Without a limit it costs no task. With one it has its own, so that the
+ * cancellation ends with it, whatever it has left behind: shields, task-local values. */
+static orch_result orchi_retry_attempt(orchi_attempts *a) {
+    const orch_retry_desc *d = a->desc;
+    uint64_t limit = orchi_retry_limit(a);
+    int error = orchi_attempt_begin(++a->number);
+    if (error != 0) return orch_fail(error);
+    if (limit == 0) return orchi_outcome(a->fn(a->arg));
+    orch_task_desc task = {d->name, a->fn, a->arg, 0, NULL, d->stack_size};
+    orch_result r = orch_await(orch_timeout(orch_go_with(&task), limit));
+    if (r.error != ORCH_ETIMEDOUT || !orchi_retry_spent(a, 0)) return r;
+    orch_result_free(&r);
+    return orch_failf(ORCH_ETIMEDOUT, "Timeout after %llu ms, the budget of the retry",
+                      (unsigned long long)d->budget_ms);
+}
+
+/* From low to high, both included. High is at most three times a hundred years. */
+static uint64_t orchi_retry_draw(uint64_t low, uint64_t high) {
+    return high > low ? low + orch_random() % (high - low + 1) : high;
+}
+
+/* The back-off after the attempt that has just failed, and prepares the next one. Rounded up, as
+ * times never come early. */
+static uint64_t orchi_retry_backoff(orchi_attempts *a) {
+    const orch_retry_desc *d = a->desc;
+    uint64_t cap = d->max_delay_ms, ms = cap;
+    if (d->no_delay) return 0;
+    if (d->jitter == ORCH_JITTER_DECORRELATED) {
+        ms = orchi_retry_draw(d->delay_ms, a->drawn * 3);
+        return a->drawn = ms < cap ? ms : cap;
+    }
+    if (a->backoff < (double)cap) {
+        ms = (uint64_t)a->backoff;
+        if ((double)ms < a->backoff) ms++;
+        a->backoff *= d->factor;
+    }
+    return d->jitter == ORCH_JITTER_FULL ? orchi_retry_draw(0, ms) : ms;
+}
+
+/* The wait before the next attempt: what the server asks for, else the back-off. That goes on
+ * growing with the attempts either way. */
+static uint64_t orchi_retry_delay(orchi_attempts *a, const orch_result *r) {
+    const orch_retry_desc *d = a->desc;
+    uint64_t backoff = orchi_retry_backoff(a), asked = 0;
+    if (d->retry_after == NULL || !d->retry_after(r, &asked, d->context)) return backoff;
+    return asked < ORCHI_POLICY_MOST_MS ? asked : ORCHI_POLICY_MOST_MS;
+}
+
+/* Whether an attempt is left that could help. */
+static bool orchi_retry_may(const orchi_attempts *a, const orch_result *r) {
+    const orch_retry_desc *d = a->desc;
+    if (a->number >= d->attempts || orchi_retry_spent(a, 0)) return false;
+    return d->retry_if != NULL ? d->retry_if(r, d->context) : r->error != ORCH_ECANCELED;
+}
+
+/* Tells on_attempt. False: it stops the retry, and *r is its error. If that is the one that the
+ * attempt ended with, the message stays. */
+static bool orchi_retry_tell(orchi_attempts *a, orch_result *r, unsigned left, uint64_t delay) {
+    const orch_retry_desc *d = a->desc;
+    orch_attempt attempt = {a->number, left, r, orchi_retry_elapsed(a), delay};
+    int stop = d->on_attempt != NULL ? d->on_attempt(&attempt, d->context) : 0;
+    if (stop == 0) return true;
+    if (stop != r->error) {
+        orch_result_free(r);
+        *r = orch_fail(stop);
+    }
+    return false;
+}
+
+/* Waits, at least for a turn, so that attempts that never wait cannot keep the loop to themselves.
+ */
+static bool orchi_retry_wait(orch_result *r, uint64_t delay) {
+    int error = delay > 0 ? orch_sleep(delay) : orch_yield();
+    if (error == 0) return true;
+    orch_result_free(r);
+    *r = orch_fail(error);
+    return false;
+}
+
+/* After a failed attempt: whether another one is to begin now. If not, *r is what all ends with.
+ * The budget is asked again after whatever may take time. */
+static bool orchi_retry_again(orchi_attempts *a, orch_result *r) {
+    bool again = orchi_retry_may(a, r);
+    uint64_t delay = again ? orchi_retry_delay(a, r) : 0;
+    if (orchi_retry_spent(a, delay)) again = false;
+    unsigned left = again ? a->desc->attempts - a->number : 0;
+    if (!orchi_retry_tell(a, r, left, again ? delay : 0) || !again) return false;
+    if (orchi_retry_spent(a, delay) || !orchi_retry_wait(r, delay)) return false;
+    return !orchi_retry_spent(a, 0);
+}
+
+/* All attempts, in the current task. Once that was asked to end, no hook is called and no attempt
+ * begins: the last outcome is what it came to. */
+static orch_result orchi_retry_run(const orch_retry_desc *desc, orch_task_fn fn, void *arg) {
+    orchi_attempts a = {desc, fn, arg, orch_now(), (double)desc->delay_ms, desc->delay_ms, 0};
+    for (;;) {
+        orch_result r = orchi_retry_attempt(&a);
+        if (r.error == 0 || orch_cancel_reason() != 0) return r;
+        if (!orchi_retry_again(&a, &r)) return r;
+        orch_result_free(&r);
+    }
+}
+
+typedef struct orchi_retry { // the state of a retry that is a task
+    orch_retry_desc desc;    // arg is the copy, if there is one
+    size_t bytes;
+} orchi_retry;
+
+/* fn and arg are in the state: the task's stack holds the attempts only. */
+static orch_result orchi_retry_main(void *state) {
+    const orch_retry_desc *desc = &((orchi_retry *)state)->desc;
+    return orchi_retry_run(desc, desc->fn, desc->arg);
+}
+
+/* The task has ended, or could not be started. */
+static void orchi_retry_release(void *state) {
+    orchi_retry *retry = (orchi_retry *)state;
+    if (retry->desc.release != NULL) retry->desc.release(retry->desc.arg);
+    orchi_free(orchi_loop, retry, retry->bytes);
+}
+
+/* The desc is copied first, so that one path serves for NULL as well. */
+orch_future *orch_retry(const orch_retry_desc *desc) {
+    orch_retry_desc d;
+    orch_result refusal;
+    memset(&d, 0, sizeof d);
+    if (desc != NULL) d = *desc;
+    int error = orchi_policy_error(d.fn != NULL, d.arg, d.arg_size, d.stack_size);
+    if (error != 0) {
+        error = orchi_misuse("orch_retry", error);
+        return orchi_policy_refuse(orchi_rejected(error), d.release, d.arg);
+    }
+    if (!orchi_retry_valid("orch_retry", &d, &refusal)) {
+        return orchi_policy_refuse(orch_settled(refusal), d.release, d.arg);
+    }
+    void *arg = d.arg;
+    orchi_retry *retry = (orchi_retry *)orchi_state_new(sizeof *retry, &arg, d.arg_size);
+    if (retry == NULL) return orchi_policy_refuse(orchi_rejected(ORCH_ENOMEM), d.release, d.arg);
+    retry->desc = orchi_retry_defaults(&d);
+    retry->desc.arg = arg;
+    retry->bytes = orchi_state_end(sizeof *retry) + d.arg_size;
+    orch_task_desc task = {d.name, orchi_retry_main, retry, 0, orchi_retry_release, d.stack_size};
+    return orch_go_with(&task);
+}
+
+// ---- batches: items that a leader starts one by one
+//
+// A batch is one allocation:
+//
+//     orchi_batch and what map or hedge adds | generations | futures | copy of arg
+//
+// Futures and generations are the two halves of the promises. Futures of their own are needed once,
+// when all are combined, and an array less is worth it: a map over trivial items is mostly memory.
+
+typedef struct orchi_batch orchi_batch;
+
+typedef struct orchi_item { // on the stack of its task
+    orchi_batch *batch;
+    size_t index;
+    orch_future *held; // what is dropped when it has ended: its permit; or NULL
+} orchi_item;
+
+struct orchi_batch {
+    const char *name;
+    orch_result (*run)(orchi_item *item);                // in the item's task
+    void (*ended)(orchi_batch *b, const orch_result *r); // an item has
+    orch_future *(*combine)(size_t count, orch_future *const *futures);
+    size_t stack_size;
+    uint64_t timeout_ms;
+    void *arg; // the user's
+    void (*release)(void *arg);
+    orch_future **futures; // of the items; once they are combined, only of those with a promise
+    uint64_t *generations; // of those
+    size_t count, running;
+    bool failed;          // an item has
+    size_t references;    // the leader's and those of the items that run
+    orchi_item starting;  // handed to a task that begins
+    bool handed;          // it has begun
+    orch_promise wake;    // what the leader waits for
+    orch_future *outcome; // the combinator; NULL: not yet
+    size_t bytes;
+};
+
+/* A batch of `size` bytes that begins with an orchi_batch, its promises and the copy of arg behind
+ * it, or NULL. What it is made of besides is the caller's to fill in. */
+static orchi_batch *orchi_batch_new(size_t size, size_t count, void *arg, size_t arg_size) {
+    size_t items = orchi_state_end(size);
+    size_t end = items + count * (sizeof(orch_future *) + sizeof(uint64_t));
+    if (count > SIZE_MAX / 32) return NULL; // where addresses have 32 bits
+    orchi_batch *b = (orchi_batch *)orchi_state_new(end, &arg, arg_size);
+    if (b == NULL) return NULL;
+    memset(b, 0, size);
+    b->generations = (uint64_t *)(void *)((char *)b + items);
+    b->futures = (orch_future **)(void *)(b->generations + count);
+    b->arg = arg;
+    b->count = count;
+    b->references = 1;
+    b->bytes = orchi_state_end(end) + arg_size;
+    return b;
+}
+
+/* Combines all items, if they are not yet. Those from `begun` on get promises. Those before are not
+ * looked at any more: the combinator has consumed their futures. */
+static void orchi_batch_combine(orchi_batch *b, size_t begun) {
+    orch_promise promise;
+    if (b->outcome != NULL) return;
+    for (size_t i = begun; i < b->count; i++) {
+        b->futures[i] = orch_future_new(&promise);
+        b->generations[i] = promise.generation;
+    }
+    b->outcome = b->combine(b->count, b->futures);
+}
+
+/* The ticket of an item that had not begun when all were combined. */
+static orch_promise orchi_batch_item(const orchi_batch *b, size_t i) {
+    orch_promise promise = {b->futures[i], b->generations[i]};
+    return promise;
+}
+
+/* The leader or an item has ended. */
+static void orchi_batch_leave(void *batch) {
+    orchi_batch *b = (orchi_batch *)batch;
+    if (--b->references > 0) return;
+    if (b->release != NULL) b->release(b->arg);
+    orchi_free(orchi_loop, b, b->bytes);
+}
+
+/* Starts the leader, which begins with the first items at once. If it cannot be started, nothing
+ * was: no future is left, and its release frees the batch. */
+static orch_future *orchi_batch_lead(orchi_batch *b, orch_task_fn lead) {
+    orch_task_desc task = {b->name, lead, b, 0, orchi_batch_leave, 0};
+    return orch_go_with(&task);
+}
+
+/* What the leader returns: its future becomes the combinator. */
+static orch_result orchi_batch_hand_over(orchi_batch *b) {
+    orchi_batch_combine(b, b->count);
+    return orch_chain(b->outcome);
+}
+
+/* Whether item i is still to be started; what is not ends here, before its hook could be called.
+ * A cancelled leader cancels all. */
+static bool orchi_batch_open(orchi_batch *b, size_t i) {
+    if (b->outcome == NULL) return true;
+    int reason = orch_cancel_reason();
+    orch_promise item = orchi_batch_item(b, i);
+    if (reason != 0) orch_cancel(b->outcome, reason);
+    if (orch_promise_wanted(item)) return true;
+    orch_settle(item, orch_fail(ORCH_ECANCELED));
+    return false;
+}
+
+/* Wakes the leader, if it waits. */
+static void orchi_batch_wake(orchi_batch *b) { orch_settle(b->wake, orch_ok(NULL, NULL)); }
+
+/* The hook of the item that the leader waits for: it has not begun, so it has ended. */
+static bool orchi_batch_asked(void *batch, int reason) {
+    (void)reason;
+    orchi_batch_wake((orchi_batch *)batch);
+    return true;
+}
+
+/* The leader waits for `what`, if it is not NULL, or until it is woken (index 1), to start item i.
+ * The hook stays when that begins, but is not called: its promise then follows the task. */
+static orch_result orchi_batch_wait(orchi_batch *b, size_t i, orch_future *what) {
+    orch_future *pair[2];
+    pair[0] = what;
+    pair[1] = orch_future_new(&b->wake);
+    orch_promise_describe(b->wake, b->name != NULL ? b->name : "");
+    orch_promise_on_cancel(orchi_batch_item(b, i), orchi_batch_asked, b);
+    return orch_await(what != NULL ? orch_race_n(2, pair) : pair[1]);
+}
+
+/* An item has ended, or its task could not be started. That is before its future settles; but
+ * whoever is woken here runs after that, from the queue. */
+static void orchi_item_end(orchi_item *item, const orch_result *r) {
+    orchi_batch *b = item->batch;
+    b->running--;
+    if (r->error != 0) b->failed = true;
+    orch_drop(item->held);
+    b->ended(b, r);
+    orchi_batch_leave(b);
+}
+
+/* An item's task. It begins inside of orch_go_with, so it finds there which item it is. */
+static orch_result orchi_item_main(void *batch) {
+    orchi_batch *b = (orchi_batch *)batch;
+    orchi_item item;
+    item.batch = b; // not as a whole: it has just been written in parts
+    item.index = b->starting.index;
+    item.held = b->starting.held;
+    b->handed = true;
+    orch_result r = b->run(&item);
+    orchi_item_end(&item, &r);
+    return r;
+}
+
+/* Starts item i, which is to own what is held for it. Its timeout counts the item only, not the
+ * wait for a place. */
+static void orchi_batch_start(orchi_batch *b, size_t i, orch_future *held) {
+    orch_task_desc task = {b->name, orchi_item_main, b, 0, NULL, b->stack_size};
+    b->starting.batch = b;
+    b->starting.index = i;
+    b->starting.held = held;
+    b->handed = false;
+    b->running++;
+    b->references++;
+    orch_future *f = orch_go_with(&task);
+    if (!b->handed) orchi_item_end(&b->starting, orch_peek(f));
+    if (b->timeout_ms > 0) f = orch_timeout(f, b->timeout_ms);
+    if (b->outcome != NULL) orch_follow(orchi_batch_item(b, i), f);
+    else b->futures[i] = f;
+}
+
+// ---- map
+
+enum { ORCHI_MAP_TURN = 128 }; // items that are started without a wait until others get their turn
+static const size_t ORCHI_MAP_MOST = 0x7ffffff0; // what a combinator takes
+
+typedef struct orchi_mapping {
+    orchi_batch batch;
+    orch_map_fn fn;
+    size_t concurrency;
+    orch_semaphore *limit; // or NULL
+    int closed;            // the limit's error, once it has one
+    bool full;             // the leader waits for one of the map's own places
+    bool retries;
+    orch_retry_desc retry;
+} orchi_mapping;
+
+/* One attempt at an item. */
+static orch_result orchi_mapping_call(void *argument) {
+    const orchi_item *item = (const orchi_item *)argument;
+    return orchi_outcome(((orchi_mapping *)item->batch)->fn(item->index, item->batch->arg));
+}
+
+/* An item, with its retries: they are a loop in its task. */
+static orch_result orchi_mapping_run(orchi_item *item) {
+    const orchi_mapping *m = (const orchi_mapping *)item->batch;
+    if (!m->retries) return orchi_mapping_call(item);
+    return orchi_retry_run(&m->retry, orchi_mapping_call, item);
+}
+
+/* Wakes a leader that waits for one of the map's own places. One that waits for a permit is served
+ * by the semaphore, and would lose its turn there if it was woken. */
+static void orchi_mapping_ended(orchi_batch *b, const orch_result *r) {
+    (void)r;
+    if (((orchi_mapping *)b)->full) orchi_batch_wake(b);
+}
+
+/* The release of a permit that needed no wait. */
+static void orchi_mapping_give_back(void *limit) { orch_release((orch_semaphore *)limit); }
+
+/* A permit of the limit, or why there is none. A semaphore that was closed is not asked again, as
+ * it may be gone. */
+static orch_result orchi_mapping_permit(orchi_mapping *m, size_t i) {
+    if (m->closed != 0) return orch_fail(m->closed);
+    if (orch_try_acquire(m->limit)) return orch_ok(m->limit, orchi_mapping_give_back);
+    orch_result permit = orchi_batch_wait(&m->batch, i, orch_semaphore_acquire(m->limit));
+    if (permit.error == ORCH_ECLOSED) m->closed = permit.error;
+    return permit;
+}
+
+/* Waits until item i may run. Returns what it is to hold, or an error. */
+static orch_result orchi_mapping_place(orchi_mapping *m, size_t i) {
+    orch_result place = orch_ok(NULL, NULL);
+    while (m->batch.running >= m->concurrency) {
+        m->full = true;
+        place = orchi_batch_wait(&m->batch, i, NULL);
+        m->full = false;
+        if (place.error != 0 || !orchi_batch_open(&m->batch, i)) return place;
+    }
+    return m->limit != NULL ? orchi_mapping_permit(m, i) : place;
+}
+
+/* Starts item i as soon as there is a place, unless that comes too late. A settled future holds the
+ * permit, whichever way it came: dropping it gives the permit back. */
+static void orchi_mapping_queue(orchi_mapping *m, size_t i) {
+    orch_result place = orchi_mapping_place(m, i);
+    orch_future *held = place.release != NULL ? orch_settled(place) : NULL;
+    int error = held != NULL ? orch_peek(held)->error : place.error;
+    bool open = orchi_batch_open(&m->batch, i);
+    if (open && error == 0) {
+        orchi_batch_start(&m->batch, i, held);
+    } else {
+        if (open) orch_settle(orchi_batch_item(&m->batch, i), orch_fail(error));
+        orch_drop(held);
+    }
+}
+
+/* Lets others run. What runs may fail meanwhile, and needs its combinator. */
+static void orchi_mapping_turn(orchi_batch *b, size_t i) {
+    if (b->running > 0) orchi_batch_combine(b, i);
+    if (orch_cancel_reason() == 0) orch_yield();
+}
+
+/* The items one by one. Once all is decided, those that are left end in here, too. */
+static orch_result orchi_mapping_lead(void *state) {
+    orchi_mapping *m = (orchi_mapping *)state;
+    orchi_batch *b = &m->batch;
+    for (size_t i = 0; i < b->count; i++) {
+        if (i % ORCHI_MAP_TURN == ORCHI_MAP_TURN - 1) orchi_mapping_turn(b, i);
+        bool waits = m->limit != NULL || b->running >= m->concurrency;
+        if (waits || b->failed || orch_cancel_reason() != 0) orchi_batch_combine(b, i);
+        if (!orchi_batch_open(b, i)) continue;
+        if (waits) orchi_mapping_queue(m, i);
+        else orchi_batch_start(b, i, NULL);
+    }
+    return orchi_batch_hand_over(b);
+}
+
+/* The map of a valid desc, ready to be led; NULL when out of memory. Of the desc's retry the task's
+ * name and stack are those of the items. */
+static orchi_mapping *orchi_mapping_make(const orch_map_desc *d) {
+    orchi_mapping *m = (orchi_mapping *)(void *)orchi_batch_new(sizeof *m, d->count, d->context, 0);
+    if (m == NULL) return NULL;
+    m->batch.name = d->name;
+    m->batch.run = orchi_mapping_run;
+    m->batch.ended = orchi_mapping_ended;
+    m->batch.stack_size = d->stack_size;
+    m->batch.timeout_ms = d->timeout_ms;
+    m->fn = d->fn;
+    m->concurrency = d->concurrency > 0 ? d->concurrency : SIZE_MAX;
+    m->limit = d->limit;
+    m->retries = d->retry != NULL;
+    if (m->retries) m->retry = orchi_retry_defaults(d->retry);
+    m->retry.name = d->name;
+    m->retry.stack_size = d->stack_size;
+    m->batch.release = d->release;
+    m->batch.combine = d->keep_going ? orch_all_settled_n : orch_all_n;
+    return m;
+}
+
+/* What is wrong with a desc's numbers. */
+static bool orchi_mapping_valid(const orch_map_desc *d, orch_result *refusal) {
+    if (!orchi_policy_time("orch_map", "timeout_ms", d->timeout_ms, refusal)) return false;
+    if (d->retry == NULL) return true;
+    if (d->retry->fn == NULL) return orchi_retry_valid("orch_map: retry", d->retry, refusal);
+    *refusal = orch_failf(ORCH_EINVAL, "orch_map: retry.fn is set: what is retried is fn");
+    return false;
+}
+
+orch_future *orch_map(const orch_map_desc *desc) {
+    orch_map_desc d;
+    orch_result refusal;
+    memset(&d, 0, sizeof d);
+    if (desc != NULL) d = *desc;
+    int error = orchi_policy_error(d.fn != NULL, NULL, 0, d.stack_size);
+    if (error == 0 && d.count > ORCHI_MAP_MOST) error = ORCH_EINVAL;
+    if (error != 0) {
+        error = orchi_misuse("orch_map", error);
+        return orchi_policy_refuse(orchi_rejected(error), d.release, d.context);
+    }
+    if (!orchi_mapping_valid(&d, &refusal)) {
+        return orchi_policy_refuse(orch_settled(refusal), d.release, d.context);
+    }
+    orchi_mapping *m = orchi_mapping_make(&d);
+    if (m != NULL) return orchi_batch_lead(&m->batch, orchi_mapping_lead);
+    return orchi_policy_refuse(orchi_rejected(ORCH_ENOMEM), d.release, d.context);
+}
+
+// ---- hedge
+
+typedef struct orchi_hedge {
+    orchi_batch batch;
+    orch_hedge_desc desc; // its defaults filled in
+    size_t due;           // attempts that should have begun by now
+    bool hopeless;        // retry_if has said no
+} orchi_hedge;
+
+/* One attempt. After an error that will not pass, those that run go on: they may be luckier. */
+static orch_result orchi_hedge_run(orchi_item *item) {
+    orchi_hedge *h = (orchi_hedge *)item->batch;
+    const orch_hedge_desc *d = &h->desc;
+    orch_result r = orchi_outcome(d->fn(h->batch.arg));
+    if (r.error != 0 && d->retry_if != NULL && !d->retry_if(&r, d->context)) h->hopeless = true;
+    return r;
+}
+
+/* A failure makes the next attempt due. A success reaches the leader through its hook. */
+static void orchi_hedge_ended(orchi_batch *b, const orch_result *r) {
+    if (r->error == 0) return;
+    ((orchi_hedge *)b)->due++;
+    orchi_batch_wake(b);
+}
+
+/* Waits until attempt i is due: by the delay, or by a failure for each attempt after the first. */
+static int orchi_hedge_wait(orchi_hedge *h, size_t i) {
+    while (h->due <= i && !h->hopeless && orchi_batch_open(&h->batch, i)) {
+        orch_result r = orchi_batch_wait(&h->batch, i, orch_after(h->desc.delay_ms));
+        if (r.error != 0) return r.error;
+        if (r.index == 0) h->due++;
+    }
+    return h->hopeless ? ORCH_ECANCELED : 0;
+}
+
+/* The attempts one by one. They are combined from the start, as the leader mostly waits. */
+static orch_result orchi_hedge_lead(void *state) {
+    orchi_hedge *h = (orchi_hedge *)state;
+    orchi_batch_combine(&h->batch, 0);
+    for (size_t i = 0; i < h->batch.count; i++) {
+        int error = orchi_hedge_wait(h, i);
+        if (!orchi_batch_open(&h->batch, i)) continue;
+        if (error == 0) error = orchi_attempt_begin(i + 1);
+        if (error != 0) orch_settle(orchi_batch_item(&h->batch, i), orch_fail(error));
+        else orchi_batch_start(&h->batch, i, NULL);
+    }
+    return orchi_batch_hand_over(&h->batch);
+}
+
+/* What is wrong with a desc's numbers. */
+static bool orchi_hedge_valid(const orch_hedge_desc *d, orch_result *refusal) {
+    if (!orchi_policy_time("orch_hedge", "delay_ms", d->delay_ms, refusal)) return false;
+    if (d->attempts <= 100) return true;
+    *refusal = orch_failf(ORCH_EINVAL, "orch_hedge: attempts is %u, more than 100", d->attempts);
+    return false;
+}
+
+/* The hedge of a valid desc, ready to be led; NULL when out of memory. */
+static orchi_hedge *orchi_hedge_make(const orch_hedge_desc *d) {
+    size_t attempts = d->attempts > 0 ? d->attempts : 2;
+    orchi_batch *b = orchi_batch_new(sizeof(orchi_hedge), attempts, d->arg, d->arg_size);
+    orchi_hedge *h = (orchi_hedge *)(void *)b;
+    if (h == NULL) return NULL;
+    b->name = d->name;
+    b->run = orchi_hedge_run;
+    b->ended = orchi_hedge_ended;
+    b->stack_size = d->stack_size;
+    h->desc = *d;
+    h->desc.delay_ms = d->delay_ms > 0 ? d->delay_ms : 100;
+    h->due = d->no_delay ? attempts : 1;
+    b->release = d->release;
+    b->combine = orch_any_n;
+    return h;
+}
+
+orch_future *orch_hedge(const orch_hedge_desc *desc) {
+    orch_hedge_desc d;
+    orch_result refusal;
+    memset(&d, 0, sizeof d);
+    if (desc != NULL) d = *desc;
+    int error = orchi_policy_error(d.fn != NULL, d.arg, d.arg_size, d.stack_size);
+    if (error != 0) {
+        error = orchi_misuse("orch_hedge", error);
+        return orchi_policy_refuse(orchi_rejected(error), d.release, d.arg);
+    }
+    if (!orchi_hedge_valid(&d, &refusal)) {
+        return orchi_policy_refuse(orch_settled(refusal), d.release, d.arg);
+    }
+    orchi_hedge *h = orchi_hedge_make(&d);
+    if (h != NULL) return orchi_batch_lead(&h->batch, orchi_hedge_lead);
+    return orchi_policy_refuse(orchi_rejected(ORCH_ENOMEM), d.release, d.arg);
+}
+
+// ------------------------------------------------------------------------------------------------
+// >>guard
+//
+// Policy, second half: limiter, circuit breaker, single flight, adaptive concurrency. On the public
+// API and >>base alone. Invariants:
+//   - Every guard begins with an orchi_gate; a broken one is nothing else, and never written.
+//   - A guard that was freed keeps its memory while calls that it let through are under way, and
+//     calls nothing of the user's any more.
+//   - Who waits stands in a line, in an extra slot, and is served in order; who is not wanted any
+//     more is taken out and gets nothing. A cancel hook takes out its own.
+//   - A limiter has one alarm, for the first in its line, however many wait. The clock is read once
+//     when it rings, and once for a start that need not wait.
+//   - Calls run in a task whose first function is the guard's: it knows whether the task was
+//     cancelled, and needs no memory but the task's stack, to which its block is copied.
+//   - A state changes as a whole before anything of the user's runs, and is looked at again after.
+
+// ---- what guards have in common
+
+typedef struct orchi_gate { // first in every guard
+    int error;              // not 0: broken, and this is all there is
+    bool freed;             // by its owner, while calls are under way
+    orch_loop *loop;
+} orchi_gate;
+
+static const orchi_gate orchi_broken_gates[] = {
+    {ORCH_ENOMEM, false, NULL}, {ORCH_EINVAL, false, NULL}, {ORCH_ENOLOOP, false, NULL}};
+
+/* The immortal object of an error. */
+static void *orchi_gate_broken(int error) {
+    size_t i = error == ORCH_ENOMEM ? 0 : error == ORCH_EINVAL ? 1 : 2;
+    return (void *)(uintptr_t)&orchi_broken_gates[i];
+}
+
+/* A guard with zeros behind its gate, or a broken one. */
+static void *orchi_gate_new(size_t size, bool valid, const char *function) {
+    int error = orchi_loop == NULL ? ORCH_ENOLOOP : valid ? 0 : ORCH_EINVAL;
+    if (error != 0) return orchi_gate_broken(orchi_misuse(function, error));
+    orchi_gate *gate = (orchi_gate *)orchi_allocate(orchi_loop, size);
+    if (gate == NULL) return orchi_gate_broken(ORCH_ENOMEM);
+    memset(gate, 0, size);
+    gate->loop = orchi_loop;
+    return gate;
+}
+
+/* Why a guard cannot be used. */
+ORCHI_COLD static int orchi_gate_wrong(const orchi_gate *gate, const char *function) {
+    if (gate == NULL) return orchi_misuse(function, ORCH_EINVAL);
+    if (gate->error != 0) return gate->error;
+    return orchi_misuse(function, orchi_loop == NULL ? ORCH_ENOLOOP : ORCH_ETHREAD);
+}
+
+/* What every operation asks first. */
+static inline int orchi_gate_error(const void *guard, const char *function) {
+    const orchi_gate *gate = (const orchi_gate *)guard;
+    if (ORCHI_LIKELY(gate != NULL && gate->error == 0 && gate->loop == orchi_loop)) return 0;
+    return orchi_gate_wrong(gate, function);
+}
+
+/* The same for what only looks, and has no error to return. */
+static bool orchi_gate_usable(const void *guard, const char *function) {
+    return orchi_gate_error(guard, function) == 0;
+}
+
+// 73 years: so sums of a few times stay far from where 64 bits overflow.
+static const int64_t ORCHI_LONG_NS = INT64_MAX / 4;
+
+static bool orchi_long_ms(uint64_t ms) { return ms > (uint64_t)ORCHI_LONG_NS / 1000000u; }
+
+/* In nanoseconds; what is too long counts as 73 years. */
+static int64_t orchi_ms_ns(uint64_t ms) {
+    return orchi_long_ms(ms) ? ORCHI_LONG_NS : (int64_t)ms * 1000000;
+}
+
+/* In milliseconds, rounded up: a wait must not be too short. */
+static uint64_t orchi_ns_ms(int64_t ns) { return ns > 0 ? ((uint64_t)ns + 999999u) / 1000000u : 0; }
+
+static int64_t orchi_gate_now(const orchi_gate *gate) { return (int64_t)orchi_now(gate->loop); }
+
+/* What reports call a future that waits at a guard. */
+static void orchi_gate_label(char *label, size_t size, const char *kind, const char *name) {
+    const char *quote = name[0] != '\0' ? "'" : "";
+    snprintf(label, size, "%s%s%s%s%s", kind, name[0] != '\0' ? " " : "", quote, name, quote);
+}
+
+enum { ORCHI_LABEL = 48 };
+
+// ---- a line of those who wait
+
+typedef struct orchi_place { // in an extra slot
+    orch_promise promise;
+    void *owner; // whose line it is
+    struct orchi_place *previous, *next;
+    uint32_t weight;
+} orchi_place;
+
+typedef struct orchi_line {
+    orchi_place *first, *last;
+    size_t count;
+} orchi_line;
+
+/* The last place, whose cancellation is told to `leave`; NULL when out of memory. */
+static orchi_place *orchi_line_join(orchi_line *line, orch_promise promise, void *owner,
+                                    orch_cancel_fn leave, const char *label) {
+    orchi_place *place =
+        orch_promise_pending(promise) ? (orchi_place *)orchi_extra_new(orchi_loop) : NULL;
+    if (place == NULL) {
+        orch_settle(promise, orch_fail(ORCH_ENOMEM));
+        return NULL;
+    }
+    place->promise = promise;
+    place->owner = owner;
+    place->previous = line->last;
+    place->next = NULL;
+    place->weight = 0;
+    if (line->last != NULL) line->last->next = place;
+    else line->first = place;
+    line->last = place;
+    line->count++;
+    orch_promise_on_cancel(promise, leave, place);
+    orch_promise_describe(promise, label);
+    return place;
+}
+
+/* Takes a place out of its line. The place stays. */
+static void orchi_line_remove(orchi_line *line, orchi_place *place) {
+    if (place->previous != NULL) place->previous->next = place->next;
+    else line->first = place->next;
+    if (place->next != NULL) place->next->previous = place->previous;
+    else line->last = place->previous;
+    line->count--;
+}
+
+/* Takes a place out of its line and frees it. Returns the ticket, for a settle that comes last. */
+static orch_promise orchi_line_leave(orchi_line *line, orchi_place *place) {
+    orch_promise promise = place->promise;
+    orchi_line_remove(line, place);
+    orchi_extra_free(orchi_loop, place);
+    return promise;
+}
+
+/* The first that is still wanted. Those before it get nothing: their hooks may not have run yet. */
+static orchi_place *orchi_line_first(orchi_line *line) {
+    while (line->first != NULL && !orch_promise_wanted(line->first->promise)) {
+        orch_settle(orchi_line_leave(line, line->first), orch_fail(ORCH_ECANCELED));
+    }
+    return line->first;
+}
+
+/* Sends everybody away. The line is empty before the first hears of it. */
+static void orchi_line_close(orchi_line *line, int error) {
+    orchi_line gone = *line;
+    line->first = line->last = NULL;
+    line->count = 0;
+    while (gone.first != NULL) {
+        orch_settle(orchi_line_leave(&gone, gone.first), orch_fail(error));
+    }
+}
+
+// ---- an alarm: a call from the loop that can be called off
+
+typedef struct orchi_alarm { // in an extra slot
+    void (*ring)(void *owner, int error);
+    void *owner; // NULL: it was called off
+    orch_future *future;
+} orchi_alarm;
+
+static orch_result orchi_alarm_run(orch_result *in, void *context) {
+    orchi_alarm alarm = *(orchi_alarm *)context;
+    orchi_extra_free(orchi_loop, context);
+    if (alarm.owner != NULL) {
+        orch_detach(alarm.future);
+        alarm.ring(alarm.owner, in->error);
+    }
+    return orch_ok(NULL, NULL);
+}
+
+/* Calls ring(owner, error) from the loop when f, which can be dropped without waiting, has settled.
+ * NULL when out of memory. */
+static orchi_alarm *orchi_alarm_new(orch_future *f, void (*ring)(void *owner, int error),
+                                    void *owner) {
+    orchi_alarm *alarm = (orchi_alarm *)orchi_extra_new(orchi_loop);
+    if (alarm == NULL) {
+        orch_drop(f);
+        return NULL;
+    }
+    alarm->ring = ring;
+    alarm->owner = owner;
+    alarm->future = orch_then(f, orchi_alarm_run, orchi_alarm_run, alarm);
+    if (!orch_is_settled(alarm->future)) return alarm;
+    orch_drop(alarm->future); // rejected: nothing will call
+    orchi_extra_free(orchi_loop, alarm);
+    return NULL;
+}
+
+/* Calls it off. The loop comes by once more and finds nobody. */
+static void orchi_alarm_off(orchi_alarm *alarm) {
+    if (alarm == NULL) return;
+    alarm->owner = NULL;
+    orch_cancel(alarm->future, 0);
+    orch_detach(alarm->future);
+}
+
+// ---- a call: a task whose first function is a guard's
+
+typedef struct orchi_call { // first in the block that the guard's function gets
+    orch_task_fn fn;
+    void *arg;
+    void (*release)(void *arg);
+    size_t copied; // where in the block the argument's copy begins; 0: it was not copied
+    size_t more;   // where what the guard added begins
+    bool *started; // of who starts it: false when there was no memory
+} orchi_call;
+
+static orch_task_desc orchi_call_desc(orch_task_fn fn, void *arg) {
+    orch_task_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.fn = fn;
+    desc.arg = arg;
+    return desc;
+}
+
+/* Gives up the argument of a call that will not take place. */
+static void orchi_call_give_up(const orch_task_desc *desc) {
+    if (desc != NULL && desc->release != NULL) desc->release(desc->arg);
+}
+
+static orch_future *orchi_call_refuse(const orch_task_desc *desc, orch_result r) {
+    orchi_call_give_up(desc);
+    return orch_settled(r);
+}
+
+/* What is wrong with the desc of a call; orch_go_with looks at the rest. */
+static int orchi_call_error(const orch_task_desc *desc, const char *function) {
+    bool wrong = desc == NULL || desc->fn == NULL || desc->arg_size > SIZE_MAX / 4 ||
+                 (desc->arg_size > 0 && desc->arg == NULL);
+    return wrong ? orchi_misuse(function, ORCH_EINVAL) : 0;
+}
+
+enum { ORCHI_CALL_WORDS = 64 }; // blocks up to this size are built without an allocation
+
+/* So that the argument's copy is aligned for any type, as its block is. */
+static size_t orchi_call_align(size_t size) { return (size + 15) / 16 * 16; }
+
+/* Builds the block: head, argument, more. */
+static void orchi_call_fill(char *block, orchi_call *head, size_t size, const orch_task_desc *desc,
+                            const void *more, size_t more_size) {
+    head->copied = desc->arg_size > 0 ? orchi_call_align(size) : 0;
+    head->more = orchi_call_align(size) + desc->arg_size;
+    memcpy(block, head, size);
+    if (desc->arg_size > 0) memcpy(block + head->copied, desc->arg, desc->arg_size);
+    if (more_size > 0) memcpy(block + head->more, more, more_size);
+}
+
+/* Starts `guard` with a block that begins with `head`, of `size` bytes. If it could not start, the
+ * argument has been given up, and the future is rejected. */
+static orch_future *orchi_call_go(const orch_task_desc *desc, orch_task_fn guard, orchi_call *head,
+                                  size_t size, const void *more, size_t more_size) {
+    uint64_t few[ORCHI_CALL_WORDS];
+    size_t total = orchi_call_align(size) + desc->arg_size + more_size;
+    head->fn = desc->fn;
+    head->arg = desc->arg;
+    head->release = desc->release;
+    void *block = total <= sizeof few ? few : orchi_allocate(orchi_loop, total);
+    if (block == NULL) return orchi_call_refuse(desc, orch_fail(ORCH_ENOMEM));
+    orchi_call_fill((char *)block, head, size, desc, more, more_size);
+    orch_task_desc task = *desc;
+    task.fn = guard;
+    task.arg = block;
+    task.arg_size = total;
+    task.release = NULL;
+    orch_future *f = orch_go_with(&task);
+    if (block != few) orchi_free(orchi_loop, block, total);
+    if (!*head->started) orchi_call_give_up(desc);
+    return f;
+}
+
+/* What fn gets. */
+static void *orchi_call_arg(orchi_call *call) {
+    return call->copied > 0 ? (char *)call + call->copied : call->arg;
+}
+
+static void orchi_call_release(orchi_call *call) {
+    if (call->release != NULL) call->release(orchi_call_arg(call));
+}
+
+/* Runs what the user gave, to its very end: what was returned may be a chain. */
+static orch_result orchi_call_run(orchi_call *call) {
+    orch_result r = call->fn(orchi_call_arg(call));
+    orchi_call_release(call);
+    return r.release != NULL ? orch_await(orch_settled(r)) : r;
+}
+
+/* Whether an error says no more than that the call was cancelled. */
+static bool orchi_call_cancelled(const orch_result *r, int reason) {
+    return r->error != 0 && (reason != 0 || r->error == ORCH_ECANCELED);
+}
+
+// ---- a pass: leave for one call, owned by a result until it is recorded
+
+typedef struct orchi_pass { // in an extra slot, or in a call's block
+    void *guard;
+    uint64_t number; // of the guard's state when the call began
+    int64_t began;   // ns
+    double limit;    // adaptive: when it began
+    uint32_t beside; // adaptive: calls that were under way when it began, itself included
+} orchi_pass;
+
+/* Takes the pass out of a result that owns it. What else the result may be is a mistake, unless it
+ * owns nothing. */
+static bool orchi_pass_take(orch_result *r, void (*unused)(void *pass), orchi_pass *pass,
+                            const char *function) {
+    if (r == NULL) orchi_misuse(function, ORCH_EINVAL);
+    if (r == NULL) return false;
+    bool good = r->error == 0 && r->release == unused;
+    if (good) {
+        *pass = *(orchi_pass *)r->value;
+        orchi_extra_free(orchi_loop, orch_take(r));
+    } else if (r->error == 0 && r->release != NULL) {
+        orchi_misuse(function, ORCH_EINVAL); // another guard's, or shared with others
+    }
+    if (!good) orch_result_free(r);
+    return good;
+}
+
+// ---- limiter
+//
+// Token bucket, as a point in time: `empty` is when the bucket was last empty, had it been filling
+// ever since. Tokens are there for now - empty; a start moves `empty` on by what its tokens cost,
+// and a full bucket drags it along. Costs are exact: nanoseconds, and parts of one in units of
+// 1 / limit.
+// Sliding window: a ring with, for each of the last `limit` starts, when it has left the window. A
+// start of weight w takes the w oldest, so the youngest of these says when it may come.
+
+typedef struct orchi_instant {
+    int64_t ns;
+    uint32_t part; // of ns, in 1 / limit
+} orchi_instant;
+
+struct orch_limiter {
+    orchi_gate gate;
+    orch_limiter_desc desc;
+    uint64_t step;       // ns for a token
+    uint32_t rest;       // and parts
+    uint32_t passes;     // starts that did not wait, since one was made to
+    orchi_instant empty; // token bucket
+    int64_t fill_ns;     // from empty to full
+    uint32_t fill_part;
+    uint32_t next;   // sliding window: the oldest in the ring
+    int64_t *leaves; // the ring
+    int64_t paused;  // ns: no start before
+    orchi_line line;
+    orchi_alarm *alarm; // for the first in the line, NULL when nobody waits
+    void (*ring)(void *owner, int error);
+    bool soon; // the alarm rings without a timer
+    char label[ORCHI_LABEL];
+};
+
+enum { ORCHI_STRICT_MOST = 1 << 24, ORCHI_PASSES = 128 };
+
+/* The most that one start can weigh. */
+static uint32_t orchi_limiter_most(const orch_limiter *l) {
+    return l->desc.strict ? l->desc.limit : l->desc.burst;
+}
+
+/* The one place for defaults. Whether the desc is valid: the bucket must fill in 73 years. */
+static bool orchi_limiter_resolve(const orch_limiter_desc *given, orch_limiter_desc *desc) {
+    if (given == NULL || given->limit == 0 || given->interval_ms == 0) return false;
+    if (orchi_long_ms(given->interval_ms)) return false;
+    if (given->strict && (given->burst != 0 || given->limit > ORCHI_STRICT_MOST)) return false;
+    *desc = *given;
+    if (desc->name == NULL) desc->name = "";
+    if (desc->burst == 0 && !desc->strict) desc->burst = desc->limit;
+    uint64_t token = (uint64_t)orchi_ms_ns(desc->interval_ms) / desc->limit + 1;
+    return desc->strict || token <= (uint64_t)ORCHI_LONG_NS / desc->burst;
+}
+
+/* When `weight` more tokens have come. weight and rest are below 2^32, so their product and a part
+ * fit 64 bits. */
+static orchi_instant orchi_limiter_add(const orch_limiter *l, orchi_instant t, uint32_t weight) {
+    uint64_t parts = (uint64_t)weight * l->rest + t.part;
+    t.ns += (int64_t)(weight * l->step + parts / l->desc.limit);
+    t.part = (uint32_t)(parts % l->desc.limit);
+    return t;
+}
+
+/* Takes over a resolved desc. */
+static void orchi_limiter_set(orch_limiter *l, const orch_limiter_desc *desc) {
+    uint64_t interval = (uint64_t)orchi_ms_ns(desc->interval_ms);
+    orchi_instant zero = {0, 0};
+    l->desc = *desc;
+    l->step = interval / desc->limit;
+    l->rest = (uint32_t)(interval % desc->limit);
+    orchi_instant full = orchi_limiter_add(l, zero, desc->burst);
+    l->fill_ns = full.ns;
+    l->fill_part = full.part;
+}
+
+/* The ring of a sliding window in which nothing has started; NULL when out of memory. */
+static int64_t *orchi_limiter_window(orch_loop *loop, uint32_t limit) {
+    int64_t *leaves = (int64_t *)orchi_allocate(loop, limit * sizeof *leaves);
+    if (leaves != NULL) memset(leaves, 0, limit * sizeof *leaves);
+    return leaves;
+}
+
+static void orchi_limiter_dispose(orch_limiter *l) {
+    orch_loop *loop = l->gate.loop;
+    orchi_free(loop, l->leaves, l->desc.limit * sizeof *l->leaves);
+    orchi_free(loop, l, sizeof *l);
+}
+
+/* A bucket that has been full drags `empty` along: it holds no more than burst, exactly. */
+static void orchi_limiter_fill(orch_limiter *l, int64_t now) {
+    orchi_instant full = {now - l->fill_ns, 0};
+    if (l->fill_part > 0) {
+        full.ns--;
+        full.part = l->desc.limit - l->fill_part;
+    }
+    bool behind = l->empty.ns < full.ns || (l->empty.ns == full.ns && l->empty.part < full.part);
+    if (behind) l->empty = full;
+}
+
+/* When a start of this weight is allowed, rounded up to whole nanoseconds. */
+static int64_t orchi_limiter_when(orch_limiter *l, uint32_t weight, int64_t now) {
+    int64_t when;
+    if (l->desc.strict) {
+        when = l->leaves[((uint64_t)l->next + weight - 1) % l->desc.limit];
+    } else {
+        orchi_limiter_fill(l, now);
+        orchi_instant at = orchi_limiter_add(l, l->empty, weight);
+        when = at.ns + (at.part > 0);
+    }
+    return when > l->paused ? when : l->paused;
+}
+
+/* A start that is allowed now. */
+static void orchi_limiter_take(orch_limiter *l, uint32_t weight, int64_t now) {
+    if (!l->desc.strict) {
+        l->empty = orchi_limiter_add(l, l->empty, weight);
+        return;
+    }
+    int64_t leaves = now + orchi_ms_ns(l->desc.interval_ms);
+    for (uint32_t i = 0; i < weight; i++) {
+        l->leaves[l->next] = leaves;
+        l->next = l->next + 1 < l->desc.limit ? l->next + 1 : 0;
+    }
+}
+
+static void orchi_limiter_off(orch_limiter *l) {
+    orchi_alarm_off(l->alarm);
+    l->alarm = NULL;
+    l->soon = false;
+}
+
+static void orchi_limiter_close(orch_limiter *l, int error) {
+    orchi_limiter_off(l);
+    orchi_line_close(&l->line, error);
+}
+
+/* Serves the line when `when` has settled: the turn of the loop (soon), or a timer. */
+static void orchi_limiter_wake(orch_limiter *l, orch_future *when, bool soon) {
+    orchi_limiter_off(l);
+    l->alarm = orchi_alarm_new(when, l->ring, l);
+    l->soon = soon;
+    if (l->alarm == NULL) orchi_limiter_close(l, ORCH_ENOMEM);
+}
+
+static void orchi_limiter_soon(orch_limiter *l) {
+    if (!l->soon) orchi_limiter_wake(l, orch_settled(orch_ok(NULL, NULL)), true);
+}
+
+/* Gives out the turns that there are, and sets the alarm for the next. */
+static void orchi_limiter_serve(orch_limiter *l) {
+    orchi_place *first = orchi_line_first(&l->line);
+    if (first == NULL) return;
+    int64_t now = orchi_gate_now(&l->gate), when = 0;
+    for (; first != NULL; first = orchi_line_first(&l->line)) {
+        bool fits = first->weight <= orchi_limiter_most(l);
+        if (fits && (when = orchi_limiter_when(l, first->weight, now)) > now) break;
+        if (fits) orchi_limiter_take(l, first->weight, now);
+        orch_result r = fits ? orch_ok(NULL, NULL) : orch_fail(ORCH_ELIMIT);
+        orch_settle(orchi_line_leave(&l->line, first), r);
+    }
+    if (first != NULL) orchi_limiter_wake(l, orch_after(orchi_ns_ms(when - now)), false);
+}
+
+/* An alarm that somebody else called off means that the loop ends. */
+static void orchi_limiter_ring(void *owner, int error) {
+    orch_limiter *l = (orch_limiter *)owner;
+    l->alarm = NULL;
+    l->soon = false;
+    if (error != 0) orchi_line_close(&l->line, error);
+    else orchi_limiter_serve(l);
+}
+
+/* Who waited is cancelled. The next may be lighter and start at once. */
+static bool orchi_limiter_leave(void *context, int reason) {
+    (void)reason;
+    orchi_place *place = (orchi_place *)context;
+    orch_limiter *l = (orch_limiter *)place->owner;
+    bool first = place == l->line.first;
+    orchi_line_leave(&l->line, place);
+    if (l->line.first == NULL) orchi_limiter_off(l);
+    else if (first) orchi_limiter_soon(l);
+    return true;
+}
+
+orch_limiter *orch_limiter_new(const orch_limiter_desc *given) {
+    orch_limiter_desc desc;
+    bool valid = orchi_limiter_resolve(given, &desc);
+    orch_limiter *l = (orch_limiter *)orchi_gate_new(sizeof *l, valid, "orch_limiter_new");
+    if (l->gate.error != 0) return l;
+    orchi_limiter_set(l, &desc);
+    l->ring = orchi_limiter_ring;
+    l->empty.ns = -ORCHI_LONG_NS - ORCHI_LONG_NS; // full
+    orchi_gate_label(l->label, sizeof l->label, "limiter", desc.name);
+    if (!desc.strict) return l;
+    l->leaves = orchi_limiter_window(l->gate.loop, desc.limit);
+    if (l->leaves != NULL) return l;
+    orchi_limiter_dispose(l);
+    return (orch_limiter *)orchi_gate_broken(ORCH_ENOMEM);
+}
+
+void orch_limiter_free(orch_limiter *l) {
+    if (l == NULL || orchi_gate_error(l, "orch_limiter_free") != 0) return;
+    orchi_limiter_close(l, ORCH_ECLOSED);
+    orchi_limiter_dispose(l);
+}
+
+/* What is wrong with a start, before its turn. */
+static inline int orchi_limiter_error(const orch_limiter *l, uint32_t weight,
+                                      const char *function) {
+    int error = orchi_gate_error(l, function);
+    if (ORCHI_UNLIKELY(error != 0)) return error;
+    if (weight == 0) return orchi_misuse(function, ORCH_EINVAL);
+    return weight <= orchi_limiter_most(l) ? 0 : ORCH_ELIMIT;
+}
+
+/* A start that need not wait. */
+static bool orchi_limiter_pass(orch_limiter *l, uint32_t weight) {
+    if (orchi_line_first(&l->line) != NULL) return false;
+    int64_t now = orchi_gate_now(&l->gate);
+    if (orchi_limiter_when(l, weight, now) > now) return false;
+    orchi_limiter_take(l, weight, now);
+    return true;
+}
+
+bool orch_limiter_try(orch_limiter *l, uint32_t weight) {
+    return orchi_limiter_error(l, weight, "orch_limiter_try") == 0 && orchi_limiter_pass(l, weight);
+}
+
+/* A place at the end of the line. */
+static orch_future *orchi_limiter_queue(orch_limiter *l, uint32_t weight) {
+    orch_promise promise;
+    orch_future *f = orch_future_new(&promise);
+    orchi_place *place = orchi_line_join(&l->line, promise, l, orchi_limiter_leave, l->label);
+    if (place == NULL) return f;
+    place->weight = weight;
+    if (place == l->line.first) orchi_limiter_soon(l);
+    return f;
+}
+
+orch_future *orch_limiter_acquire(orch_limiter *l, uint32_t weight) {
+    int error = orchi_limiter_error(l, weight, "orch_limiter_acquire");
+    if (error != 0) return orch_settled(orch_fail(error));
+    bool full = l->desc.waiting > 0 && l->line.count >= l->desc.waiting;
+    return full ? orch_settled(orch_fail(ORCH_ELIMIT)) : orchi_limiter_queue(l, weight);
+}
+
+/* Every 128th start stands in line, so that a task which never has to wait starves nobody. */
+int orch_limit(orch_limiter *l, uint32_t weight) {
+    int error = orchi_limiter_error(l, weight, "orch_limit");
+    if (ORCHI_UNLIKELY(error != 0)) return error;
+    if (orch_self() == NULL) return orchi_misuse("orch_limit", ORCH_ENOTASK);
+    if (++l->passes < ORCHI_PASSES && orchi_limiter_pass(l, weight)) return 0;
+    l->passes = 0;
+    orch_result r = orch_await(orch_limiter_acquire(l, weight));
+    orch_result_free(&r);
+    return r.error;
+}
+
+uint64_t orch_limiter_delay(orch_limiter *l, uint32_t weight) {
+    if (orchi_limiter_error(l, weight, "orch_limiter_delay") != 0) return UINT64_MAX;
+    int64_t now = orchi_gate_now(&l->gate);
+    return orchi_ns_ms(orchi_limiter_when(l, weight, now) - now);
+}
+
+int orch_limiter_pause(orch_limiter *l, uint64_t ms) {
+    int error = orchi_gate_error(l, "orch_limiter_pause");
+    if (error != 0) return error;
+    int64_t until = orchi_gate_now(&l->gate) + orchi_ms_ns(ms);
+    if (until > l->paused) l->paused = until;
+    return 0;
+}
+
+/* How many whole tokens there are: a search, as a division would have to be of more than 64
+ * bits. */
+static uint32_t orchi_limiter_tokens(orch_limiter *l, int64_t now) {
+    uint32_t low = 0, high = l->desc.burst;
+    while (low < high) {
+        uint32_t middle = low + (high - low + 1) / 2;
+        if (orchi_limiter_when(l, middle, now) <= now) low = middle;
+        else high = middle - 1;
+    }
+    return low;
+}
+
+/* Changes the bucket: `empty` is put where the tokens that are there are there again. */
+static void orchi_limiter_refill(orch_limiter *l, const orch_limiter_desc *desc) {
+    int64_t now = orchi_gate_now(&l->gate), paused = l->paused;
+    l->paused = 0;
+    uint32_t tokens = orchi_limiter_tokens(l, now);
+    l->paused = paused;
+    orchi_limiter_set(l, desc);
+    orchi_instant zero = {0, 0};
+    orchi_instant cost = orchi_limiter_add(l, zero, tokens < desc->burst ? tokens : desc->burst);
+    l->empty.ns = now - cost.ns - (cost.part > 0);
+    l->empty.part = cost.part > 0 ? desc->limit - cost.part : 0;
+}
+
+/* Changes the window: the youngest starts of the old ring stay, in order, and leave by the new
+ * interval. */
+static void orchi_limiter_rewind(orch_limiter *l, const orch_limiter_desc *desc, int64_t *leaves) {
+    uint32_t old = l->desc.limit, keep = old < desc->limit ? old : desc->limit;
+    int64_t longer = orchi_ms_ns(desc->interval_ms) - orchi_ms_ns(l->desc.interval_ms);
+    for (uint32_t i = 0; i < keep; i++) {
+        int64_t left = l->leaves[((uint64_t)l->next + old - keep + i) % old];
+        leaves[desc->limit - keep + i] = left != 0 ? left + longer : 0;
+    }
+    orchi_free(l->gate.loop, l->leaves, old * sizeof *leaves);
+    l->leaves = leaves;
+    l->next = 0;
+    orchi_limiter_set(l, desc);
+}
+
+int orch_limiter_change(orch_limiter *l, const orch_limiter_desc *given) {
+    orch_limiter_desc desc;
+    int error = orchi_gate_error(l, "orch_limiter_change");
+    if (error != 0) return error;
+    bool valid = orchi_limiter_resolve(given, &desc) && desc.strict == l->desc.strict;
+    if (!valid) return orchi_misuse("orch_limiter_change", ORCH_EINVAL);
+    desc.name = l->desc.name;
+    int64_t *leaves = desc.strict ? orchi_limiter_window(l->gate.loop, desc.limit) : NULL;
+    if (desc.strict && leaves == NULL) return ORCH_ENOMEM;
+    if (desc.strict) orchi_limiter_rewind(l, &desc, leaves);
+    else orchi_limiter_refill(l, &desc);
+    if (l->line.first != NULL) orchi_limiter_soon(l);
+    return 0;
+}
+
+size_t orch_limiter_waiting(const orch_limiter *l) {
+    return orchi_gate_usable(l, "orch_limiter_waiting") ? l->line.count : 0;
+}
+
+const orch_limiter_desc *orch_limiter_settings(const orch_limiter *l) {
+    return orchi_gate_usable(l, "orch_limiter_settings") ? &l->desc : NULL;
+}
+
+// ---- circuit breaker
+
+struct orch_breaker {
+    orchi_gate gate;
+    orch_breaker_desc desc;
+    orch_breaker_state state;
+    uint64_t number;  // of the state: outcomes of calls from earlier ones do not count
+    int64_t until;    // ns; open: so long; half-open: when the probes under way count as bad
+    uint32_t in_row;  // closed: bad calls; half-open: good ones
+    uint32_t probing; // half-open: probes under way
+    uint32_t at, seen, seen_bad; // the window
+    size_t users; // calls under way, and whoever must find it alive when on_change returns
+    orch_breaker_stats stats;
+    uint64_t *window; // a bit for each of the last calls: bad; behind the struct
+};
+
+enum { ORCHI_WINDOW_MOST = 65536 };
+
+/* The one place for defaults. Comparisons are such that NaN is out of range. */
+static bool orchi_breaker_resolve(const orch_breaker_desc *given, orch_breaker_desc *desc) {
+    memset(desc, 0, sizeof *desc);
+    if (given != NULL) *desc = *given;
+    bool rates = !(desc->failure_rate == 0.0);
+    if (desc->name == NULL) desc->name = "";
+    if (desc->failures == 0) desc->failures = rates ? UINT32_MAX : 5;
+    if (desc->window == 0) desc->window = 100;
+    if (desc->minimum == 0) desc->minimum = desc->window < 10 ? desc->window : 10;
+    if (desc->open_ms == 0) desc->open_ms = 30000;
+    if (desc->probes == 0) desc->probes = 1;
+    if (desc->probe_ms == 0) desc->probe_ms = desc->open_ms;
+    if (rates && !(desc->failure_rate > 0.0 && desc->failure_rate <= 1.0)) return false;
+    if (desc->window > ORCHI_WINDOW_MOST || desc->minimum > desc->window) return false;
+    return !orchi_long_ms(desc->open_ms) && !orchi_long_ms(desc->probe_ms) &&
+           !orchi_long_ms(desc->slow_ms);
+}
+
+static size_t orchi_breaker_bytes(const orch_breaker_desc *desc) {
+    size_t words = desc->failure_rate > 0.0 ? (desc->window + 63u) / 64u : 0;
+    return sizeof(orch_breaker) + words * sizeof(uint64_t);
+}
+
+orch_breaker *orch_breaker_new(const orch_breaker_desc *given) {
+    orch_breaker_desc desc;
+    bool valid = orchi_breaker_resolve(given, &desc);
+    size_t bytes = valid ? orchi_breaker_bytes(&desc) : 0;
+    orch_breaker *b = (orch_breaker *)orchi_gate_new(bytes, valid, "orch_breaker_new");
+    if (b->gate.error != 0) return b;
+    b->desc = desc;
+    b->window = (uint64_t *)(void *)(b + 1);
+    return b;
+}
+
+/* One user less. The last of a freed breaker takes its memory along. */
+static void orchi_breaker_leave(orch_breaker *b) {
+    if (--b->users > 0 || !b->gate.freed) return;
+    orchi_free(b->gate.loop, b, orchi_breaker_bytes(&b->desc));
+}
+
+void orch_breaker_free(orch_breaker *b) {
+    if (b == NULL || orchi_gate_error(b, "orch_breaker_free") != 0) return;
+    b->gate.freed = true;
+    b->users++;
+    orchi_breaker_leave(b);
+}
+
+/* Changes the state, forgets what was counted in the old one, and then tells. The caller is a user.
+ */
+static void orchi_breaker_enter(orch_breaker *b, orch_breaker_state state, int64_t until) {
+    orch_breaker_state from = b->state;
+    b->state = state;
+    b->until = until;
+    b->number++;
+    b->in_row = b->probing = 0;
+    b->at = b->seen = b->seen_bad = 0;
+    if (state == from) return;
+    if (state == ORCH_BREAKER_OPEN) b->stats.opened++;
+    if (b->desc.on_change != NULL) b->desc.on_change(from, state, b->desc.context);
+}
+
+static void orchi_breaker_open(orch_breaker *b) {
+    int64_t now = orchi_gate_now(&b->gate);
+    orchi_breaker_enter(b, ORCH_BREAKER_OPEN, now + orchi_ms_ns(b->desc.open_ms));
+}
+
+/* Whether as many probes are under way, or were good, as there may be. */
+static bool orchi_breaker_probed(const orch_breaker *b) {
+    return (uint64_t)b->in_row + b->probing >= b->desc.probes;
+}
+
+/* What time alone changes. Probes that take too long count as bad: a call that never ends would
+ * keep it half-open for ever. */
+static void orchi_breaker_look(orch_breaker *b) {
+    if (b->state == ORCH_BREAKER_CLOSED || orchi_gate_now(&b->gate) < b->until) return;
+    if (b->state == ORCH_BREAKER_OPEN) orchi_breaker_enter(b, ORCH_BREAKER_HALF_OPEN, 0);
+    else if (orchi_breaker_probed(b)) orchi_breaker_open(b);
+}
+
+/* Why a call does not pass. */
+ORCHI_COLD static orch_result orchi_breaker_refusal(const orch_breaker *b) {
+    const char *name = b->desc.name, *quote = name[0] != '\0' ? "'" : "";
+    const char *space = name[0] != '\0' ? " " : "";
+    if (b->gate.freed) return orch_fail(ORCH_ECLOSED);
+    if (b->state == ORCH_BREAKER_HALF_OPEN) {
+        return orch_failf(ORCH_EOPEN,
+                          "the circuit breaker%s%s%s%s is half-open, and is being tried", space,
+                          quote, name, quote);
+    }
+    if (b->until == INT64_MAX) {
+        return orch_failf(ORCH_EOPEN, "the circuit breaker%s%s%s%s is open until it is reset",
+                          space, quote, name, quote);
+    }
+    uint64_t left = orchi_ns_ms(b->until - orchi_gate_now(&b->gate));
+    return orch_failf(ORCH_EOPEN, "the circuit breaker%s%s%s%s is open for another %llu ms", space,
+                      quote, name, quote, (unsigned long long)left);
+}
+
+/* A call that passes becomes a user. */
+static bool orchi_breaker_admit(orch_breaker *b, orchi_pass *pass, orch_result *refusal) {
+    b->users++;
+    orchi_breaker_look(b);
+    bool half = b->state == ORCH_BREAKER_HALF_OPEN;
+    bool passes = b->state == ORCH_BREAKER_CLOSED || (half && !orchi_breaker_probed(b));
+    if (ORCHI_UNLIKELY(!passes || b->gate.freed)) {
+        *refusal = orchi_breaker_refusal(b);
+        b->stats.refused++;
+        orchi_breaker_leave(b);
+        return false;
+    }
+    pass->guard = b;
+    pass->number = b->number;
+    pass->began = half || b->desc.slow_ms > 0 ? orchi_gate_now(&b->gate) : 0;
+    b->stats.passed++;
+    if (!half) return true;
+    b->probing++;
+    b->until = pass->began + orchi_ms_ns(b->desc.probe_ms);
+    return true;
+}
+
+/* The window's next bit. */
+static void orchi_breaker_note(orch_breaker *b, bool bad) {
+    uint64_t *word = &b->window[b->at / 64], bit = (uint64_t)1 << b->at % 64;
+    if (b->seen == b->desc.window) b->seen_bad -= (*word & bit) != 0;
+    else b->seen++;
+    *word = bad ? *word | bit : *word & ~bit;
+    b->seen_bad += bad;
+    b->at = b->at + 1 < b->desc.window ? b->at + 1 : 0;
+}
+
+/* Whether the closed breaker has seen enough. */
+static bool orchi_breaker_enough(const orch_breaker *b) {
+    if (b->in_row >= b->desc.failures) return true;
+    return b->desc.failure_rate > 0.0 && b->seen >= b->desc.minimum &&
+           b->seen_bad >= b->desc.failure_rate * b->seen;
+}
+
+static void orchi_breaker_count_closed(orch_breaker *b, bool bad) {
+    if (b->in_row < UINT32_MAX || !bad) b->in_row = bad ? b->in_row + 1 : 0;
+    if (b->desc.failure_rate > 0.0) orchi_breaker_note(b, bad);
+    if (bad && orchi_breaker_enough(b)) orchi_breaker_open(b);
+}
+
+static void orchi_breaker_count_probe(orch_breaker *b, orch_outcome outcome) {
+    b->probing--;
+    if (outcome == ORCH_OUTCOME_IGNORED) return; // somebody else may try
+    if (outcome == ORCH_OUTCOME_BAD) orchi_breaker_open(b);
+    else if (++b->in_row >= b->desc.probes) orchi_breaker_enter(b, ORCH_BREAKER_CLOSED, 0);
+}
+
+/* The end of a call. Outcomes from earlier states come too late. */
+static void orchi_breaker_end(orch_breaker *b, const orchi_pass *pass, orch_outcome outcome) {
+    if (pass->number == b->number && !b->gate.freed) {
+        if (outcome == ORCH_OUTCOME_BAD) b->stats.bad++;
+        if (b->state == ORCH_BREAKER_HALF_OPEN) orchi_breaker_count_probe(b, outcome);
+        else if (outcome != ORCH_OUTCOME_IGNORED)
+            orchi_breaker_count_closed(b, outcome == ORCH_OUTCOME_BAD);
+    }
+    orchi_breaker_leave(b);
+}
+
+/* What an outcome says. A cancelled call says nothing, unless it had been slow by then. */
+static orch_outcome orchi_breaker_judge(const orch_breaker *b, const orch_result *r, int reason,
+                                        int64_t began) {
+    if (b->gate.freed) return ORCH_OUTCOME_IGNORED;
+    bool slow =
+        b->desc.slow_ms > 0 && orchi_gate_now(&b->gate) - began >= orchi_ms_ns(b->desc.slow_ms);
+    orch_outcome outcome = r->error != 0 ? ORCH_OUTCOME_BAD : ORCH_OUTCOME_GOOD;
+    if (orchi_call_cancelled(r, reason)) outcome = ORCH_OUTCOME_IGNORED;
+    else if (b->desc.judge != NULL) outcome = b->desc.judge(r, b->desc.context);
+    return slow ? ORCH_OUTCOME_BAD : outcome;
+}
+
+typedef struct orchi_breaker_call {
+    orchi_call call;
+    orchi_pass pass;
+} orchi_breaker_call;
+
+/* The first function of a task that a breaker let pass. */
+static orch_result orchi_breaker_task(void *arg) {
+    orchi_breaker_call *c = (orchi_breaker_call *)arg;
+    orch_breaker *b = (orch_breaker *)c->pass.guard;
+    *c->call.started = true;
+    orch_result r = orchi_call_run(&c->call);
+    int reason = orch_cancel_reason();
+    orchi_breaker_end(b, &c->pass, orchi_breaker_judge(b, &r, reason, c->pass.began));
+    return r;
+}
+
+orch_future *orch_breaker_run_with(orch_breaker *b, const orch_task_desc *desc) {
+    int error = orchi_gate_error(b, "orch_breaker_run");
+    if (error == 0) error = orchi_call_error(desc, "orch_breaker_run");
+    if (error != 0) return orchi_call_refuse(desc, orch_fail(error));
+    orchi_breaker_call c;
+    orch_result refusal;
+    bool started = false;
+    memset(&c, 0, sizeof c);
+    if (!orchi_breaker_admit(b, &c.pass, &refusal)) return orchi_call_refuse(desc, refusal);
+    c.call.started = &started;
+    orch_future *f = orchi_call_go(desc, orchi_breaker_task, &c.call, sizeof c, NULL, 0);
+    if (!started) orchi_breaker_end(b, &c.pass, ORCH_OUTCOME_IGNORED);
+    return f;
+}
+
+orch_future *orch_breaker_run(orch_breaker *b, orch_task_fn fn, void *arg) {
+    orch_task_desc desc = orchi_call_desc(fn, arg);
+    return orch_breaker_run_with(b, &desc);
+}
+
+/* The release of a pass that was not recorded. */
+static void orchi_breaker_unused(void *context) {
+    orchi_pass pass = *(orchi_pass *)context;
+    orchi_extra_free(orchi_loop, context);
+    orchi_breaker_end((orch_breaker *)pass.guard, &pass, ORCH_OUTCOME_IGNORED);
+}
+
+orch_result orch_breaker_allow(orch_breaker *b) {
+    orch_result refusal;
+    int error = orchi_gate_error(b, "orch_breaker_allow");
+    if (error != 0) return orch_fail(error);
+    orchi_pass *pass = (orchi_pass *)orchi_extra_new(orchi_loop);
+    if (pass == NULL) return orch_fail(ORCH_ENOMEM);
+    if (orchi_breaker_admit(b, pass, &refusal)) return orch_ok(pass, orchi_breaker_unused);
+    orchi_extra_free(orchi_loop, pass);
+    return refusal;
+}
+
+void orch_breaker_record(orch_result *pass, const orch_result *outcome) {
+    orchi_pass p;
+    if (!orchi_pass_take(pass, orchi_breaker_unused, &p, "orch_breaker_record")) return;
+    orch_breaker *b = (orch_breaker *)p.guard;
+    orch_outcome counts = ORCH_OUTCOME_IGNORED;
+    if (outcome != NULL) counts = orchi_breaker_judge(b, outcome, 0, p.began);
+    orchi_breaker_end(b, &p, counts);
+}
+
+/* Changes the state because somebody says so. */
+static int orchi_breaker_force(orch_breaker *b, orch_breaker_state state, int64_t until) {
+    b->users++;
+    orchi_breaker_enter(b, state, until);
+    orchi_breaker_leave(b);
+    return 0;
+}
+
+int orch_breaker_trip(orch_breaker *b, uint64_t ms) {
+    int error = orchi_gate_error(b, "orch_breaker_trip");
+    if (error != 0) return error;
+    int64_t until = INT64_MAX;
+    if (ms == 0) ms = b->desc.open_ms;
+    if (ms != UINT64_MAX) until = orchi_gate_now(&b->gate) + orchi_ms_ns(ms);
+    return orchi_breaker_force(b, ORCH_BREAKER_OPEN, until);
+}
+
+int orch_breaker_reset(orch_breaker *b) {
+    int error = orchi_gate_error(b, "orch_breaker_reset");
+    return error != 0 ? error : orchi_breaker_force(b, ORCH_BREAKER_CLOSED, 0);
+}
+
+orch_breaker_state orch_breaker_state_of(const orch_breaker *b) {
+    if (!orchi_gate_usable(b, "orch_breaker_state_of")) return ORCH_BREAKER_OPEN;
+    bool due = b->state != ORCH_BREAKER_CLOSED && orchi_gate_now(&b->gate) >= b->until;
+    if (due && b->state == ORCH_BREAKER_OPEN) return ORCH_BREAKER_HALF_OPEN;
+    return due && orchi_breaker_probed(b) ? ORCH_BREAKER_OPEN : b->state;
+}
+
+orch_breaker_stats orch_breaker_statistics(const orch_breaker *b) {
+    orch_breaker_stats stats;
+    memset(&stats, 0, sizeof stats);
+    if (!orchi_gate_usable(b, "orch_breaker_statistics")) return stats;
+    stats = b->stats;
+    stats.in_row = b->in_row;
+    stats.seen = b->seen;
+    stats.seen_bad = b->seen_bad;
+    return stats;
+}
+
+const orch_breaker_desc *orch_breaker_settings(const orch_breaker *b) {
+    return orchi_gate_usable(b, "orch_breaker_settings") ? &b->desc : NULL;
+}
+
+// ---- single flight
+//
+// A run's block, on its task's stack, is its entry in the table. Each caller has a promise of its
+// own in the run's line, so that the last one to leave is known. For a key, the table has at most
+// one run that can be joined, and at most one that all have left and that has not ended: what a new
+// one waits for.
+
+typedef struct orchi_flight_run {
+    orchi_call call;
+    orch_flight *flight;
+    struct orchi_flight_run *next;  // in its bucket
+    struct orchi_flight_run **live; // of who starts it: this, once it waits
+    orch_future *task;              // NULL until it first waits
+    orch_future *after;             // the run before, which all have left; or NULL
+    orch_task *self;
+    orchi_line callers; // weight 1: lent the argument
+    uint64_t hash;
+    size_t key_size;
+    size_t wanted; // callers that have not given up
+    bool linked;   // in the table
+    bool began;    // fn was called
+    bool left;     // all have given up, or the flight was freed
+} orchi_flight_run;
+
+enum { ORCHI_BUCKETS = 16 };
+
+struct orch_flight {
+    orchi_gate gate;
+    orchi_flight_run **buckets; // a power of two
+    size_t mask;
+    size_t linked; // in the table
+    size_t runs;   // that have not ended
+    uint64_t seed;
+    orchi_flight_run *few[ORCHI_BUCKETS]; // the buckets of a small table
+};
+
+orch_flight *orch_flight_new(void) {
+    orch_flight *f = (orch_flight *)orchi_gate_new(sizeof *f, true, "orch_flight_new");
+    if (f->gate.error != 0) return f;
+    f->buckets = f->few;
+    f->mask = ORCHI_BUCKETS - 1;
+    f->seed = orch_random();
+    return f;
+}
+
+static void orchi_flight_free_buckets(orch_flight *f) {
+    size_t bytes = (f->mask + 1) * sizeof *f->buckets;
+    if (f->buckets != f->few) orchi_free(f->gate.loop, f->buckets, bytes);
+}
+
+/* When the last run has ended. */
+static void orchi_flight_dispose(orch_flight *f) {
+    if (f->runs > 0 || !f->gate.freed) return;
+    orchi_flight_free_buckets(f);
+    orchi_free(f->gate.loop, f, sizeof *f);
+}
+
+/* FNV-1a, from a seed, with the high bits brought down. */
+static uint64_t orchi_flight_hash(const orch_flight *f, const void *key, size_t key_size) {
+    const unsigned char *byte = (const unsigned char *)key;
+    uint64_t hash = f->seed;
+    for (size_t i = 0; i < key_size; i++) hash = (hash ^ byte[i]) * 0x100000001b3u;
+    return hash ^ hash >> 32;
+}
+
+static const void *orchi_flight_key(const orchi_flight_run *run) {
+    return (const char *)run + run->call.more;
+}
+
+/* The run for a key that can be joined; else the one that all have left; or NULL. */
+static orchi_flight_run *orchi_flight_find(const orch_flight *f, const void *key, size_t key_size) {
+    uint64_t hash = orchi_flight_hash(f, key, key_size);
+    orchi_flight_run *run = f->buckets[hash & f->mask], *found = NULL;
+    for (; run != NULL && (found == NULL || found->left); run = run->next) {
+        bool same = run->hash == hash && run->key_size == key_size;
+        if (same && memcmp(orchi_flight_key(run), key, key_size) == 0) found = run;
+    }
+    return found;
+}
+
+static void orchi_flight_put(orchi_flight_run **buckets, size_t mask, orchi_flight_run *run) {
+    run->next = buckets[run->hash & mask];
+    buckets[run->hash & mask] = run;
+}
+
+/* Four times the buckets. Out of memory, chains get longer. */
+static void orchi_flight_grow(orch_flight *f) {
+    size_t mask = (f->mask + 1) * 4 - 1, bytes = (mask + 1) * sizeof *f->buckets;
+    orchi_flight_run **buckets = (orchi_flight_run **)orchi_allocate(f->gate.loop, bytes);
+    if (buckets == NULL) return;
+    memset(buckets, 0, bytes);
+    for (size_t i = 0; i <= f->mask; i++) {
+        for (orchi_flight_run *run = f->buckets[i], *next; run != NULL; run = next) {
+            next = run->next;
+            orchi_flight_put(buckets, mask, run);
+        }
+    }
+    orchi_flight_free_buckets(f);
+    f->buckets = buckets;
+    f->mask = mask;
+}
+
+static void orchi_flight_link(orch_flight *f, orchi_flight_run *run) {
+    if (f->linked > 2 * f->mask) orchi_flight_grow(f);
+    orchi_flight_put(f->buckets, f->mask, run);
+    run->linked = true;
+    f->linked++;
+}
+
+static void orchi_flight_unlink(orch_flight *f, orchi_flight_run *run) {
+    if (!run->linked) return;
+    orchi_flight_run **at = &f->buckets[run->hash & f->mask];
+    while (*at != run) at = &(*at)->next;
+    *at = run->next;
+    run->linked = false;
+    f->linked--;
+}
+
+/* Asks a run to end. One that is still inside its first stretch is asked when it has a future. One
+ * whose fn was not called never calls it: the next need not wait for it, but for the run before. */
+static void orchi_flight_stop(orchi_flight_run *run, int reason) {
+    run->left = true;
+    if (!run->began) orchi_flight_unlink(run->flight, run);
+    if (run->task != NULL) orch_cancel(run->task, reason);
+}
+
+/* A caller gives up. The last one waits for the end of the run that it stops, and so does one whose
+ * argument the run may still use. */
+static bool orchi_flight_leave(void *context, int reason) {
+    orchi_place *place = (orchi_place *)context;
+    orchi_flight_run *run = (orchi_flight_run *)place->owner;
+    bool last = --run->wanted == 0, lent = place->weight != 0;
+    bool stays = run->began ? last || lent : lent && !last;
+    if (last) orchi_flight_stop(run, reason);
+    if (!stays) orchi_line_leave(&run->callers, place);
+    return !stays;
+}
+
+/* One more caller; its place is NULL when out of memory. */
+static orch_future *orchi_flight_join(orchi_flight_run *run, orchi_place **place) {
+    orch_promise promise;
+    orch_future *f = orch_future_new(&promise);
+    *place = orchi_line_join(&run->callers, promise, run, orchi_flight_leave, "flight");
+    if (*place != NULL) run->wanted++;
+    return f;
+}
+
+/* Tells the callers: one gets the result itself, several get shares. */
+static void orchi_flight_share(orchi_line *callers, orch_result r) {
+    if (callers->count == 1) {
+        orch_settle(orchi_line_leave(callers, callers->first), r);
+        return;
+    }
+    orch_future *f = orch_settled(r);
+    while (callers->first != NULL) {
+        orch_follow(orchi_line_leave(callers, callers->first), orch_ref(f));
+    }
+    orch_drop(f);
+}
+
+/* The end of a run: its entry is gone before anybody hears of it. */
+static void orchi_flight_end(orchi_flight_run *run, orch_result r) {
+    orch_flight *f = run->flight;
+    orchi_flight_unlink(f, run);
+    if (run->task != NULL) orch_detach(run->task);
+    else *run->live = NULL;
+    if (f->gate.freed && run->left && r.error == ORCH_ECANCELED) {
+        orch_result_free(&r);
+        r = orch_fail(ORCH_ECLOSED);
+    }
+    orchi_flight_share(&run->callers, r);
+    f->runs--;
+    orchi_flight_dispose(f);
+}
+
+/* Waits for the end of the run before, if there is one. */
+static void orchi_flight_queue(orchi_flight_run *run) {
+    if (run->after == NULL) return;
+    orch_result r = orch_await(run->after);
+    orch_result_free(&r);
+}
+
+/* The first function of a run's task. */
+static orch_result orchi_flight_task(void *arg) {
+    orchi_flight_run *run = (orchi_flight_run *)arg;
+    *run->call.started = true;
+    *run->live = run;
+    run->self = orch_self();
+    run->callers.first->owner = run;
+    run->flight->runs++;
+    orchi_flight_link(run->flight, run);
+    orchi_flight_queue(run);
+    orch_result r = orch_fail(ORCH_ECANCELED);
+    run->began = !run->left && orch_cancel_reason() == 0;
+    if (run->began) r = orchi_call_run(&run->call);
+    else orchi_call_release(&run->call);
+    orchi_flight_end(run, r);
+    return orch_ok(NULL, NULL);
+}
+
+typedef struct orchi_flight_first { // what the first caller starts a run with
+    const orch_task_desc *desc;
+    orchi_flight_run *run; // moves to the task's stack
+    const void *key;
+    orch_future *task;
+} orchi_flight_first;
+
+static void orchi_flight_go(orchi_flight_first *first) {
+    orchi_flight_run *run = first->run;
+    first->task = orchi_call_go(first->desc, orchi_flight_task, &run->call, sizeof *run, first->key,
+                                run->key_size);
+}
+
+static orch_result orchi_flight_go_task(void *arg) {
+    orchi_flight_go((orchi_flight_first *)arg);
+    return orch_ok(NULL, NULL);
+}
+
+/* A run belongs to all its callers, so the first one's deadline must not end it: what a spawned
+ * task starts has none. */
+static orch_future *orchi_flight_launch(orchi_flight_first *first) {
+    int error = 0;
+    first->task = NULL;
+    if (orch_time_left() == ORCH_NO_DEADLINE) orchi_flight_go(first);
+    else error = orch_spawn(orchi_flight_go_task, first);
+    if (error == 0) return first->task;
+    orchi_call_give_up(first->desc);
+    return orch_settled(orch_fail(error));
+}
+
+/* The entry has moved to the task's stack, and may have ended there. */
+static void orchi_flight_started(orchi_flight_run *live, orch_future *task) {
+    if (live == NULL) {
+        orch_drop(task);
+        return;
+    }
+    live->task = task;
+    if (live->left) orchi_flight_stop(live, ORCH_ECANCELED);
+}
+
+static orch_future *orchi_flight_start(orch_flight *f, const void *key, size_t key_size,
+                                       const orch_task_desc *desc, orchi_flight_run *before) {
+    orchi_flight_run run, *live = NULL;
+    orchi_place *place;
+    bool started = false;
+    memset(&run, 0, sizeof run);
+    orch_future *future = orchi_flight_join(&run, &place);
+    if (place == NULL) {
+        orchi_call_give_up(desc);
+        return future;
+    }
+    place->weight = desc->arg != NULL && desc->arg_size == 0 && desc->release == NULL;
+    run.call.started = &started;
+    run.flight = f;
+    run.live = &live;
+    run.after = before != NULL ? orch_ref(before->task) : NULL;
+    run.hash = orchi_flight_hash(f, key, key_size);
+    run.key_size = key_size;
+    orchi_flight_first first = {desc, &run, key, NULL};
+    orch_future *task = orchi_flight_launch(&first);
+    if (!started) {
+        orch_drop(run.after);
+        orch_settle(orchi_line_leave(&run.callers, place), orch_fail(orch_peek(task)->error));
+    }
+    orchi_flight_started(live, task);
+    return future;
+}
+
+/* What is wrong with a call, before it is known whether it joins. */
+static int orchi_flight_error(const orch_flight *f, const void *key, size_t key_size,
+                              const char *function) {
+    int error = orchi_gate_error(f, function);
+    if (error != 0) return error;
+    bool wrong = key == NULL || key_size == 0 || key_size > SIZE_MAX / 4;
+    return wrong ? orchi_misuse(function, ORCH_EINVAL) : 0;
+}
+
+orch_future *orch_flight_run_with(orch_flight *f, const void *key, size_t key_size,
+                                  const orch_task_desc *desc) {
+    int error = orchi_flight_error(f, key, key_size, "orch_flight_run");
+    if (error == 0) error = orchi_call_error(desc, "orch_flight_run");
+    if (error != 0) return orchi_call_refuse(desc, orch_fail(error));
+    orchi_flight_run *run = orchi_flight_find(f, key, key_size);
+    bool inside = run != NULL && run->self == orch_self();
+    if (inside) return orchi_call_refuse(desc, orch_fail(ORCH_ECYCLE));
+    if (run == NULL || run->left) return orchi_flight_start(f, key, key_size, desc, run);
+    orchi_place *place;
+    orch_future *future = orchi_flight_join(run, &place);
+    orchi_call_give_up(desc);
+    return future;
+}
+
+orch_future *orch_flight_run(orch_flight *f, const void *key, size_t key_size, orch_task_fn fn,
+                             void *arg) {
+    orch_task_desc desc = orchi_call_desc(fn, arg);
+    return orch_flight_run_with(f, key, key_size, &desc);
+}
+
+bool orch_flight_forget(orch_flight *f, const void *key, size_t key_size) {
+    if (orchi_flight_error(f, key, key_size, "orch_flight_forget") != 0) return false;
+    orchi_flight_run *run = orchi_flight_find(f, key, key_size);
+    bool any = run != NULL;
+    for (; run != NULL; run = orchi_flight_find(f, key, key_size)) orchi_flight_unlink(f, run);
+    return any;
+}
+
+void orch_flight_free(orch_flight *f) {
+    if (f == NULL || orchi_gate_error(f, "orch_flight_free") != 0) return;
+    f->gate.freed = true;
+    for (size_t i = 0; i <= f->mask; i++) {
+        while (f->buckets[i] != NULL) {
+            orchi_flight_run *run = f->buckets[i];
+            orchi_flight_unlink(f, run);
+            orchi_flight_stop(run, ORCH_ECLOSED);
+        }
+    }
+    orchi_flight_dispose(f);
+}
+
+size_t orch_flight_callers(const orch_flight *f, const void *key, size_t key_size) {
+    if (orchi_flight_error(f, key, key_size, "orch_flight_callers") != 0) return 0;
+    const orchi_flight_run *run = orchi_flight_find(f, key, key_size);
+    return run != NULL ? run->wanted : 0;
+}
+
+size_t orch_flight_count(const orch_flight *f) {
+    return orchi_gate_usable(f, "orch_flight_count") ? f->runs : 0;
+}
+
+// ---- adaptive concurrency
+
+struct orch_adaptive {
+    orchi_gate gate;
+    orch_adaptive_desc desc;
+    double limit;
+    bool cautious; // it was overloaded before
+    bool serving;
+    uint32_t running;
+    uint64_t number;  // of decreases: a call that began before the last one says nothing new
+    double usual;     // ns: the least mean latency of a round; negative: not known yet
+    double sum;       // ns, of this round
+    uint32_t samples; // good calls of this round
+    orchi_line line;
+    void (*unused)(void *pass); // the release of a pass
+    char label[ORCHI_LABEL];
+};
+
+enum { ORCHI_ROUND = 20 }; // so many calls, as a single latency says little
+
+/* The one place for defaults. Comparisons are such that NaN is out of range. */
+static bool orchi_adaptive_resolve(const orch_adaptive_desc *given, orch_adaptive_desc *desc) {
+    memset(desc, 0, sizeof *desc);
+    if (given != NULL) *desc = *given;
+    if (desc->name == NULL) desc->name = "";
+    if (desc->min == 0) desc->min = 1;
+    if (desc->max == 0) desc->max = desc->min > 200 ? desc->min : 200;
+    if (desc->initial == 0) {
+        desc->initial = desc->max < 20 ? desc->max : desc->min > 20 ? desc->min : 20;
+    }
+    bool tolerates = !(desc->tolerance == 0.0);
+    if (!tolerates && desc->latency_ms == 0) desc->tolerance = 2.0;
+    if (tolerates && !(desc->tolerance > 1.0)) return false;
+    if (desc->backoff == 0.0) desc->backoff = 0.9;
+    if (!(desc->backoff > 0.0 && desc->backoff < 1.0)) return false;
+    if (orchi_long_ms(desc->latency_ms)) return false;
+    return desc->min <= desc->initial && desc->initial <= desc->max;
+}
+
+static void orchi_adaptive_dispose(orch_adaptive *a) {
+    if (a->running == 0 && a->gate.freed) orchi_free(a->gate.loop, a, sizeof *a);
+}
+
+/* Whether one more call may be under way. */
+static bool orchi_adaptive_room(const orch_adaptive *a) { return a->running + 1.0 <= a->limit; }
+
+/* Whether one more may wait. */
+static bool orchi_adaptive_waits(const orch_adaptive *a) {
+    return !a->desc.no_wait && (a->desc.waiting == 0 || a->line.count < a->desc.waiting);
+}
+
+/* Whether a call may begin without standing in line. */
+static bool orchi_adaptive_free_now(orch_adaptive *a) {
+    return orchi_adaptive_room(a) && orchi_line_first(&a->line) == NULL;
+}
+
+static void orchi_adaptive_begin(orch_adaptive *a, orchi_pass *pass, int64_t now) {
+    pass->beside = ++a->running;
+    pass->limit = a->limit;
+    pass->guard = a;
+    pass->number = a->number;
+    pass->began = now;
+}
+
+/* The place of the first in the line becomes its pass. */
+static void orchi_adaptive_give(orch_adaptive *a, orchi_place *place, int64_t now) {
+    orch_promise promise = place->promise;
+    orchi_pass *pass = (orchi_pass *)(void *)place;
+    orchi_line_remove(&a->line, place);
+    orchi_adaptive_begin(a, pass, now);
+    orch_settle(promise, orch_ok(pass, a->unused));
+}
+
+/* Lets in whom there is room for. A pass that nobody takes comes back in the middle of this, and is
+ * seen by the loop. */
+static void orchi_adaptive_serve(orch_adaptive *a) {
+    if (a->serving || a->line.first == NULL || !orchi_adaptive_room(a)) return;
+    int64_t now = orchi_gate_now(&a->gate);
+    a->serving = true;
+    while (orchi_adaptive_room(a)) {
+        orchi_place *first = orchi_line_first(&a->line);
+        if (first == NULL) break;
+        orchi_adaptive_give(a, first, now);
+    }
+    a->serving = false;
+}
+
+/* A millisecond more than the factor says: the loop's own turns take some of that. */
+static bool orchi_adaptive_unusual(const orch_adaptive *a, double latency) {
+    return a->desc.tolerance > 1.0 && a->usual >= 0.0 &&
+           latency > a->desc.tolerance * a->usual + 1e6;
+}
+
+/* Whether a single call took too long. */
+static bool orchi_adaptive_slow(const orch_adaptive *a, int64_t latency) {
+    return a->desc.latency_ms > 0 && latency > orchi_ms_ns(a->desc.latency_ms);
+}
+
+/* One up for each call at first, later for as many as the limit has; only when it is used, at the
+ * call's beginning or end, as the rest would be a guess, and not before the usual latency is known.
+ */
+static void orchi_adaptive_rise(orch_adaptive *a, const orchi_pass *pass) {
+    uint32_t beside = pass->beside > a->running ? pass->beside : a->running;
+    bool blind = a->desc.tolerance > 1.0 && a->usual < 0.0;
+    if (blind || pass->number != a->number || 2.0 * beside < a->limit) return;
+    a->limit += a->cautious ? 1.0 / a->limit : 1.0;
+    if (a->limit > a->desc.max) a->limit = a->desc.max;
+}
+
+/* Down, and once for all calls that are under way, as they meet the same overload. It came of the
+ * limit that there was when the call began: what has been added since goes too. */
+static void orchi_adaptive_fall(orch_adaptive *a, const orchi_pass *pass) {
+    if (pass->number != a->number) return;
+    a->number++;
+    a->cautious = true;
+    a->limit = (pass->limit < a->limit ? pass->limit : a->limit) * a->desc.backoff;
+    if (a->limit < a->desc.min) a->limit = a->desc.min;
+    a->sum = 0.0;
+    a->samples = 0;
+}
+
+/* Compares the mean of a round with the least one known. Where even the least limit does not help,
+ * it is not this limit's calls that make the service slow: what is usual is learnt anew. A least
+ * that was forgotten after some time would rise with the load that is to be found. */
+static void orchi_adaptive_sample(orch_adaptive *a, const orchi_pass *pass, int64_t latency) {
+    if (pass->number != a->number) return;
+    a->sum += (double)latency;
+    if (++a->samples < ORCHI_ROUND) return;
+    double mean = a->sum / a->samples;
+    a->sum = 0.0;
+    a->samples = 0;
+    if (a->usual < 0.0 || mean < a->usual) a->usual = mean;
+    if (!orchi_adaptive_unusual(a, mean)) return;
+    if (a->limit <= a->desc.min) {
+        a->usual = mean;
+        a->cautious = false;
+    } else {
+        orchi_adaptive_fall(a, pass);
+    }
+}
+
+/* The end of a call. */
+static void orchi_adaptive_end(orch_adaptive *a, const orchi_pass *pass, orch_outcome outcome) {
+    if (outcome == ORCH_OUTCOME_GOOD) orchi_adaptive_rise(a, pass);
+    if (outcome == ORCH_OUTCOME_BAD) orchi_adaptive_fall(a, pass);
+    a->running--;
+    orchi_adaptive_serve(a);
+    if (!a->serving) orchi_adaptive_dispose(a);
+}
+
+/* What an outcome says. A cancelled call says nothing, unless it had been slow by then. */
+static orch_outcome orchi_adaptive_judge(orch_adaptive *a, const orch_result *r, int reason,
+                                         const orchi_pass *pass) {
+    if (a->gate.freed) return ORCH_OUTCOME_IGNORED;
+    int64_t latency = orchi_gate_now(&a->gate) - pass->began;
+    bool slow = orchi_adaptive_slow(a, latency);
+    if (orchi_call_cancelled(r, reason)) {
+        slow = slow || orchi_adaptive_unusual(a, (double)latency);
+        return slow ? ORCH_OUTCOME_BAD : ORCH_OUTCOME_IGNORED;
+    }
+    orch_outcome outcome = r->error == 0 ? ORCH_OUTCOME_GOOD : ORCH_OUTCOME_IGNORED;
+    if (r->error == ORCH_ETIMEDOUT) outcome = ORCH_OUTCOME_BAD;
+    if (a->desc.judge != NULL) outcome = a->desc.judge(r, a->desc.context);
+    if (outcome != ORCH_OUTCOME_GOOD) return outcome;
+    if (slow) return ORCH_OUTCOME_BAD;
+    orchi_adaptive_sample(a, pass, latency);
+    return outcome;
+}
+
+/* The release of a pass that was not recorded. */
+static void orchi_adaptive_unused(void *context) {
+    orchi_pass pass = *(orchi_pass *)context;
+    orchi_extra_free(orchi_loop, context);
+    orchi_adaptive_end((orch_adaptive *)pass.guard, &pass, ORCH_OUTCOME_IGNORED);
+}
+
+orch_adaptive *orch_adaptive_new(const orch_adaptive_desc *given) {
+    orch_adaptive_desc desc;
+    bool valid = orchi_adaptive_resolve(given, &desc);
+    orch_adaptive *a = (orch_adaptive *)orchi_gate_new(sizeof *a, valid, "orch_adaptive_new");
+    if (a->gate.error != 0) return a;
+    a->desc = desc;
+    a->limit = desc.initial;
+    a->usual = -1.0;
+    a->unused = orchi_adaptive_unused;
+    orchi_gate_label(a->label, sizeof a->label, "adaptive limit", desc.name);
+    return a;
+}
+
+void orch_adaptive_free(orch_adaptive *a) {
+    if (a == NULL || orchi_gate_error(a, "orch_adaptive_free") != 0) return;
+    a->gate.freed = true;
+    orchi_line_close(&a->line, ORCH_ECLOSED);
+    orchi_adaptive_dispose(a);
+}
+
+static bool orchi_adaptive_leave(void *context, int reason) {
+    (void)reason;
+    orchi_place *place = (orchi_place *)context;
+    orchi_line_leave(&((orch_adaptive *)place->owner)->line, place);
+    return true;
+}
+
+orch_result orch_adaptive_try(orch_adaptive *a) {
+    int error = orchi_gate_error(a, "orch_adaptive_try");
+    if (error != 0) return orch_fail(error);
+    if (!orchi_adaptive_free_now(a)) return orch_fail(ORCH_ELIMIT);
+    orchi_pass *pass = (orchi_pass *)orchi_extra_new(orchi_loop);
+    if (pass == NULL) return orch_fail(ORCH_ENOMEM);
+    orchi_adaptive_begin(a, pass, orchi_gate_now(&a->gate));
+    return orch_ok(pass, orchi_adaptive_unused);
+}
+
+orch_future *orch_adaptive_acquire(orch_adaptive *a) {
+    int error = orchi_gate_error(a, "orch_adaptive_acquire");
+    if (error != 0) return orch_settled(orch_fail(error));
+    if (orchi_adaptive_free_now(a)) return orch_settled(orch_adaptive_try(a));
+    if (!orchi_adaptive_waits(a)) return orch_settled(orch_fail(ORCH_ELIMIT));
+    orch_promise promise;
+    orch_future *f = orch_future_new(&promise);
+    orchi_line_join(&a->line, promise, a, orchi_adaptive_leave, a->label);
+    return f;
+}
+
+void orch_adaptive_record(orch_result *pass, const orch_result *outcome) {
+    orchi_pass p;
+    if (!orchi_pass_take(pass, orchi_adaptive_unused, &p, "orch_adaptive_record")) return;
+    orch_adaptive *a = (orch_adaptive *)p.guard;
+    orch_outcome counts = ORCH_OUTCOME_IGNORED;
+    if (outcome != NULL) counts = orchi_adaptive_judge(a, outcome, 0, &p);
+    orchi_adaptive_end(a, &p, counts);
+}
+
+typedef struct orchi_adaptive_call {
+    orchi_call call;
+    orch_adaptive *adaptive;
+    orchi_pass pass; // its guard NULL: it has to stand in line first
+} orchi_adaptive_call;
+
+/* Stands in line, and takes the pass over. */
+static orch_result orchi_adaptive_wait(orchi_adaptive_call *c) {
+    orch_result r = orch_await(orch_adaptive_acquire(c->adaptive));
+    if (r.error != 0) return r;
+    orchi_pass_take(&r, orchi_adaptive_unused, &c->pass, "orch_adaptive_run");
+    return orch_ok(NULL, NULL);
+}
+
+/* The first function of a task under the limit. */
+static orch_result orchi_adaptive_task(void *arg) {
+    orchi_adaptive_call *c = (orchi_adaptive_call *)arg;
+    *c->call.started = true;
+    orch_result r = c->pass.guard == NULL ? orchi_adaptive_wait(c) : orch_ok(NULL, NULL);
+    if (r.error != 0) {
+        orchi_call_release(&c->call);
+        return r;
+    }
+    r = orchi_call_run(&c->call);
+    orch_adaptive *a = (orch_adaptive *)c->pass.guard;
+    int reason = orch_cancel_reason();
+    orchi_adaptive_end(a, &c->pass, orchi_adaptive_judge(a, &r, reason, &c->pass));
+    return r;
+}
+
+orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_task_desc *desc) {
+    int error = orchi_gate_error(a, "orch_adaptive_run");
+    if (error == 0) error = orchi_call_error(desc, "orch_adaptive_run");
+    bool now = error == 0 && orchi_adaptive_free_now(a);
+    if (error == 0 && !now && !orchi_adaptive_waits(a)) error = ORCH_ELIMIT;
+    if (error != 0) return orchi_call_refuse(desc, orch_fail(error));
+    orchi_adaptive_call c;
+    bool started = false;
+    memset(&c, 0, sizeof c);
+    c.call.started = &started;
+    c.adaptive = a;
+    if (now) orchi_adaptive_begin(a, &c.pass, orchi_gate_now(&a->gate));
+    orch_future *f = orchi_call_go(desc, orchi_adaptive_task, &c.call, sizeof c, NULL, 0);
+    if (!started && now) orchi_adaptive_end(a, &c.pass, ORCH_OUTCOME_IGNORED);
+    return f;
+}
+
+orch_future *orch_adaptive_run(orch_adaptive *a, orch_task_fn fn, void *arg) {
+    orch_task_desc desc = orchi_call_desc(fn, arg);
+    return orch_adaptive_run_with(a, &desc);
+}
+
+size_t orch_adaptive_limit(const orch_adaptive *a) {
+    return orchi_gate_usable(a, "orch_adaptive_limit") ? (size_t)a->limit : 0;
+}
+
+size_t orch_adaptive_running(const orch_adaptive *a) {
+    return orchi_gate_usable(a, "orch_adaptive_running") ? a->running : 0;
+}
+
+size_t orch_adaptive_waiting(const orch_adaptive *a) {
+    return orchi_gate_usable(a, "orch_adaptive_waiting") ? a->line.count : 0;
+}
+
+const orch_adaptive_desc *orch_adaptive_settings(const orch_adaptive *a) {
+    return orchi_gate_usable(a, "orch_adaptive_settings") ? &a->desc : NULL;
+}
 
 #ifdef __cplusplus
 } // extern "C"
