@@ -5886,7 +5886,7 @@ static void orchi_scope_free_members(orch_loop *loop, orchi_scope *scope) {
 /* Room for one more member. */
 static bool orchi_scope_reserve(orch_loop *loop, orchi_scope *scope, uint32_t count) {
     if (count < orchi_scope_capacity(scope)) return true;
-    uint8_t next = scope->capacity == 0 ? ORCHI_SCOPE_SMALL : (uint8_t)(scope->capacity + 1);
+    unsigned next = scope->capacity == 0 ? 0u + ORCHI_SCOPE_SMALL : scope->capacity + 1u;
     void *grown = next == ORCHI_SCOPE_SMALL
                       ? orchi_extra_new(loop)
                       : orchi_allocate(loop, ((size_t)1 << next) * sizeof(orch_future *));
@@ -5894,7 +5894,7 @@ static bool orchi_scope_reserve(orch_loop *loop, orchi_scope *scope, uint32_t co
     if (count > 0) memcpy(grown, scope->members, count * sizeof(orch_future *));
     orchi_scope_free_members(loop, scope);
     scope->members = (orch_future **)grown;
-    scope->capacity = next;
+    scope->capacity = (uint8_t)next;
     return true;
 }
 

@@ -72,8 +72,11 @@ static void on_unhandled(const orch_result *r, void *context) {
     unhandled++;
 }
 
+static char reported[2048];
 static void on_report(const char *text, void *context) {
-    (void)text, (void)context;
+    (void)context;
+    size_t used = strlen(reported);
+    snprintf(reported + used, sizeof reported - used, "%s", text);
     reports++;
 }
 
@@ -110,6 +113,7 @@ static orch_result run_main(void *arg) {
 static void reset(void) {
     memset(tokens, 0, sizeof tokens);
     issued = unhandled = reports = calls = 0;
+    reported[0] = '\0';
     starts = 0;
     refusing = false;
 }
@@ -1977,7 +1981,7 @@ BODY(adaptive_tolerance) {
     struct job usual = {.ms = 100}, longer = {.ms = 301}, slow = {.ms = 302};
     adaptive_round(15, &slow); // blind: what is usual is not known yet
     CHECK_INT(orch_adaptive_limit(adaptive), 20);
-    adaptive_rounds(1, &slow); // the first ones are usual as they are
+    for (int i = 0; i < 5; i++) adaptive_call(&slow); // the first ones are usual as they are
     adaptive_rounds(1, &usual);
     adaptive_rounds(3, &longer);
     CHECK_INT(orch_adaptive_limit(adaptive), 20);
@@ -2244,6 +2248,30 @@ BODY_SEEDS(adaptive_finds_the_height) {
     size_t limit = orch_adaptive_limit(adaptive);
     CHECK(limit >= 12 && limit <= 20);
     orch_adaptive_free(adaptive);
+}
+
+// Reports name what is waited for.
+BODY(reports_name_guards) {
+    limiter_begin((orch_limiter_desc){.limit = 1, .interval_ms = 100, .name = "api"});
+    adaptive = orch_adaptive_new(&(orch_adaptive_desc){.max = 1});
+    flight_begin();
+    struct job job = {.ms = 50};
+    bool usable = orch_limiter_settings(limiter) != NULL && adaptive_usable() && flight_usable();
+    orch_future *all[5] = {orch_limiter_acquire(limiter, 1), orch_limiter_acquire(limiter, 1),
+                           orch_adaptive_run(adaptive, work, &job),
+                           orch_adaptive_run(adaptive, work, &job), call_key("a", &job)};
+    orch_future *f = orch_all_settled_n(5, all);
+    turns(3);
+    orch_loop_dump(orch_loop_current());
+    reports = 0;
+    if (error_of(f) == 0 && usable) {
+        CHECK(strstr(reported, "limiter 'api'") != NULL);
+        CHECK(strstr(reported, "adaptive limit") != NULL);
+        CHECK(strstr(reported, "flight") != NULL);
+    }
+    orch_limiter_free(limiter);
+    orch_adaptive_free(adaptive);
+    orch_flight_free(flight);
 }
 
 // ---- objects that could not be made
