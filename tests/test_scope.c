@@ -1602,6 +1602,7 @@ SCOPE_TEST(a_long_deadline_does_not_overflow) {
 SCOPE_TEST(go_copies_the_deadline_that_is_in_force) {
     orch_scope outer, inner;
     member m[] = {{.ms = NEVER}, {.ms = NEVER}, {.ms = NEVER}};
+    CHECK_INT(orch_sleep(1000), 0);
     orch_scope_open(&outer, &(orch_scope_desc){.timeout_ms = 100});
     orch_future *a = orch_go(work, &m[0]); // the deadline was just made
     CHECK_INT(orch_sleep(10), 0);
@@ -1611,15 +1612,15 @@ SCOPE_TEST(go_copies_the_deadline_that_is_in_force) {
     CHECK_INT(close_of(&inner), 0);
     orch_future *c = orch_go(work, &m[2]);
     CHECK_INT(close_of(&outer), 0); // they are no members
-    CHECK_INT(orch_now(), 15);
+    CHECK_INT(orch_now(), 1015);
     CHECK_INT(m[0].left, 100);
     CHECK_INT(m[1].left, 45);
     CHECK_INT(m[2].left, 85);
     CHECK_INT(join(b), ORCH_ECANCELED);
-    CHECK_INT(orch_now(), 60);
+    CHECK_INT(orch_now(), 1060);
     CHECK_INT(join(a), ORCH_ECANCELED);
     CHECK_INT(join(c), ORCH_ECANCELED);
-    CHECK_INT(orch_now(), 100);
+    CHECK_INT(orch_now(), 1100);
     for (int i = 0; i < 3; i++) CHECK(m[i].reason != 0);
     all_ended(m, 3);
 }
@@ -2054,6 +2055,45 @@ SCOPE_TEST(shield_that_ends_before_a_scope_in_it_protects_it_no_more) {
     CHECK_INT(v.closed, ORCH_ECANCELED);
     CHECK_INT(v.member[0].slept, ORCH_ECANCELED);
     CHECK_INT(orch_now(), 10);
+}
+
+// The usual clean-up: inside what was cancelled, behind a shield.
+SCOPE_TEST(shield_in_a_cancelled_scope_leaves_the_outer_one_alone) {
+    for (int how = 0; how < 4; how++) {
+        orch_scope outer, inner, third;
+        member m = {.ms = 200};
+        orch_scope_open(&outer, NULL);
+        orch_scope_go(&outer, work, &m);
+        orch_scope_open(&inner, &(orch_scope_desc){.timeout_ms = how % 2 ? 10 : 0});
+        if (how % 2 == 0) orch_scope_cancel(&inner, 5);
+        CHECK_INT(orch_sleep(20), ORCH_ECANCELED);
+        orch_shield_begin();
+        if (how / 2) orch_scope_open(&third, NULL);
+        CHECK_INT(orch_sleep(20), 0);
+        if (how / 2) CHECK_INT(close_of(&third), 0);
+        orch_shield_end();
+        CHECK_INT(orch_sleep(1), ORCH_ECANCELED);
+        CHECK_INT(close_of(&inner), how % 2 ? ORCH_ETIMEDOUT : ORCH_ECANCELED);
+        CHECK_INT(orch_cancel_reason(), 0);
+        CHECK_INT(orch_sleep(1), 0); // only the inner one was asked to end
+        CHECK_INT(close_of(&outer), 0);
+        CHECK_INT(m.slept, 0);
+    }
+}
+
+SCOPE_TEST(shield_that_ends_inside_its_scope_cancels_no_more_than_it_must) {
+    orch_scope outer, middle, inner;
+    orch_scope_open(&outer, NULL);
+    orch_scope_open(&middle, NULL);
+    orch_scope_cancel(&middle, 5);
+    orch_shield_begin();
+    orch_scope_open(&inner, NULL);
+    orch_shield_end(); // too early: inner loses its protection
+    CHECK_INT(orch_sleep(1), ORCH_ECANCELED);
+    CHECK_INT(close_of(&inner), ORCH_ECANCELED);
+    CHECK_INT(close_of(&middle), ORCH_ECANCELED);
+    CHECK_INT(orch_sleep(1), 0);
+    CHECK_INT(close_of(&outer), 0);
 }
 
 // ---- adopting work
@@ -2517,6 +2557,119 @@ TEST(a_deadlock_behind_a_shield) {
     CHECK_INT(trace.at[0], ORCH_ECANCELED);
 }
 
+// What is left alone by the end of its loop may still look around.
+static orch_result outlives_its_scope(void *arg) {
+    orch_result r = orch_await(orch_ref(pair[*(int *)arg]));
+    orch_result_free(&r);
+    for (int i = 0; i < 5; i++) {
+        note(orch_time_left() == 0);
+        orch_drop(orch_go(with_value, NULL));
+        orch_shield_begin();
+        orch_yield();
+        orch_shield_end();
+    }
+    return orch_ok_int(1);
+}
+
+static orch_result circle_with_deadline(void *arg) {
+    orch_scope s, inner;
+    orch_scope_open(&s, &(orch_scope_desc){.name = "half"});
+    orch_scope_open(&inner, &(orch_scope_desc){.timeout_ms = 1000});
+    orch_yield();
+    orch_scope_go(&inner, outlives_its_scope, arg);
+    orch_scope_go(&s, outlives_its_scope, arg);
+    note(close_of(&inner));
+    note(close_of(&s));
+    return orch_ok_int(1);
+}
+
+static orch_result circle_with_deadline_main(void *arg) {
+    (void)arg;
+    for (int i = 0; i < 2; i++) pair[i] = orch_go(circle_with_deadline, &others[i]);
+    orch_sleep(HOUR);
+    orch_result r = orch_await(orch_ref(pair[0]));
+    for (int i = 0; i < 2; i++) orch_drop(pair[i]);
+    return r;
+}
+
+TEST(what_is_left_of_a_circle_looks_around) {
+    for (seed = 0; seed <= test_seeds(); seed++) {
+        reset();
+        orch_loop_desc desc = settings();
+        orch_result r = orch_run_with(&desc, circle_with_deadline_main, NULL);
+        orch_result_free(&r);
+        balance();
+    }
+}
+
+TEST(what_is_left_of_a_circle_looks_around_while_its_loop_is_freed) {
+    seed = 0, reset();
+    orch_loop_desc desc = settings();
+    orch_loop *loop = orch_loop_new(&desc);
+    if (!CHECK(loop != NULL)) return;
+    for (int i = 0; i < 2; i++) pair[i] = orch_go(circle_with_deadline, &others[i]);
+    orch_loop_run(loop);
+    for (int i = 0; i < 2; i++) orch_drop(pair[i]);
+    must(orch_loop_free(loop) == 0, "the loop cannot end");
+    balance();
+}
+
+// Producers that never settle: orch_run breaks off the waits for them, and only those. A close that
+// waits for such a member ends when that has.
+static bool never_ends(void *context, int reason) {
+    (void)context, (void)reason;
+    return false;
+}
+
+static orch_result waits_for_ever(void *arg) {
+    member *m = arg;
+    orch_promise p;
+    m->started++;
+    orch_future *f = orch_future_new(&p);
+    orch_promise_on_cancel(p, never_ends, NULL);
+    orch_result r = orch_await(f);
+    orch_result_free(&r);
+    orch_shield_begin();
+    for (int i = 0; i < 3; i++) orch_yield();
+    orch_shield_end();
+    m->done++; // on the stack of the task that closes
+    return orch_ok_int(1);
+}
+
+static int broken_members;
+
+static orch_result closes_over_for_ever(void *arg) {
+    orch_scope s, inner;
+    member m[] = {{.ms = 0}, {.ms = 0}, {.ms = 0}};
+    orch_scope_open(&s, &(orch_scope_desc){.name = "outer"});
+    orch_scope_go(&s, waits_for_ever, &m[0]);
+    orch_scope_open(&inner, NULL);
+    orch_scope_go(&inner, waits_for_ever, &m[1]);
+    orch_scope_go(&inner, waits_for_ever, &m[2]);
+    close_of(&inner);
+    broken_members += m[1].started + m[2].started - m[1].done - m[2].done;
+    close_of(&s);
+    broken_members += m[0].started - m[0].done;
+    return orch_ok_int(arg != NULL);
+}
+
+static orch_result leaves_for_ever(void *arg) {
+    (void)arg;
+    orch_spawn(closes_over_for_ever, NULL);
+    return closes_over_for_ever(NULL);
+}
+
+TEST(members_whose_producers_never_settle_end_before_the_close) {
+    for (seed = 0; seed <= test_seeds(); seed++) {
+        reset(), broken_members = 0;
+        orch_loop_desc desc = settings();
+        orch_result r = orch_run_with(&desc, leaves_for_ever, NULL);
+        CHECK(r.error == ORCH_EDEADLK);
+        orch_result_free(&r);
+        must(broken_members == 0, "a member outlived its scope");
+    }
+}
+
 static orch_result stuck_behind_shield(void *arg) {
     member *m = arg;
     orch_scope s;
@@ -2776,6 +2929,62 @@ static orch_result reads_its_deadline(void *arg) {
     m->left = orch_time_left(); // of the scope it was started in
     m->done++;
     return orch_ok_int(1);
+}
+
+// Another task starts a member, and the release of its value waits. The scope closes meanwhile.
+static orch_result starts_trap(void *arg) {
+    caller *c = arg;
+    orch_sleep(5);
+    if (c->scope) c->went = orch_scope_go(c->scope, returns_slow_trap, NULL);
+    return orch_ok_int(1);
+}
+
+static orch_result adds_trap(void *arg) {
+    caller *c = arg;
+    orch_sleep(5);
+    orch_future *f = orch_settled(orch_ok(token(), drop_slow_child));
+    if (c->scope) c->went = orch_scope_add(c->scope, f);
+    else orch_drop(f);
+    return orch_ok_int(1);
+}
+
+static orch_result counts_trap(void *arg) {
+    caller *c = arg;
+    orch_promise p;
+    orch_sleep(5);
+    if (c->scope == NULL) return orch_ok_int(1);
+    orch_scope_add(c->scope, orch_future_new(&p));
+    orch_settle(p, orch_ok(token(), drop_slow_child));
+    c->went = (int)orch_scope_failures(c->scope);
+    return orch_ok_int(1);
+}
+
+SCOPE_TEST(a_release_may_wait_in_another_task) {
+    static const orch_task_fn traps[] = {starts_trap, adds_trap, counts_trap};
+    for (int i = 0; i < 6; i++) {
+        orch_scope s;
+        member m = {.ms = 8};
+        caller c = {.scope = &s};
+        slow_member = (member){.ms = 0};
+        slow_child = orch_go(end_slowly, &slow_member);
+        orch_scope_open(&s, &(orch_scope_desc){.name = "shared"});
+        if (i / 3) orch_scope_go(&s, work, &m);
+        orch_future *f = orch_go(traps[i % 3], &c);
+        CHECK_INT(orch_sleep(6), 0); // it is in the middle of it
+        CHECK_INT(close_of(&s), 0);
+        c.scope = NULL;
+        for (int j = 0; j < 20; j++) { // the slots of the scope are used by others
+            orch_scope other;
+            orch_scope_open(&other, NULL);
+            orch_scope_go(&other, work, &(member){.ms = 1});
+            close_of(&other);
+        }
+        CHECK_INT(join(f), 1);
+        CHECK_INT(c.went, 0);
+        pass_time(50);
+        must(slow_member.done == slow_member.started, "left behind");
+        orch_drop(slow_child), slow_child = NULL;
+    }
 }
 
 static member crowd[300];
