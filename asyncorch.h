@@ -5738,14 +5738,16 @@ static void orchi_scopes_mark(orch_task *task, const orch_future *last, uint32_t
 /* A shield has ended. Scopes that were opened in it are not protected any more: they hear of what
  * came from outside meanwhile. */
 static void orchi_scopes_lower(orch_task *task) {
-    orch_future *f = task->scope;
+    orch_future *f = task->scope, *last = NULL;
     for (; f != NULL && f->as.scope.own->level > task->shields; f = f->as.scope.outer) {
         f->as.scope.own->level = (uint16_t)task->shields;
+        last = f;
     }
+    if (last == NULL) return;
     while (f != NULL && f->as.scope.reason == 0) f = f->as.scope.outer;
     bool same = f != NULL && f->as.scope.own->level == task->shields;
     int reason = same ? f->as.scope.reason : f == NULL && task->shields == 0 ? task->asked : 0;
-    if (reason != 0) orchi_scopes_mark(task, NULL, task->shields, reason);
+    if (reason != 0) orchi_scopes_mark(task, last, task->shields, reason);
     else orchi_task_judge(task);
 }
 
@@ -5843,6 +5845,22 @@ static void orchi_scope_sweep(orch_future *f) {
     while (scope->ended != NULL) orchi_scope_count(f, orchi_circle_take(&scope->ended));
     if (f->as.scope.reason != 0 && !(scope->bits & ORCHI_ASKED_ALL)) orchi_scope_ask_members(f);
     while (scope->ended != NULL) orchi_scope_count(f, orchi_circle_take(&scope->ended));
+}
+
+/* The same at once, where a release that waits can do no harm: in another task, the scope might be
+ * closed meanwhile, and it is done from the queue. */
+static void orchi_scope_update(orch_future *f) {
+    const orch_task *current = orchi_loop->current;
+    if (current == NULL || current == f->as.scope.task) orchi_scope_sweep(f);
+    else orchi_push(orchi_loop, f);
+}
+
+/* Whether a member is a task, which can be made to end by breaking off what it waits for. */
+static bool orchi_scope_has_task(const orch_future *f) {
+    for (uint32_t i = 0; i < f->as.scope.count; i++) {
+        if (f->as.scope.own->members[i]->kind == ORCHI_TASK) return true;
+    }
+    return false;
 }
 
 /* From the queue: also wakes the task that waits for the last member. */
@@ -6782,7 +6800,7 @@ static void orchi_scope_take(orch_future *f, orch_future *member) {
         if (member == NULL && error != 0) orchi_scope_lost(f, error);
     }
     if (member != NULL) orchi_circle_append(&f->as.scope.own->ended, member);
-    orchi_scope_sweep(f);
+    orchi_scope_update(f);
 }
 
 /* Something could not be put in: that is a failure like any other. */
@@ -6801,7 +6819,7 @@ static int orchi_scope_start(const orch_scope *scope, const orch_task_desc *desc
     }
     orch_future *task = orchi_begin(desc, f, false, function);
     if (orchi_is_static(task)) return orchi_scope_fail(f, task->as.result.error);
-    orchi_scope_sweep(f); // it may have ended
+    orchi_scope_update(f); // it may have ended
     return 0;
 }
 
@@ -6880,14 +6898,14 @@ size_t orch_scope_failures(const orch_scope *scope) {
     if (orchi_scope_broken(scope) != 0) return 0;
     orch_future *f = orchi_scope_of(scope, "orch_scope_failures");
     if (f == NULL) return 0;
-    orchi_scope_sweep(f);
+    orchi_scope_update(f);
     return f->as.scope.own->failures;
 }
 
 const orch_result *orch_scope_error(const orch_scope *scope, size_t i) {
     if (orchi_scope_broken(scope) != 0) return &orchi_no_element;
     orch_future *f = orchi_scope_of(scope, "orch_scope_error");
-    if (f != NULL) orchi_scope_sweep(f);
+    if (f != NULL) orchi_scope_update(f);
     const orch_future *last = f != NULL ? f->as.scope.own->errors : NULL;
     if (last == NULL) return &orchi_no_element;
     const orch_future *at = last->waiter.one.target;
@@ -7104,6 +7122,7 @@ static void orchi_break_visit(orch_future *f, void *context) {
     orch_task *task = f->as.task.task;
     orch_future *lost = task->waiting;
     if (lost == NULL || orchi_settled(lost) || (breaking->circles && !orchi_circles(f))) return;
+    if (lost->kind == ORCHI_SCOPE && orchi_scope_has_task(lost)) return; // a close waits for those
     lost->flags = (uint16_t)((lost->flags & ~ORCHI_WAITED) | ORCHI_DETACHED | ORCHI_CANCEL);
     lost->references--;
     task->waiting = orchi_rejected(ORCH_ECANCELED);
@@ -9746,8 +9765,8 @@ int orch_limiter_pause(orch_limiter *l, uint64_t ms) {
     return 0;
 }
 
-/* How many whole tokens there are: a search, as a division would have to be of more than 64
- * bits. */
+/* How many whole tokens there are: a search, as a division would have to be of more than 64 bits.
+ */
 static uint32_t orchi_limiter_tokens(orch_limiter *l, int64_t now) {
     uint32_t low = 0, high = l->desc.burst;
     while (low < high) {
@@ -9766,7 +9785,8 @@ static void orchi_limiter_refill(orch_limiter *l, const orch_limiter_desc *desc)
     l->paused = paused;
     orchi_limiter_set(l, desc);
     orchi_instant zero = {0, 0};
-    orchi_instant cost = orchi_limiter_add(l, zero, tokens < desc->burst ? tokens : desc->burst);
+    if (tokens > desc->burst) tokens = desc->burst; // more would overflow
+    orchi_instant cost = orchi_limiter_add(l, zero, tokens);
     l->empty.ns = now - cost.ns - (cost.part > 0);
     l->empty.part = cost.part > 0 ? desc->limit - cost.part : 0;
 }
@@ -10443,7 +10463,6 @@ struct orch_adaptive {
     orch_adaptive_desc desc;
     double limit;
     bool cautious; // it was overloaded before
-    bool serving;
     uint32_t running;
     uint64_t number;  // of decreases: a call that began before the last one says nothing new
     double usual;     // ns: the least mean latency of a round; negative: not known yet
@@ -10487,11 +10506,6 @@ static bool orchi_adaptive_waits(const orch_adaptive *a) {
     return !a->desc.no_wait && (a->desc.waiting == 0 || a->line.count < a->desc.waiting);
 }
 
-/* Whether a call may begin without standing in line. */
-static bool orchi_adaptive_free_now(orch_adaptive *a) {
-    return orchi_adaptive_room(a) && orchi_line_first(&a->line) == NULL;
-}
-
 static void orchi_adaptive_begin(orch_adaptive *a, orchi_pass *pass, int64_t now) {
     pass->beside = ++a->running;
     pass->limit = a->limit;
@@ -10509,18 +10523,15 @@ static void orchi_adaptive_give(orch_adaptive *a, orchi_place *place, int64_t no
     orch_settle(promise, orch_ok(pass, a->unused));
 }
 
-/* Lets in whom there is room for. A pass that nobody takes comes back in the middle of this, and is
- * seen by the loop. */
+/* Lets in whom there is room for: so nobody waits while there is some. */
 static void orchi_adaptive_serve(orch_adaptive *a) {
-    if (a->serving || a->line.first == NULL || !orchi_adaptive_room(a)) return;
+    if (a->line.first == NULL || !orchi_adaptive_room(a)) return;
     int64_t now = orchi_gate_now(&a->gate);
-    a->serving = true;
     while (orchi_adaptive_room(a)) {
         orchi_place *first = orchi_line_first(&a->line);
-        if (first == NULL) break;
+        if (first == NULL) return;
         orchi_adaptive_give(a, first, now);
     }
-    a->serving = false;
 }
 
 /* A millisecond more than the factor says: the loop's own turns take some of that. */
@@ -10583,7 +10594,7 @@ static void orchi_adaptive_end(orch_adaptive *a, const orchi_pass *pass, orch_ou
     if (outcome == ORCH_OUTCOME_BAD) orchi_adaptive_fall(a, pass);
     a->running--;
     orchi_adaptive_serve(a);
-    if (!a->serving) orchi_adaptive_dispose(a);
+    orchi_adaptive_dispose(a);
 }
 
 /* What an outcome says. A cancelled call says nothing, unless it had been slow by then. */
@@ -10642,7 +10653,7 @@ static bool orchi_adaptive_leave(void *context, int reason) {
 orch_result orch_adaptive_try(orch_adaptive *a) {
     int error = orchi_gate_error(a, "orch_adaptive_try");
     if (error != 0) return orch_fail(error);
-    if (!orchi_adaptive_free_now(a)) return orch_fail(ORCH_ELIMIT);
+    if (!orchi_adaptive_room(a)) return orch_fail(ORCH_ELIMIT);
     orchi_pass *pass = (orchi_pass *)orchi_extra_new(orchi_loop);
     if (pass == NULL) return orch_fail(ORCH_ENOMEM);
     orchi_adaptive_begin(a, pass, orchi_gate_now(&a->gate));
@@ -10652,7 +10663,7 @@ orch_result orch_adaptive_try(orch_adaptive *a) {
 orch_future *orch_adaptive_acquire(orch_adaptive *a) {
     int error = orchi_gate_error(a, "orch_adaptive_acquire");
     if (error != 0) return orch_settled(orch_fail(error));
-    if (orchi_adaptive_free_now(a)) return orch_settled(orch_adaptive_try(a));
+    if (orchi_adaptive_room(a)) return orch_settled(orch_adaptive_try(a));
     if (!orchi_adaptive_waits(a)) return orch_settled(orch_fail(ORCH_ELIMIT));
     orch_promise promise;
     orch_future *f = orch_future_new(&promise);
@@ -10702,7 +10713,7 @@ static orch_result orchi_adaptive_task(void *arg) {
 orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_task_desc *desc) {
     int error = orchi_gate_error(a, "orch_adaptive_run");
     if (error == 0) error = orchi_call_error(desc, "orch_adaptive_run");
-    bool now = error == 0 && orchi_adaptive_free_now(a);
+    bool now = error == 0 && orchi_adaptive_room(a);
     if (error == 0 && !now && !orchi_adaptive_waits(a)) error = ORCH_ELIMIT;
     if (error != 0) return orchi_call_refuse(desc, orch_fail(error));
     orchi_adaptive_call c;

@@ -1,6 +1,6 @@
 // What does orch_map add to an item, over starting a task and awaiting it? A map over 100,000 items
-// that do not wait, against orch_go and orch_await of the same in turn: all at once, and at most 16.
-// The map's time includes its list of results and reading it. What it adds is the median of the
+// that do not wait, against orch_go and orch_await of the same in turn: all at once, and at most
+// 16. The map's time includes its list of results and reading it. What it adds is the median of the
 // differences of runs directly one after the other, as the machine may change its pace.
 // Run: make bench, or .build/bench/bench_map
 #define ASYNCORCH_IMPLEMENTATION

@@ -22,7 +22,7 @@
 // an attempt that hangs is cut, and retried          p-retry + p-timeout        retry_timeout
 // attempts never overlap                             (structured concurrency)   retry_no_overlap
 // an abort in the back-off is prompt, no hook runs   p-retry signal             retry_cancel_wait
-// full and decorrelated jitter                       AWS architecture blog      retry_full_jitter ...
+// full and decorrelated jitter                       AWS architecture blog      retry_full_jitter
 // what the server asks for replaces back-off and cap got, ky, gRPC pushback     retry_after
 // the attempt knows its number                       p-retry                    attempt_number
 // numbers that make no sense are refused by name     p-retry, p-map, p-timeout  retry_refused ...
@@ -118,7 +118,7 @@ static void reset(void) {
     running = most = begun = ended = 0;
 }
 
-// A main task on the virtual clock. Afterwards nothing may be left: no future but its own, no timer,
+// A main task on the virtual clock. Nothing may be left afterwards: no future but its own, no timer,
 // no token; that is checked by abort, so that a sweep notices too.
 static orch_task_fn body_of_main;
 
