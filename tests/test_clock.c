@@ -5,7 +5,8 @@
 // default 20), each twice: both runs of a seed must leave the same trace.
 //
 //     adopted behaviour                                    known from                   case
-//     time jumps to the next timer when all is blocked     Trio MockClock(autojump=0),  a_sleep_takes
+//     time jumps to the next timer when all is blocked     Trio MockClock(autojump=0),
+// a_sleep_takes
 //                                                          Tokio pause, Go synctest
 //     ... and starts at 0                                  Tokio, synctest (2000-01-01) time_starts
 //     real input is looked at before time jumps            Tokio (never), Trio          input_comes

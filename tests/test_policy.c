@@ -118,7 +118,7 @@ static void reset(void) {
     running = most = begun = ended = 0;
 }
 
-// A main task on the virtual clock. Nothing may be left afterwards: no future but its own, no timer,
+// A main task on the virtual clock. It leaves nothing behind: no future but its own, no timer,
 // no token; that is checked by abort, so that a sweep notices too.
 static orch_task_fn body_of_main;
 
@@ -1812,6 +1812,7 @@ ONCE(hedge_without_wait) {
     orch_result r = orch_await(orch_hedge(&d));
     CHECK_INT(orch_int(&r), 1);
     CHECK_INT(r.index, 0);
+    orch_result_free(&r);
 }
 
 // Losers are cancelled, and have ended when the winner is delivered.
