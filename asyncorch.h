@@ -161,6 +161,10 @@
 //     a stack size below 16 KiB or above 1 GiB        aborts   ORCH_EINVAL
 //     an argument copy above half the stack           aborts   ORCH_EINVAL
 //     orch_shield_end without a beginning             aborts   ignored
+//     NULL for a semaphore, channel, limiter, ...     aborts   ORCH_EINVAL (free: nothing)
+//     acquire, send, recv, limit outside task         aborts   ORCH_ENOTASK; the item is freed
+//     more permits released than taken                aborts   ORCH_EINVAL
+//     a desc with a value out of range (not retry's)  aborts   an object that says ORCH_EINVAL
 //     a scope closed twice or by another task         aborts   ORCH_ESCOPE
 //     a scope closed while others are open in it      aborts   those are closed first
 //     a task that ends with a scope open              aborts   reported, cancelled and closed
@@ -187,7 +191,7 @@
 //   hungry call on the thread's own stack.
 // - Callbacks and hooks must not wait. C++ exceptions must not leave a task or callback; longjmp
 //   must not cross a switch.
-// - Blocking calls block the loop. A thread pool, I/O calls, scopes, retry and queues are planned.
+// - Blocking calls block the loop. A thread pool, I/O calls, queues and workflows are planned.
 // - A process-wide handler for SIGSEGV and SIGBUS names the task on a stack overflow and then hands
 //   on to what was installed before; orch_loop_desc.no_overflow_report leaves them alone.
 // - Built with -fcf-protection for a processor whose shadow stack is on, and on processors without

@@ -68,6 +68,17 @@ for example in 01_hello_await 02_then_callbacks 03_sequential_parallel 04_timeou
     same "$example" "$folder/want" "$folder/got"
 done
 
+# ---- 11_resilient: every URL in the end, but the one that hangs
+
+start_server --error-rate 30 --delay likes=20 --hang likes=7
+"$programs/11_resilient" "$url" 40 >"$folder/got" 2>"$folder/errors"
+ended 11_resilient 0 $?
+has 11_resilient "$folder/got" "39 of 40 URLs fetched, 1 given up" 1
+has 11_resilient "$folder/got" "slowest: /posts/7/likes after 6 attempts" 1
+"$programs/11_resilient" "$url" 0 >"$folder/got" 2>"$folder/errors"
+ended 11_resilient 2 $?
+stop_server
+
 # ---- 07_fetch, as in its header comment
 
 start_server --hang likes=2
