@@ -3777,7 +3777,7 @@ static uint64_t orchi_look_cost(const orch_loop *loop, uint64_t measured) {
     return measured < most ? measured : most;
 }
 
-enum { ORCHI_BUSY = 100 * ORCHI_BUDGET, ORCHI_TICK_NS = 1000000 };
+enum { ORCHI_BUSY = 25 * ORCHI_BUDGET, ORCHI_TICK_NS = 1000000 };
 
 /* Tasks that only yield until some time has passed would wait for ever on a virtual clock: after so
  * many resumptions it moves on by a little. */

@@ -2184,7 +2184,7 @@ SCOPE_TEST(add_what_the_caller_keeps_a_handle_of) {
     CHECK(r.error || !is_given_back(r.value));
     orch_scope_cancel(&s, 4); // what others hold too is asked as well: it must end
     CHECK_INT(close_of(&s), ORCH_ECANCELED);
-    all_ended(m, 2);
+    all_ended(m, test_shared->refused ? 0 : 2); // what was not put in may live on
     CHECK_INT(m[1].reason, 4);
     CHECK(orch_is_settled(b));
     CHECK_INT(join(b), ORCH_ECANCELED);
@@ -3439,7 +3439,7 @@ LOCAL_TEST(local_value_replaced_while_children_live, UINT64_MAX) {
     CHECK(r[0].a == a || test_shared->refused);
     CHECK(r[1].a == b || test_shared->refused);
     CHECK(r[2].a == b || test_shared->refused);
-    must(is_given_back(a), "kept after its last reader");
+    must(is_given_back(a) || test_shared->refused, "kept after its last reader");
     must(!is_given_back(b) || test_shared->refused, "gone too early");
 }
 
