@@ -22,8 +22,9 @@
 //       7 >>combinator  all, any, race, quorum, timeout ....... orch_all, orch_timeout
 //       8 >>task        coroutines, await, shield ............. orch_go, orch_await, orch_sleep
 //         >>scope       a nursery and a deadline in one ....... orch_scope_open, orch_scope_go
-//         >>run         the life of a loop, the main task ..... orch_loop_new, orch_run
 //       9 >>io          descriptors ........................... orch_ready
+//         >>run         the life of a loop, the main task ..... orch_loop_new, orch_run
+//         >>kinds       what each kind of future does, a table
 //      11 >>coordination semaphore, event, channel, topic ... orch_acquire, orch_send, orch_publish
 //      12 >>policy      retry, map, hedge ..................... orch_retry, orch_map, orch_hedge
 //         >>guard       limiter, breaker, single flight ....... orch_limit, orch_breaker_run
@@ -891,7 +892,12 @@ typedef struct orch_allocator {
     void *user;
 } orch_allocator;
 
-typedef enum orch_poller { ORCH_POLLER_DEFAULT, ORCH_POLLER_POLL } orch_poller;
+typedef enum orch_poller {
+    ORCH_POLLER_DEFAULT, // poll, and the system's own while that is better
+    ORCH_POLLER_POLL,
+    ORCH_POLLER_EPOLL, // Linux
+    ORCH_POLLER_KQUEUE // the BSDs and macOS
+} orch_poller;
 
 typedef enum orch_clock {
     ORCH_CLOCK_MONOTONIC,
@@ -2027,8 +2033,8 @@ static void orchi_print_backtrace(void) {}
 //   - The ring holds pointers to futures that have something to run, each at most once (QUEUED). It
 //     grows with the slots, so that pushing never allocates. A queued slot is not reused before it
 //     was popped.
-//   - Settled means kind >= ORCHI_DONE. What a kind does is in one table, orchi_kinds, at the end
-//     of the file: the function pointers by which lower layers reach upper ones.
+//   - Settled means kind >= ORCHI_DONE. What a kind does is in one table, orchi_kinds, in
+//     >>kinds: the function pointers by which lower layers reach upper ones.
 
 typedef enum orchi_kind_id {
     ORCHI_PROMISE, // settled by a ticket
@@ -2179,7 +2185,7 @@ typedef struct orchi_kind {
 } orchi_kind;
 
 // >>forward: what is declared before its definition, and why.
-// Kinds belong to layers further down; the table at the end of the file is how lower ones reach
+// Kinds belong to layers further down; the table in >>kinds is how lower ones reach
 // them.
 extern const orchi_kind orchi_kinds[ORCHI_KINDS];
 // Giving up a reference may free a future, which releases its result, which may be a share: a
@@ -6927,6 +6933,98 @@ uint64_t orch_time_left(void) {
 }
 
 // ------------------------------------------------------------------------------------------------
+// >>io
+//
+// A descriptor's readiness as a future. The table of watches, by descriptor, holds at most one
+// waiter for each direction; a future that settles or is cancelled has left it.
+
+// The life of a wait for a descriptor:
+//
+//     orch_ready     a slot, and its place in the table: reader, writer or both; the poller is told
+//                    what the descriptor is waited for in all
+//     the look       the poller passes the descriptor and its events to orchi_fd_ready, which finds
+//                    the waiters in the table
+//     fire           takes the wait out of the table and the poller, and settles it: one event, one
+//                    settling. A descriptor that stays ready is reported again to who asks again
+//     cancel         the same without an event; what it leaves is as if it had never been
+//
+// The table is indexed by number, as poll's array is of numbers, and a process has few of them.
+
+/* Makes room for a descriptor. One that is not open is refused before the table grows to its
+ * number. */
+static int orchi_watch_reserve(orch_loop *loop, int fd) {
+    orchi_poller *p = &loop->poller;
+    size_t wanted = (size_t)fd + 1;
+    if (wanted <= p->watch_count) return 0;
+    if (fcntl(fd, F_GETFD) < 0) return -errno;
+    size_t count = p->watch_count > 0 ? p->watch_count : 64;
+    while (count < wanted) count *= 2;
+    size_t old_bytes = p->watch_count * sizeof *p->watches, bytes = count * sizeof *p->watches;
+    void *grown = orchi_resize(loop, p->watches, old_bytes, bytes);
+    if (grown == NULL) return ORCH_ENOMEM;
+    memset((char *)grown + old_bytes, 0, bytes - old_bytes);
+    p->watches = (orchi_watch *)grown;
+    p->watch_count = count;
+    return 0;
+}
+
+/* At most one waiter in each direction: a second one would steal the first one's event. */
+static int orchi_watch_start(orch_loop *loop, orch_future *f) {
+    int fd = f->as.ready.fd, events = f->as.ready.events;
+    orchi_watch *watch = &loop->poller.watches[fd];
+    if ((events & ORCH_READABLE) && watch->reader != NULL) return ORCH_EBUSY;
+    if ((events & ORCH_WRITABLE) && watch->writer != NULL) return ORCH_EBUSY;
+    int error = loop->poller.ops->update(loop, fd, orchi_watch_events(watch) | events);
+    if (error != 0) return error;
+    if (events & ORCH_READABLE) watch->reader = f;
+    if (events & ORCH_WRITABLE) watch->writer = f;
+    loop->stats.watched++;
+    return 0;
+}
+
+/* What can be told before anything is registered. */
+static int orchi_ready_error(int fd, int events) {
+    if (orchi_loop == NULL) return orchi_misuse("orch_ready", ORCH_ENOLOOP);
+    bool known = (events & ~(ORCH_READABLE | ORCH_WRITABLE)) == 0;
+    if (events == 0 || !known) return orchi_misuse("orch_ready", ORCH_EINVAL);
+    return fd < 0 ? -EBADF : orchi_watch_reserve(orchi_loop, fd);
+}
+
+orch_future *orch_ready(int fd, int events) {
+    int error = orchi_ready_error(fd, events);
+    if (error == ORCH_ENOLOOP) return orchi_rejected(error);
+    orch_loop *loop = orchi_loop;
+    if (error != 0) return orch_settled(orch_fail(error));
+    orch_future *f = orchi_slot_new(loop, ORCHI_READY);
+    if (f == NULL) return orchi_rejected(ORCH_ENOMEM);
+    f->as.ready.fd = fd;
+    f->as.ready.events = events;
+    error = orchi_watch_start(loop, f);
+    if (error != 0) orchi_reject(loop, f, error);
+    return f;
+}
+
+/* One event settles it and takes it out of the poller: nobody is woken for what nobody waits for.
+ */
+static void orchi_ready_fire(orch_future *f, int events) {
+    orch_loop *loop = orchi_loop_of(f);
+    int came = events & f->as.ready.events;
+    orchi_unwatch(loop, f);
+    orch_result r = events & ORCHI_BAD_FD ? orch_fail(-EBADF) : orch_ok_int(came);
+    orchi_settle(loop, f, &r);
+}
+
+/* Leaves the poller at once, so that the descriptor can be closed. */
+static orch_future *orchi_ready_cancel(orch_future *f, int reason) {
+    (void)reason;
+    orch_loop *loop = orchi_loop_of(f);
+    f->flags |= ORCHI_CANCEL;
+    orchi_unwatch(loop, f);
+    orchi_reject(loop, f, ORCH_ECANCELED);
+    return NULL;
+}
+
+// ------------------------------------------------------------------------------------------------
 // >>run
 //
 // The life of a loop: made, run, closed. orch_run is a loop, a main task, and everything cleaned
@@ -7254,98 +7352,11 @@ int orch_exit(orch_result r) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// >>io
+// >>kinds
 //
-// A descriptor's readiness as a future. The table of watches, by descriptor, holds at most one
-// waiter for each direction; a future that settles or is cancelled has left it.
-
-// The life of a wait for a descriptor:
-//
-//     orch_ready     a slot, and its place in the table: reader, writer or both; the poller is told
-//                    what the descriptor is waited for in all
-//     the look       the poller passes the descriptor and its events to orchi_fd_ready, which finds
-//                    the waiters in the table
-//     fire           takes the wait out of the table and the poller, and settles it: one event, one
-//                    settling. A descriptor that stays ready is reported again to who asks again
-//     cancel         the same without an event; what it leaves is as if it had never been
-//
-// The table is indexed by number, as poll's array is of numbers, and a process has few of them.
-
-/* Makes room for a descriptor. One that is not open is refused before the table grows to its
- * number. */
-static int orchi_watch_reserve(orch_loop *loop, int fd) {
-    orchi_poller *p = &loop->poller;
-    size_t wanted = (size_t)fd + 1;
-    if (wanted <= p->watch_count) return 0;
-    if (fcntl(fd, F_GETFD) < 0) return -errno;
-    size_t count = p->watch_count > 0 ? p->watch_count : 64;
-    while (count < wanted) count *= 2;
-    size_t old_bytes = p->watch_count * sizeof *p->watches, bytes = count * sizeof *p->watches;
-    void *grown = orchi_resize(loop, p->watches, old_bytes, bytes);
-    if (grown == NULL) return ORCH_ENOMEM;
-    memset((char *)grown + old_bytes, 0, bytes - old_bytes);
-    p->watches = (orchi_watch *)grown;
-    p->watch_count = count;
-    return 0;
-}
-
-/* At most one waiter in each direction: a second one would steal the first one's event. */
-static int orchi_watch_start(orch_loop *loop, orch_future *f) {
-    int fd = f->as.ready.fd, events = f->as.ready.events;
-    orchi_watch *watch = &loop->poller.watches[fd];
-    if ((events & ORCH_READABLE) && watch->reader != NULL) return ORCH_EBUSY;
-    if ((events & ORCH_WRITABLE) && watch->writer != NULL) return ORCH_EBUSY;
-    int error = loop->poller.ops->update(loop, fd, orchi_watch_events(watch) | events);
-    if (error != 0) return error;
-    if (events & ORCH_READABLE) watch->reader = f;
-    if (events & ORCH_WRITABLE) watch->writer = f;
-    loop->stats.watched++;
-    return 0;
-}
-
-/* What can be told before anything is registered. */
-static int orchi_ready_error(int fd, int events) {
-    if (orchi_loop == NULL) return orchi_misuse("orch_ready", ORCH_ENOLOOP);
-    bool known = (events & ~(ORCH_READABLE | ORCH_WRITABLE)) == 0;
-    if (events == 0 || !known) return orchi_misuse("orch_ready", ORCH_EINVAL);
-    return fd < 0 ? -EBADF : orchi_watch_reserve(orchi_loop, fd);
-}
-
-orch_future *orch_ready(int fd, int events) {
-    int error = orchi_ready_error(fd, events);
-    if (error == ORCH_ENOLOOP) return orchi_rejected(error);
-    orch_loop *loop = orchi_loop;
-    if (error != 0) return orch_settled(orch_fail(error));
-    orch_future *f = orchi_slot_new(loop, ORCHI_READY);
-    if (f == NULL) return orchi_rejected(ORCH_ENOMEM);
-    f->as.ready.fd = fd;
-    f->as.ready.events = events;
-    error = orchi_watch_start(loop, f);
-    if (error != 0) orchi_reject(loop, f, error);
-    return f;
-}
-
-/* One event settles it and takes it out of the poller: nobody is woken for what nobody waits for.
- */
-static void orchi_ready_fire(orch_future *f, int events) {
-    orch_loop *loop = orchi_loop_of(f);
-    int came = events & f->as.ready.events;
-    orchi_unwatch(loop, f);
-    orch_result r = events & ORCHI_BAD_FD ? orch_fail(-EBADF) : orch_ok_int(came);
-    orchi_settle(loop, f, &r);
-}
-
-/* Leaves the poller at once, so that the descriptor can be closed. */
-static orch_future *orchi_ready_cancel(orch_future *f, int reason) {
-    (void)reason;
-    orch_loop *loop = orchi_loop_of(f);
-    f->flags |= ORCHI_CANCEL;
-    orchi_unwatch(loop, f);
-    orchi_reject(loop, f, ORCH_ECANCELED);
-    return NULL;
-}
-
-// ---- the table of kinds
+// What each kind of future does: the function pointers by which lower layers reach upper ones (an
+// input has ended, a timer is due, who waits for what). It stands below every layer that has a kind
+// of its own. Left out: pointers in the futures themselves, which would cost eight bytes a slot.
 
 static void orchi_extra_run(orch_future *f) { (void)f; } // was retired while it was queued
 
