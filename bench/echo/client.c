@@ -1,7 +1,10 @@
-// The load on an echo server, and the only judge of it: `busy` connections that send 64 bytes and
-// wait for them to come back, for ever, and `idle` ones that did so once. What counts is the second
-// half of the time. Epoll (edge-triggered, as it costs the client least), one thread, no library.
-// Run: client [-p port] [-b busy] [-i idle] [-t seconds] [-s server's pid] [-c port of its report]
+// The load on the echo servers, and the only judge of them: `busy` connections to each that send 64
+// bytes and wait for them to come back, for ever, and `idle` ones that did so once. The servers take
+// turns, a run of so many seconds each, round after round: a slow moment of a shared machine then
+// spoils one run of each and not all runs of one. What counts is the second half of a run, and the
+// median of a server's runs. Each server has a worker here, with its connections; only one of them
+// runs. Epoll (edge-triggered, as it costs the client least), one thread, no library.
+// Run: client [-b busy] [-i idle] [-t seconds] [-r rounds] name,port,pid[,port of its report]...
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <fcntl.h>
@@ -13,10 +16,11 @@
 #include <sys/epoll.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
-enum { SIZE = 64, BATCH = 512, PER_ADDRESS = 2000, BUCKETS = 4096 };
+enum { SIZE = 64, BATCH = 512, PER_ADDRESS = 2000, BUCKETS = 4096, SERVERS = 32, ROUNDS = 99 };
 
 typedef struct connection {
     int fd;
@@ -25,12 +29,27 @@ typedef struct connection {
     uint64_t sent;  // when, in ns
 } connection;
 
-static struct {
-    int port, busy, idle, report;
-    double seconds;
-    pid_t server;
-} options = {7000, 100, 0, 0, 2, 0};
+enum { PER_SECOND, P50, P99, SERVER_US, CLIENT_US, KIB, MOVES, MEASURES };
 
+typedef struct figures {
+    double of[MEASURES];
+} figures;
+
+typedef struct server {
+    char name[32];
+    int port, pid, report;
+    int to, from; // pipes of its worker
+    pid_t worker;
+    figures runs[ROUNDS];
+} server;
+
+static struct {
+    int busy, idle, rounds;
+    double seconds;
+} options = {100, 0, 5, 1};
+
+static server servers[SERVERS];
+static int server_count;
 static connection *connections;
 static uint64_t latencies[BUCKETS]; // 16 buckets to the power of two, of ns
 
@@ -71,21 +90,20 @@ static double percentile(uint64_t total, double part) {
 
 // ---- what the server is asked beside the load
 
-static long resident_kib(void) {
+static long resident_kib(const server *s) {
     char path[64], line[256];
     long kib = 0;
-    snprintf(path, sizeof path, "/proc/%d/status", (int)options.server);
-    FILE *file = options.server != 0 ? fopen(path, "r") : NULL;
+    snprintf(path, sizeof path, "/proc/%d/status", s->pid);
+    FILE *file = fopen(path, "r");
     if (file == NULL) return 0;
     while (fgets(line, sizeof line, file) != NULL && sscanf(line, "VmRSS: %ld", &kib) != 1) {}
     fclose(file);
     return kib;
 }
 
-static uint64_t server_cpu_ns(void) {
+static uint64_t server_cpu_ns(const server *s) {
     clockid_t clock;
-    if (options.server == 0 || clock_getcpuclockid(options.server, &clock) != 0) return 0;
-    return clock_ns(clock);
+    return clock_getcpuclockid(s->pid, &clock) == 0 ? clock_ns(clock) : 0;
 }
 
 static struct sockaddr_in address_of(uint32_t host, int port) {
@@ -117,17 +135,17 @@ static int connect_from(uint32_t source, int port) {
     return -1;
 }
 
-// The server's report is asked for in the middle and at the end, and read when all is over.
+// How often the server has moved to another poller, if it reports that: one line for one byte.
 static void report_ask(int fd) {
     if (fd >= 0) require(send(fd, "?", 1, MSG_NOSIGNAL) == 1, "send to the report's port");
 }
 
-static void report_read(int fd) {
+static double report_read(int fd) {
     char text[256];
+    double moves = 0;
     ssize_t got = fd >= 0 ? recv(fd, text, sizeof text - 1, 0) : 0;
     text[got > 0 ? got : 0] = '\0';
-    for (char *p = text; *p != '\0'; p++) *p = *p == '\n' ? ' ' : *p;
-    printf("%s", text);
+    return sscanf(text, "moves %lf", &moves) == 1 ? moves : 0;
 }
 
 // ---- the load
@@ -160,12 +178,12 @@ static int answered(connection *c) {
 }
 
 // In groups, so that the backlog never overflows; each is answered once and so waits in its task.
-static void connect_all(int poller) {
+static void connect_all(int port, int poller) {
     int total = options.busy + options.idle;
     connections = calloc((size_t)total + 1, sizeof *connections);
     require(connections != NULL, "calloc");
     for (int i = 0; i < total; i++) {
-        connections[i].fd = connect_from((uint32_t)(i / PER_ADDRESS), options.port);
+        connections[i].fd = connect_from((uint32_t)(i / PER_ADDRESS), port);
         ask(&connections[i], 0);
         if (i % 100 != 99 && i + 1 < total) continue;
         for (int k = i - i % 100; k <= i; k++) {
@@ -180,71 +198,167 @@ static void connect_all(int poller) {
     }
 }
 
-// Returns how many answers came. Ends with the time, or when the server stalls for five seconds.
+// Takes answers and asks again until then; `until` 0: takes one from each and asks no more.
 static uint64_t load(int poller, uint64_t until) {
     struct epoll_event events[BATCH];
-    uint64_t answers = 0, now = 0;
-    while ((now = clock_ns(CLOCK_MONOTONIC)) < until) {
+    uint64_t answers = 0, now = 1;
+    while (until == 0 ? answers < (uint64_t)options.busy : now < until) {
         int found = epoll_wait(poller, events, BATCH, 5000);
-        require(found > 0, "epoll_wait (or five seconds without an answer)");
+        require(found > 0, "five seconds without an answer");
         for (int i = 0; i < found; i++) {
             connection *c = events[i].data.ptr;
             if (!answered(c)) continue;
             now = clock_ns(CLOCK_MONOTONIC);
             latencies[bucket_of(now - c->sent)]++;
             answers++;
-            ask(c, now);
+            if (until != 0) ask(c, now);
         }
     }
     return answers;
 }
 
+static figures run_once(const server *s, int poller, int report) {
+    figures f = {{0}};
+    uint64_t now = clock_ns(CLOCK_MONOTONIC), length = (uint64_t)(options.seconds * 1e9);
+    for (int i = 0; i < options.busy; i++) ask(&connections[i], now);
+    load(poller, now + length / 2);
+    memset(latencies, 0, sizeof latencies);
+    report_ask(report);
+    uint64_t middle = clock_ns(CLOCK_MONOTONIC), mine = clock_ns(CLOCK_PROCESS_CPUTIME_ID);
+    uint64_t cpu = server_cpu_ns(s), answers = load(poller, middle + length / 2);
+    double n = (double)answers, took = (double)(clock_ns(CLOCK_MONOTONIC) - middle);
+    f.of[PER_SECOND] = n * 1e9 / took;
+    f.of[SERVER_US] = (double)(server_cpu_ns(s) - cpu) / n / 1000;
+    f.of[CLIENT_US] = (double)(clock_ns(CLOCK_PROCESS_CPUTIME_ID) - mine) / n / 1000;
+    f.of[P50] = percentile(answers, 0.5);
+    f.of[P99] = percentile(answers, 0.99);
+    f.of[MOVES] = -report_read(report);
+    report_ask(report);
+    f.of[MOVES] += report_read(report);
+    load(poller, 0);
+    return f;
+}
+
+// ---- one worker for each server
+
+// Says how much memory a connection takes, then runs whenever it is told to.
+static int work(const server *s, int in, int out) {
+    char go;
+    int poller = epoll_create1(0), report = s->report != 0 ? connect_from(0, s->report) : -1;
+    close(connect_from(0, s->port)); // it is up now
+    figures f = {{0}};
+    long before = resident_kib(s);
+    connect_all(s->port, poller);
+    f.of[KIB] = (double)(resident_kib(s) - before) / (options.busy + options.idle);
+    do {
+        require(write(out, &f, sizeof f) == sizeof f, "write");
+        if (read(in, &go, 1) != 1) return 0;
+        double kib = f.of[KIB];
+        f = run_once(s, poller, report);
+        f.of[KIB] = kib;
+    } while (1);
+}
+
+static void start_worker(server *s) {
+    int to[2], from[2];
+    require(pipe2(to, O_CLOEXEC) == 0 && pipe2(from, O_CLOEXEC) == 0, "pipe");
+    s->worker = fork();
+    require(s->worker >= 0, "fork");
+    if (s->worker == 0) {
+        for (int i = 0; i < server_count; i++) { // the others see the end of their own pipes
+            if (servers[i].to != 0) close(servers[i].to);
+        }
+        close(to[1]);
+        exit(work(s, to[0], from[1]));
+    }
+    close(to[0]);
+    close(from[1]);
+    s->to = to[1];
+    s->from = from[0];
+}
+
+static figures worker_says(const server *s) {
+    figures f = {{0}};
+    require(read(s->from, &f, sizeof f) == sizeof f, s->name);
+    return f;
+}
+
+static int compare(const void *a, const void *b) {
+    double x = *(const double *)a, y = *(const double *)b;
+    return (x > y) - (x < y);
+}
+
+static double median(const server *s, int measure) {
+    double values[ROUNDS];
+    for (int i = 0; i < options.rounds; i++) values[i] = s->runs[i].of[measure];
+    qsort(values, (size_t)options.rounds, sizeof *values, compare);
+    return values[options.rounds / 2];
+}
+
+// The better of the bare servers: what the others are compared with.
+static double best_bare(int measure, int sign) {
+    double best = 0;
+    for (int i = 0; i < server_count; i++) {
+        const server *s = &servers[i];
+        if (strcmp(s->name, "poll") != 0 && strcmp(s->name, "epoll") != 0) continue;
+        double value = median(s, measure);
+        if (best <= 0 || sign * value > sign * best) best = value;
+    }
+    return best;
+}
+
+static void print(const server *s, double best, double cheapest) {
+    int ours = strncmp(s->name, "asyncorch", 9) == 0;
+    double ratio = best > 0 ? median(s, PER_SECOND) / best : 0, kib = median(s, KIB);
+    printf("echo %d:%d %s: %.0f a second, ratio %.2f", options.busy, options.idle, s->name,
+           median(s, PER_SECOND), ratio);
+    if (ours) printf(" (figure >= 0.97) %s", ratio >= 0.965 ? "met" : "MISSED");
+    printf("; processor %.2f us each, ratio %.2f (client %.2f us)", median(s, SERVER_US),
+           cheapest > 0 ? cheapest / median(s, SERVER_US) : 0, median(s, CLIENT_US));
+    printf("; p50 %.0f us, p99 %.0f us", median(s, P50), median(s, P99));
+    if (options.idle > 0) printf("; %.2f KiB each connection", kib);
+    if (options.idle > 0 && ours) printf(" (figure <= 5) %s", kib <= 5 ? "met" : "MISSED");
+    if (s->report != 0) printf("; moves %.0f", median(s, MOVES));
+    printf("\n");
+}
+
 static void options_read(int argc, char **argv) {
-    for (int o; (o = getopt(argc, argv, "p:b:i:t:s:c:")) != -1;) {
-        if (o == 'p') options.port = atoi(optarg);
-        else if (o == 'b') options.busy = atoi(optarg);
+    for (int o; (o = getopt(argc, argv, "b:i:t:r:")) != -1;) {
+        if (o == 'b') options.busy = atoi(optarg);
         else if (o == 'i') options.idle = atoi(optarg);
         else if (o == 't') options.seconds = atof(optarg);
-        else if (o == 's') options.server = (pid_t)atoi(optarg);
-        else if (o == 'c') options.report = atoi(optarg);
+        else if (o == 'r') options.rounds = atoi(optarg);
         else exit(2);
+    }
+    require(options.busy > 0 && options.rounds > 0 && options.rounds <= ROUNDS, "options");
+    for (; optind < argc && server_count < SERVERS; optind++) {
+        server *s = &servers[server_count++];
+        int fields = sscanf(argv[optind], "%31[^,],%d,%d,%d", s->name, &s->port, &s->pid, &s->report);
+        require(fields >= 3, argv[optind]);
     }
 }
 
 int main(int argc, char **argv) {
-    options_read(argc, argv);
     struct rlimit files;
     getrlimit(RLIMIT_NOFILE, &files);
     files.rlim_cur = files.rlim_max;
     setrlimit(RLIMIT_NOFILE, &files);
-    int poller = epoll_create1(0), total = options.busy + options.idle;
-    int report = options.report != 0 ? connect_from(0, options.report) : -1;
-    close(connect_from(0, options.port)); // it is up now
-    long before = resident_kib();
-    connect_all(poller);
-    long kib = resident_kib() - before;
-
-    uint64_t start = clock_ns(CLOCK_MONOTONIC), length = (uint64_t)(options.seconds * 1e9);
-    for (int i = 0; i < options.busy; i++) ask(&connections[i], start);
-    if (options.busy > 0) load(poller, start + length / 2);
-    memset(latencies, 0, sizeof latencies);
-    report_ask(report);
-    uint64_t middle = clock_ns(CLOCK_MONOTONIC);
-    uint64_t cpu = server_cpu_ns(), mine = clock_ns(CLOCK_PROCESS_CPUTIME_ID);
-    uint64_t answers = options.busy > 0 ? load(poller, middle + length / 2) : 0;
-    double took = (double)(clock_ns(CLOCK_MONOTONIC) - middle);
-    cpu = server_cpu_ns() - cpu;
-    mine = clock_ns(CLOCK_PROCESS_CPUTIME_ID) - mine;
-    report_ask(report);
-
-    double n = answers > 0 ? (double)answers : 1;
-    printf("per_second %.0f p50_us %.1f p99_us %.1f max_us %.1f server_us %.3f client_us %.3f "
-           "kib_each %.2f ",
-           (double)answers * 1e9 / took, percentile(answers, 0.5), percentile(answers, 0.99),
-           percentile(answers, 1), (double)cpu / n / 1000, (double)mine / n / 1000,
-           (double)kib / total);
-    usleep(50000);
-    report_read(report);
-    printf("\n");
+    options_read(argc, argv);
+    for (int i = 0; i < server_count; i++) {
+        start_worker(&servers[i]);
+        worker_says(&servers[i]); // all are connected before the first run
+    }
+    for (int round = 0; round < options.rounds; round++) {
+        for (int i = 0; i < server_count; i++) {
+            require(write(servers[i].to, "g", 1) == 1, servers[i].name);
+            servers[i].runs[round] = worker_says(&servers[i]);
+        }
+    }
+    double best = best_bare(PER_SECOND, 1), cheapest = best_bare(SERVER_US, -1);
+    for (int i = 0; i < server_count; i++) {
+        print(&servers[i], best, cheapest);
+        close(servers[i].to);
+        waitpid(servers[i].worker, NULL, 0);
+    }
     return 0;
 }
