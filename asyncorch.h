@@ -7620,7 +7620,7 @@ static int orchi_watch_wait(orch_loop *loop, orch_task *task, int fd, int direct
     }
     f = orchi_wait_for(loop, task, f);
     error = f->as.result.error;
-    orchi_release(f);
+    if (ORCHI_LIKELY(!(f->flags & ORCHI_IMMORTAL))) orchi_slot_free(loop, f); // owns nothing
     return error;
 }
 
@@ -7646,16 +7646,18 @@ ORCHI_NO_INLINE static ptrdiff_t orchi_io_wait(orch_task *task, int fd, int dire
     return n;
 }
 
-/* What every call does. The caller has looked at its own arguments. */
-static ptrdiff_t orchi_io(const char *function, int fd, int direction, orchi_attempt attempt,
-                          orchi_transfer *t) {
+/* What every call does. The caller has looked at its own arguments. Inlined where a request comes
+ * by, so that the attempt is. */
+static ORCHI_INLINE ptrdiff_t orchi_io(const char *function, int fd, int direction,
+                                       orchi_attempt attempt, orchi_transfer *t) {
     int error;
     orch_task *task = orchi_here_task(function, &error);
     if (task == NULL) return error;
-    if (fd < 0) return -EBADF;
     orch_loop *loop = orchi_loop;
-    error = orchi_watch_reserve(loop, fd);
-    if (ORCHI_UNLIKELY(error != 0)) return error;
+    if (ORCHI_UNLIKELY((size_t)fd >= loop->poller.watch_count)) { // negative ones too
+        error = fd < 0 ? -EBADF : orchi_watch_reserve(loop, fd);
+        if (error != 0) return error;
+    }
     orchi_watch *watch = &loop->poller.watches[fd];
     int busy = direction * ORCHI_IN_READ, wait_first = direction * ORCHI_DRY | ORCHI_SLOW;
     if (ORCHI_UNLIKELY(watch->hints & busy)) return ORCH_EBUSY;
@@ -7673,8 +7675,8 @@ static ptrdiff_t orchi_io_nothing(const char *function, int fd) {
 }
 
 /* The same with the check of memory that most calls need. */
-static ptrdiff_t orchi_io_memory(const char *function, int fd, int direction, orchi_attempt attempt,
-                                 orchi_transfer *t) {
+static ORCHI_INLINE ptrdiff_t orchi_io_memory(const char *function, int fd, int direction,
+                                              orchi_attempt attempt, orchi_transfer *t) {
     if (orchi_no_memory_at(t->data, t->size)) return orchi_misuse(function, ORCH_EINVAL);
     return orchi_io(function, fd, direction, attempt, t);
 }
