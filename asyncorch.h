@@ -2641,31 +2641,44 @@ typedef struct orchi_timers { // entries[0 .. stamped) is a heap; the rest was a
     uint64_t sequence;
 } orchi_timers;
 
-typedef struct orchi_watch { // who waits for a descriptor
-    orch_future *reader, *writer;
-    uint32_t position;   // in the poll array, plus one
-    uint32_t generation; // how often the number changed its owner
-    uint16_t bits;       // what is known of the descriptor: orchi_watch_bit
+enum orchi_hint {               // uint16_t, of a descriptor
+    ORCHI_DRY = ORCH_READABLE,  // the last read took all there was: wait before the next
+    ORCHI_FULL = ORCH_WRITABLE, // the last write filled it
+    ORCHI_OWN = 4,              // it will be closed by orch_close and not otherwise
+    ORCHI_WAKE = 8,             // of the loop itself: its event calls loop->on_wake
+    ORCHI_IN_READ = 16,         // a call that had to wait is in this direction
+    ORCHI_IN_WRITE = 32,
+    ORCHI_NO_SOCKET = 64,
+    ORCHI_PIPE = 128,
+    ORCHI_SLOW = 256, // is blocking: each piece is waited for
+    ORCHI_DATAGRAMS = 512,
+    ORCHI_QUIET = 1024 // a socket that raises no SIGPIPE
+};
+
+enum { ORCHI_REGISTERED = 4 }; // orchi_watch.armed: the poller knows the descriptor
+
+typedef struct orchi_watch {      // a descriptor, by its number
+    orch_future *reader, *writer; // who waits; both directions may have the same one
+    uint32_t position;            // poll: in the array, plus one; others: see orchi_judge
+    uint16_t generation;          // goes up when the number gets, or may get, a new owner
+    uint16_t hints;               // an event clears those of its direction
+    uint8_t armed;                // not poll: the events that are looked for, ORCHI_REGISTERED
 } orchi_watch;
 
-enum orchi_watch_bit {
-    ORCHI_DRY = ORCH_READABLE,  // the last read came short: wait first
-    ORCHI_FULL = ORCH_WRITABLE, // the same for writes
-    ORCHI_IN_READ = 4,          // a call that had to wait is in this direction
-    ORCHI_IN_WRITE = 8,
-    ORCHI_NO_SOCKET = 16,
-    ORCHI_PIPE = 32,
-    ORCHI_SLOW = 64, // is blocking: each piece is waited for
-    ORCHI_DATAGRAMS = 128,
-    ORCHI_QUIET = 256 // a socket that raises no SIGPIPE
-};
+typedef struct orchi_found { // a descriptor that a look found ready
+    int fd, events;
+} orchi_found;
 
 typedef struct orchi_poller {
     const struct orchi_poller_ops *ops;
     orchi_watch *watches; // by descriptor
     size_t watch_count;
+    uint32_t count;     // descriptors that the poller looks at
+    orchi_found *found; // by the last look
+    uint32_t found_count, found_capacity;
     struct pollfd *fds; // poll(2)
-    uint32_t count, capacity;
+    uint32_t capacity;
+    bool woken; // on_wake is to be called
 } orchi_poller;
 
 typedef struct orchi_context { // a point of execution that was left and can be entered again
@@ -2713,16 +2726,17 @@ struct orch_loop {
     orchi_context main;
     struct orchi_stack_map *maps;
     orchi_stack_pool pools[ORCHI_STACK_POOLS];
-    uint32_t stack_log;             // the default size
-    void *alternate;                // signal stack
-    uint64_t looked;                // when the poller was last asked
-    uint64_t look_cost;             // ns
-    uint64_t now;                   // ns, of a virtual clock
-    uint64_t ticked;                // resumes when a virtual clock was last moved
-    uint64_t random;                // state of the generator
-    uint64_t trimmed;               // when idle stacks were last given back
-    void (*join)(orch_future *f);   // cancels, and in a task waits for the end; set by >>task
-    void (*close)(orch_loop *loop); // frees a loop that was kept for a result; set by >>run
+    uint32_t stack_log;               // the default size
+    void *alternate;                  // signal stack
+    uint64_t looked;                  // when the poller was last asked
+    uint64_t look_cost;               // ns
+    uint64_t now;                     // ns, of a virtual clock
+    uint64_t ticked;                  // resumes when a virtual clock was last moved
+    uint64_t random;                  // state of the generator
+    uint64_t trimmed;                 // when idle stacks were last given back
+    void (*join)(orch_future *f);     // cancels, and in a task waits for the end; set by >>task
+    void (*on_wake)(orch_loop *loop); // see orchi_wake_watch
+    void (*close)(orch_loop *loop);   // frees a loop that was kept for a result; set by >>run
     struct {
         void *(*fn)(void *arg);
         void *arg;
@@ -3850,28 +3864,51 @@ static bool orchi_canary_lives(const orchi_stack *stack) {
 //
 // One contract for every way to ask the system which descriptors are ready:
 //   open, close   make and free what the poller needs
-//   update        from now on wait for `events` of a descriptor; 0: forget it; an error code or 0
-//   wait          sleep for at most `ns` (UINT64_MAX: without limit) and pass each descriptor that
-//   has
-//                 events to `ready`; an interruption by a signal counts as nothing ready
+//   update        look for the events that a descriptor is waited for (see orchi_wanted); `exact`:
+//                 and for no others. An error code, or 0
+//   wait          sleep for at most `ns` (UINT64_MAX: without limit) and leave what is ready in
+//                 `found`; an interruption by a signal counts as nothing ready
 // Events are ORCH_READABLE and ORCH_WRITABLE, and ORCHI_BAD_FD for a descriptor that is none.
-// Readiness is level-triggered; whoever does not wait any more has said so by update. `ready` only
-// queues: nothing of the user's runs inside wait. poll(2) is the reference: arming costs no system
-// call.
+// Readiness is level-triggered. Nothing of the user's runs inside wait: what was found is told to
+// the waiters after it, see orchi_poll. poll(2) is the reference: arming costs no system call.
 
-enum { ORCHI_BAD_FD = 4 };
+enum { ORCHI_BAD_FD = 4, ORCHI_BOTH = ORCH_READABLE | ORCH_WRITABLE };
 
 // Left out: edge-triggered readiness. It saves an update for each wait, but one byte left unread
 // would hang a connection, and poll(2) has no such thing. Left out as well: a descriptor's own
 // object. The table of watches, by number, is all the state there is, and it dies with the loop.
 
 typedef struct orchi_poller_ops {
-    const char *name;
+    orch_poller id;
     int (*open)(orch_loop *loop);
     void (*close)(orch_loop *loop);
-    int (*update)(orch_loop *loop, int fd, int events);
-    int (*wait)(orch_loop *loop, uint64_t ns, void (*ready)(orch_loop *loop, int fd, int events));
+    int (*update)(orch_loop *loop, int fd, bool exact);
+    int (*wait)(orch_loop *loop, uint64_t ns);
 } orchi_poller_ops;
+
+/* What a descriptor is waited for, in all. */
+static int orchi_wanted(const orchi_watch *watch) {
+    return (watch->reader != NULL || (watch->hints & ORCHI_WAKE) ? ORCH_READABLE : 0) |
+           (watch->writer != NULL ? ORCH_WRITABLE : 0);
+}
+
+/* Makes room for what a look may find. */
+static bool orchi_found_reserve(orch_loop *loop, size_t wanted) {
+    orchi_poller *p = &loop->poller;
+    void *found = p->found;
+    if (ORCHI_LIKELY(wanted <= p->found_capacity)) return true;
+    if (!orchi_grow(loop, &found, &p->found_capacity, wanted, sizeof *p->found)) return false;
+    p->found = (orchi_found *)found;
+    return true;
+}
+
+static void orchi_found_add(orchi_poller *p, int fd, int events) {
+    orchi_found *found = &p->found[p->found_count++];
+    found->fd = fd;
+    found->events = events;
+}
+
+// ---- poll(2)
 
 #if ORCHI_PPOLL
 static int orchi_poll_call(struct pollfd *fds, nfds_t count, uint64_t ns) {
@@ -3891,7 +3928,10 @@ static int orchi_poll_open(orch_loop *loop) {
 }
 
 static void orchi_poll_close(orch_loop *loop) {
-    orchi_free(loop, loop->poller.fds, loop->poller.capacity * sizeof *loop->poller.fds);
+    orchi_poller *p = &loop->poller;
+    orchi_free(loop, p->fds, p->capacity * sizeof *p->fds);
+    p->fds = NULL;
+    p->capacity = 0;
 }
 
 /* The last entry takes the place of the one that goes. */
@@ -3902,23 +3942,30 @@ static void orchi_poll_remove(orchi_poller *p, orchi_watch *watch) {
     watch->position = 0;
 }
 
-/* Arming and disarming touch only the array: no system call. */
-static int orchi_poll_update(orch_loop *loop, int fd, int events) {
+/* A new entry, at the end. */
+static bool orchi_poll_add(orch_loop *loop, int fd, orchi_watch *watch) {
+    orchi_poller *p = &loop->poller;
+    void *fds = p->fds;
+    if (!orchi_found_reserve(loop, p->count + 1u)) return false;
+    if (!orchi_grow(loop, &fds, &p->capacity, p->count + 1u, sizeof *p->fds)) return false;
+    p->fds = (struct pollfd *)fds;
+    p->fds[p->count].fd = fd;
+    p->fds[p->count].revents = 0;
+    watch->position = ++p->count;
+    return true;
+}
+
+/* Arming and disarming touch only the array, so they are always exact. */
+static int orchi_poll_update(orch_loop *loop, int fd, bool exact) {
     orchi_poller *p = &loop->poller;
     orchi_watch *watch = &p->watches[fd];
+    int events = orchi_wanted(watch);
+    (void)exact;
     if (events == 0) {
         if (watch->position != 0) orchi_poll_remove(p, watch);
         return 0;
     }
-    if (watch->position == 0) {
-        void *fds = p->fds;
-        if (!orchi_grow(loop, &fds, &p->capacity, p->count + 1u, sizeof *p->fds))
-            return ORCH_ENOMEM;
-        p->fds = (struct pollfd *)fds;
-        p->fds[p->count].fd = fd;
-        p->fds[p->count].revents = 0;
-        watch->position = ++p->count;
-    }
+    if (watch->position == 0 && !orchi_poll_add(loop, fd, watch)) return ORCH_ENOMEM;
     p->fds[watch->position - 1].events =
         (short)((events & ORCH_READABLE ? POLLIN : 0) | (events & ORCH_WRITABLE ? POLLOUT : 0));
     return 0;
@@ -3927,28 +3974,25 @@ static int orchi_poll_update(orch_loop *loop, int fd, int events) {
 /* Errors and hang-ups wake both directions, since either call would report them at once. */
 static int orchi_poll_events(short revents) {
     if (revents & POLLNVAL) return ORCHI_BAD_FD;
-    int both = revents & (POLLERR | POLLHUP) ? ORCH_READABLE | ORCH_WRITABLE : 0;
+    int both = revents & (POLLERR | POLLHUP) ? ORCHI_BOTH : 0;
     return both | (revents & (POLLIN | POLLPRI) ? ORCH_READABLE : 0) |
            (revents & POLLOUT ? ORCH_WRITABLE : 0);
 }
 
-/* From the end, because whoever is ready is removed and the last one takes its place. */
-static int orchi_poll_wait(orch_loop *loop, uint64_t ns,
-                           void (*ready)(orch_loop *loop, int fd, int events)) {
+/* The array is read to the last one that has something. */
+static int orchi_poll_wait(orch_loop *loop, uint64_t ns) {
     orchi_poller *p = &loop->poller;
     int found = orchi_poll_call(p->fds, p->count, ns);
     if (found < 0) return errno == EINTR ? 0 : -errno;
-    for (uint32_t i = p->count; i-- > 0 && found > 0;) {
-        short revents = p->fds[i].revents;
-        if (revents == 0) continue;
+    for (const struct pollfd *at = p->fds; found > 0; at++) {
+        if (at->revents == 0) continue;
         found--;
-        p->fds[i].revents = 0;
-        ready(loop, p->fds[i].fd, orchi_poll_events(revents));
+        orchi_found_add(p, at->fd, orchi_poll_events(at->revents));
     }
     return 0;
 }
 
-static const orchi_poller_ops orchi_poll_ops = {"poll", orchi_poll_open, orchi_poll_close,
+static const orchi_poller_ops orchi_poll_ops = {ORCH_POLLER_POLL, orchi_poll_open, orchi_poll_close,
                                                 orchi_poll_update, orchi_poll_wait};
 
 // ------------------------------------------------------------------------------------------------
@@ -4154,40 +4198,71 @@ static void orchi_round(orch_loop *loop) {
     loop->budget = loop->round = ORCHI_BUDGET;
 }
 
-/* What a descriptor is waited for, in all. */
-static int orchi_watch_events(const orchi_watch *watch) {
-    return (watch->reader != NULL ? ORCH_READABLE : 0) |
-           (watch->writer != NULL ? ORCH_WRITABLE : 0);
-}
-
-/* Takes a waiting future out of the table. */
-static void orchi_unwatch(orch_loop *loop, orch_future *f) {
+/* Takes a waiting future out of the table. `exact`: without an event, so the poller is to stop. */
+static void orchi_unwatch(orch_loop *loop, orch_future *f, bool exact) {
     int fd = f->as.ready.fd;
     orchi_watch *watch = &loop->poller.watches[fd];
     if (watch->reader == f) watch->reader = NULL;
     if (watch->writer == f) watch->writer = NULL;
     loop->stats.watched--;
-    loop->poller.ops->update(loop, fd, orchi_watch_events(watch));
+    loop->poller.ops->update(loop, fd, exact);
 }
 
-/* What the poller calls: tells the waiters of a descriptor. */
-static void orchi_fd_ready(orch_loop *loop, int fd, int events) {
-    orchi_watch *watch = &loop->poller.watches[fd];
+/* Whether an event is for this waiter. One that was made after the look waits for the next: the
+ * descriptor may have been closed, and its number used again, by a rejection's hook. */
+static bool orchi_meant(const orch_future *f, uint64_t generation, int events, int direction) {
+    return f != NULL && f->generation < generation && (events & (direction | ORCHI_BAD_FD));
+}
+
+/* Tells the waiters of a descriptor that was found ready. The table is read again after each, as a
+ * rejection's hook may have changed it. */
+static void orchi_tell(orch_loop *loop, orchi_found found, uint64_t generation) {
+    orchi_watch *watch = &loop->poller.watches[found.fd];
     orch_future *reader = watch->reader;
-    bool both = reader == watch->writer;
-    if (reader != NULL && (both || (events & (ORCH_READABLE | ORCHI_BAD_FD)))) {
-        orchi_kinds[ORCHI_READY].fire(reader, events);
+    watch->hints &= (uint16_t) ~(found.events & ORCHI_BOTH);
+    if (watch->hints & ORCHI_WAKE) loop->poller.woken = true;
+    if (orchi_meant(reader, generation, found.events, ORCH_READABLE)) {
+        bool both = reader == watch->writer;
+        orchi_kinds[ORCHI_READY].fire(reader, found.events);
+        if (both) return;
     }
-    watch = &loop->poller.watches[fd]; // a rejection's hook may have changed it
-    if (watch->writer != NULL && !both && (events & (ORCH_WRITABLE | ORCHI_BAD_FD))) {
-        orchi_kinds[ORCHI_READY].fire(watch->writer, events);
+    orch_future *writer = loop->poller.watches[found.fd].writer;
+    if (orchi_meant(writer, generation, found.events, ORCH_WRITABLE)) {
+        orchi_kinds[ORCHI_READY].fire(writer, found.events);
     }
 }
 
-/* The only place where the loop makes a system call. */
+/* A loop with a seed draws the order of what was found. Sorted first, as every poller finds it in
+ * another order. */
+static int orchi_found_compare(const void *a, const void *b) {
+    return ((const orchi_found *)a)->fd - ((const orchi_found *)b)->fd;
+}
+
+ORCHI_COLD static void orchi_found_shuffle(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    qsort(p->found, p->found_count, sizeof *p->found, orchi_found_compare);
+    for (uint32_t i = p->found_count; i > 1; i--) {
+        uint32_t drawn = (uint32_t)(orchi_random(loop) % i);
+        orchi_found last = p->found[i - 1];
+        p->found[i - 1] = p->found[drawn];
+        p->found[drawn] = last;
+    }
+}
+
+/* The only place where the loop makes a system call. What was found is told afterwards. */
 static int orchi_poll(orch_loop *loop, uint64_t ns) {
+    orchi_poller *p = &loop->poller;
+    uint64_t generation = loop->generation;
     loop->stats.polls++;
-    return loop->poller.ops->wait(loop, ns, orchi_fd_ready);
+    p->found_count = 0;
+    int error = p->ops->wait(loop, ns);
+    if (ORCHI_UNLIKELY(loop->desc.seed != 0)) orchi_found_shuffle(loop);
+    for (uint32_t i = 0; i < p->found_count; i++) orchi_tell(loop, p->found[i], generation);
+    if (p->woken) {
+        p->woken = false;
+        loop->on_wake(loop);
+    }
+    return error;
 }
 
 /* What a look costs. It may at most double from one to the next, as one that was interrupted by
@@ -4211,11 +4286,11 @@ static void orchi_tick(orch_loop *loop) {
 /* A look while work is ready: not sooner than ten times its cost after the last one. */
 static int orchi_look_busy(orch_loop *loop) {
     orchi_tick(loop);
-    if (loop->timers.count == 0 && loop->poller.count == 0) return 0;
+    if (loop->timers.count == 0 && loop->stats.watched == 0) return 0;
     uint64_t now = orchi_now(loop);
     orchi_timers_stamp(loop, now);
     int error = 0;
-    if (loop->poller.count > 0 && now - loop->looked >= 10 * loop->look_cost) {
+    if (loop->stats.watched > 0 && now - loop->looked >= 10 * loop->look_cost) {
         error = orchi_poll(loop, 0);
         loop->looked = orchi_now(loop);
         loop->look_cost = orchi_look_cost(loop, loop->looked - now);
@@ -4228,14 +4303,14 @@ static int orchi_look_busy(orch_loop *loop) {
 static int orchi_sleep(orch_loop *loop, uint64_t now, uint64_t ns) {
     uint64_t trim = ns > 0 ? orchi_stacks_idle(loop, now) : 0;
     if (ns > trim) ns = trim;
-    return ns > 0 || loop->poller.count > 0 ? orchi_poll(loop, ns) : 0;
+    return ns > 0 || loop->stats.watched > 0 ? orchi_poll(loop, ns) : 0;
 }
 
 /* The same on a virtual clock: descriptors are looked at once, and with nothing ready still the
  * time has passed. Only without a timer the sleep is real, as nothing but a descriptor can end it;
  * and without either, the last timer is one for the end of time. */
 static int orchi_jump(orch_loop *loop, uint64_t ns) {
-    bool watched = loop->poller.count > 0;
+    bool watched = loop->stats.watched > 0;
     loop->ticked = orchi_resumes(loop);
     int error = watched ? orchi_poll(loop, ns == UINT64_MAX ? ns : 0) : 0;
     if (error != 0 || !orchi_ring_empty(loop) || (watched && ns == UINT64_MAX)) return error;
@@ -4258,7 +4333,7 @@ static int orchi_look_idle(orch_loop *loop, uint64_t limit) {
 
 /* Whether anything is left that could make work ready. */
 static bool orchi_can_wake(const orch_loop *loop) {
-    return !orchi_ring_empty(loop) || loop->timers.count > 0 || loop->poller.count > 0;
+    return !orchi_ring_empty(loop) || loop->timers.count > 0 || loop->stats.watched > 0;
 }
 
 /* One turn. Returns 1 when there is more to do, 0 when nothing can wake the loop, or an error. */
@@ -7388,12 +7463,12 @@ static int orchi_watch_start(orch_loop *loop, orch_future *f) {
     orchi_watch *watch = &loop->poller.watches[fd];
     if ((events & ORCH_READABLE) && watch->reader != NULL) return ORCH_EBUSY;
     if ((events & ORCH_WRITABLE) && watch->writer != NULL) return ORCH_EBUSY;
-    int error = loop->poller.ops->update(loop, fd, orchi_watch_events(watch) | events);
-    if (error != 0) return error;
     if (events & ORCH_READABLE) watch->reader = f;
     if (events & ORCH_WRITABLE) watch->writer = f;
     loop->stats.watched++;
-    return 0;
+    int error = loop->poller.ops->update(loop, fd, false);
+    if (error != 0) orchi_unwatch(loop, f, true);
+    return error;
 }
 
 /* What can be told before anything is registered. */
@@ -7423,7 +7498,7 @@ orch_future *orch_ready(int fd, int events) {
 static void orchi_ready_fire(orch_future *f, int events) {
     orch_loop *loop = orchi_loop_of(f);
     int came = events & f->as.ready.events;
-    orchi_unwatch(loop, f);
+    orchi_unwatch(loop, f, false);
     orch_result r = events & ORCHI_BAD_FD ? orch_fail(-EBADF) : orch_ok_int(came);
     orchi_settle(loop, f, &r);
 }
@@ -7433,24 +7508,41 @@ static orch_future *orchi_ready_cancel(orch_future *f, int reason) {
     (void)reason;
     orch_loop *loop = orchi_loop_of(f);
     f->flags |= ORCHI_CANCEL;
-    orchi_unwatch(loop, f);
+    orchi_unwatch(loop, f, true);
     orchi_reject(loop, f, ORCH_ECANCELED);
     return NULL;
 }
 
-/* Wakes who waits for a descriptor that is about to be closed. */
-static void orchi_watch_end(orch_loop *loop, int fd) {
+/* A number loses its owner: who waits for it is told, and nothing of it is left. */
+static void orchi_watch_end(orch_loop *loop, int fd, int error) {
     if (fd < 0 || (size_t)fd >= loop->poller.watch_count) return;
     orchi_watch *watch = &loop->poller.watches[fd];
-    if (watch->reader != NULL) orchi_ready_cancel(watch->reader, ORCH_ECANCELED);
-    if (watch->writer != NULL) orchi_ready_cancel(watch->writer, ORCH_ECANCELED);
+    orch_future *waiting[2] = {watch->reader,
+                               watch->reader == watch->writer ? NULL : watch->writer};
+    for (int i = 0; i < 2; i++) {
+        if (waiting[i] == NULL) continue;
+        waiting[i]->flags |= ORCHI_CANCEL; // not reported
+        orchi_unwatch(loop, waiting[i], true);
+        orchi_reject(loop, waiting[i], error);
+    }
     watch->generation++;
-    watch->bits = 0;
+    watch->hints = 0;
+    loop->poller.ops->update(loop, fd, true);
+}
+
+/* What the library makes itself: it will be closed by orch_close, so that the poller may look for
+ * it as long as it is open. Whoever still waits for the number closed its last owner without. */
+static inline int orchi_watch_own(orch_loop *loop, int fd) {
+    int error = orchi_watch_reserve(loop, fd);
+    if (error != 0) return error;
+    orchi_watch_end(loop, fd, -EBADF);
+    loop->poller.watches[fd].hints = ORCHI_OWN;
+    return 0;
 }
 
 /* After EINTR the descriptor is gone on every system here; calling again would close another's. */
 int orch_close(int fd) {
-    if (orchi_loop != NULL) orchi_watch_end(orchi_loop, fd);
+    if (orchi_loop != NULL) orchi_watch_end(orchi_loop, fd, ORCH_ECANCELED);
     return close(fd) == 0 || errno == EINTR ? 0 : -errno;
 }
 
@@ -7479,9 +7571,9 @@ int orch_close(int fd) {
 /* Where send knows no MSG_NOSIGNAL the socket is told, once. */
 static void orchi_quiet(int fd, orchi_watch *watch) {
     int on = 1;
-    if (watch->bits & ORCHI_QUIET) return;
+    if (watch->hints & ORCHI_QUIET) return;
     setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on);
-    watch->bits |= ORCHI_QUIET;
+    watch->hints |= ORCHI_QUIET;
 }
 /* Non-blocking and close-on-exec, where no call makes descriptors so. */
 static int orchi_private(int fd) {
@@ -7528,7 +7620,7 @@ static int orchi_watch_wait(orch_loop *loop, orch_task *task, int fd, int direct
     }
     f = orchi_wait_for(loop, task, f);
     error = f->as.result.error;
-    orchi_release(f);
+    if (ORCHI_LIKELY(!(f->flags & ORCHI_IMMORTAL))) orchi_slot_free(loop, f); // owns nothing
     return error;
 }
 
@@ -7542,46 +7634,55 @@ ORCHI_NO_INLINE static ptrdiff_t orchi_io_wait(orch_task *task, int fd, int dire
     uint32_t generation = watch->generation;
     uint16_t busy = (uint16_t)(direction * ORCHI_IN_READ);
     ptrdiff_t n = -EAGAIN;
-    watch->bits |= busy;
-    if (orchi_must_end(task) && !(watch->bits & ORCHI_SLOW)) n = attempt(fd, watch, t);
+    watch->hints |= busy;
+    if (orchi_must_end(task) && !(watch->hints & ORCHI_SLOW)) n = attempt(fd, watch, t);
     while (n == -EAGAIN) {
         int error = orchi_watch_wait(loop, task, fd, direction);
         watch = &loop->poller.watches[fd]; // the table may have moved
         if (watch->generation != generation) return ORCH_ECANCELED;
         n = error != 0 ? error : attempt(fd, watch, t);
     }
-    watch->bits &= (uint16_t)~busy;
+    watch->hints &= (uint16_t)~busy;
     return n;
 }
 
-/* What every call does. The caller has looked at its own arguments. */
-static ptrdiff_t orchi_io(const char *function, int fd, int direction, orchi_attempt attempt,
-                          orchi_transfer *t) {
+/* What every call does. The caller has looked at its own arguments. Inlined where a request comes
+ * by, so that the attempt is. */
+static ORCHI_INLINE ptrdiff_t orchi_io(const char *function, int fd, int direction,
+                                       orchi_attempt attempt, orchi_transfer *t) {
     int error;
     orch_task *task = orchi_here_task(function, &error);
     if (task == NULL) return error;
-    if (fd < 0) return -EBADF;
     orch_loop *loop = orchi_loop;
-    error = orchi_watch_reserve(loop, fd);
-    if (ORCHI_UNLIKELY(error != 0)) return error;
+    if (ORCHI_UNLIKELY((size_t)fd >= loop->poller.watch_count)) { // negative ones too
+        error = fd < 0 ? -EBADF : orchi_watch_reserve(loop, fd);
+        if (error != 0) return error;
+    }
     orchi_watch *watch = &loop->poller.watches[fd];
-    int busy = direction * ORCHI_IN_READ, wait_first = direction * ORCHI_DRY;
-    if (ORCHI_UNLIKELY(watch->bits & busy)) return ORCH_EBUSY;
-    ptrdiff_t n = watch->bits & wait_first ? -EAGAIN : attempt(fd, watch, t);
+    int busy = direction * ORCHI_IN_READ, wait_first = direction * ORCHI_DRY | ORCHI_SLOW;
+    if (ORCHI_UNLIKELY(watch->hints & busy)) return ORCH_EBUSY;
+    ptrdiff_t n = watch->hints & wait_first ? -EAGAIN : attempt(fd, watch, t);
     if (n == -EAGAIN) return orchi_io_wait(task, fd, direction, attempt, t);
     orchi_no_wait(loop, task);
     return n;
 }
 
+/* A call that has nothing to do. recv(2) of no bytes may wait for some. */
+static ptrdiff_t orchi_io_nothing(const char *function, int fd) {
+    int error;
+    if (orchi_here_task(function, &error) == NULL) return error;
+    return fd < 0 ? -EBADF : 0;
+}
+
 /* The same with the check of memory that most calls need. */
-static ptrdiff_t orchi_io_memory(const char *function, int fd, int direction, orchi_attempt attempt,
-                                 orchi_transfer *t) {
+static ORCHI_INLINE ptrdiff_t orchi_io_memory(const char *function, int fd, int direction,
+                                              orchi_attempt attempt, orchi_transfer *t) {
     if (orchi_no_memory_at(t->data, t->size)) return orchi_misuse(function, ORCH_EINVAL);
     return orchi_io(function, fd, direction, attempt, t);
 }
 
 static void orchi_watch_hint(orchi_watch *watch, int bit, bool set) {
-    watch->bits = (uint16_t)(set ? watch->bits | bit : watch->bits & ~bit);
+    watch->hints = (uint16_t)(set ? watch->hints | bit : watch->hints & ~bit);
 }
 
 // ---- descriptors that are no sockets
@@ -7596,17 +7697,17 @@ static void orchi_watch_classify(int fd, orchi_watch *watch) {
     int flags = fcntl(fd, F_GETFL);
     bool known = fstat(fd, &about) == 0;
     bool waits = !known || (!S_ISREG(about.st_mode) && !S_ISBLK(about.st_mode));
-    watch->bits |= ORCHI_NO_SOCKET;
-    if (known && S_ISFIFO(about.st_mode)) watch->bits |= ORCHI_PIPE;
-    if (waits && flags >= 0 && !(flags & O_NONBLOCK)) watch->bits |= ORCHI_SLOW;
+    watch->hints |= ORCHI_NO_SOCKET;
+    if (known && S_ISFIFO(about.st_mode)) watch->hints |= ORCHI_PIPE;
+    if (waits && flags >= 0 && !(flags & O_NONBLOCK)) watch->hints |= ORCHI_SLOW;
 }
 
 /* Whether an attempt goes on with read or write. A blocking descriptor waits first: *error. */
 static bool orchi_no_socket(int fd, orchi_watch *watch, ptrdiff_t *error) {
     if (*error != -ENOTSOCK) return false;
     orchi_watch_classify(fd, watch);
-    if (watch->bits & ORCHI_SLOW) *error = -EAGAIN;
-    return !(watch->bits & ORCHI_SLOW);
+    if (watch->hints & ORCHI_SLOW) *error = -EAGAIN;
+    return !(watch->hints & ORCHI_SLOW);
 }
 
 typedef struct orchi_sigpipe {
@@ -7644,7 +7745,7 @@ static ptrdiff_t orchi_write_parts(int fd, const orchi_watch *watch, const struc
                                    int count) {
     orchi_sigpipe s;
     ptrdiff_t n;
-    bool guarded = (watch->bits & ORCHI_PIPE) != 0;
+    bool guarded = (watch->hints & ORCHI_PIPE) != 0;
     if (guarded) orchi_sigpipe_begin(&s);
     do n = writev(fd, parts, count);
     while (n < 0 && errno == EINTR);
@@ -7660,20 +7761,20 @@ static ptrdiff_t orchi_attempt_recv(int fd, orchi_watch *watch, orchi_transfer *
     do n = recv(fd, t->data, t->size, t->flags | MSG_DONTWAIT);
     while (ORCHI_UNLIKELY(n < 0 && errno == EINTR));
     if (ORCHI_UNLIKELY(n < 0)) return -errno;
-    if ((size_t)n < t->size && !(watch->bits & ORCHI_DATAGRAMS)) watch->bits |= ORCHI_DRY;
+    if ((size_t)n < t->size && !(watch->hints & ORCHI_DATAGRAMS)) watch->hints |= ORCHI_DRY;
     return n;
 }
 
 static ptrdiff_t orchi_attempt_read(int fd, orchi_watch *watch, orchi_transfer *t) {
     ptrdiff_t n = -ENOTSOCK;
-    if (!(watch->bits & ORCHI_NO_SOCKET)) {
+    if (!(watch->hints & ORCHI_NO_SOCKET)) {
         n = orchi_attempt_recv(fd, watch, t);
         if (ORCHI_LIKELY(!orchi_no_socket(fd, watch, &n))) return n;
     }
     do n = read(fd, t->data, t->size);
     while (n < 0 && errno == EINTR);
     if (n < 0) return -errno;
-    orchi_watch_hint(watch, ORCHI_DRY, (size_t)n < t->size || (watch->bits & ORCHI_SLOW));
+    orchi_watch_hint(watch, ORCHI_DRY, (size_t)n < t->size);
     return n;
 }
 
@@ -7686,7 +7787,7 @@ static ptrdiff_t orchi_attempt_read_full(int fd, orchi_watch *watch, orchi_trans
         if (n < 0) return n;
         if (n == 0) break;
         t->done += (size_t)n;
-        if (t->done < t->size && (watch->bits & ORCHI_DRY)) return -EAGAIN;
+        if (t->done < t->size && (watch->hints & (ORCHI_DRY | ORCHI_SLOW))) return -EAGAIN;
     }
     return (ptrdiff_t)t->done;
 }
@@ -7697,28 +7798,29 @@ static ptrdiff_t orchi_attempt_readv(int fd, orchi_watch *watch, orchi_transfer 
     memset(&message, 0, sizeof message);
     message.msg_iov = (struct iovec *)(uintptr_t)t->parts;
     message.msg_iovlen = (size_t)t->count;
-    if (!(watch->bits & ORCHI_NO_SOCKET)) {
+    if (!(watch->hints & ORCHI_NO_SOCKET)) {
         do n = recvmsg(fd, &message, MSG_DONTWAIT);
         while (n < 0 && errno == EINTR);
         if (n < 0) n = -errno;
     }
-    if (n == -ENOTSOCK && ((watch->bits & ORCHI_NO_SOCKET) || orchi_no_socket(fd, watch, &n))) {
+    if (n == -ENOTSOCK && ((watch->hints & ORCHI_NO_SOCKET) || orchi_no_socket(fd, watch, &n))) {
         do n = readv(fd, t->parts, t->count);
         while (n < 0 && errno == EINTR);
         if (n < 0) n = -errno;
     }
-    if (n >= 0)
-        orchi_watch_hint(watch, ORCHI_DRY, (size_t)n < t->size || (watch->bits & ORCHI_SLOW));
+    if (n >= 0) orchi_watch_hint(watch, ORCHI_DRY, (size_t)n < t->size);
     return n;
 }
 
 ptrdiff_t orch_read(int fd, void *buffer, size_t size) {
     orchi_transfer t = {(char *)buffer, size, 0, 0, 0, NULL, NULL};
+    if (size == 0) return orchi_io_nothing("orch_read", fd);
     return orchi_io_memory("orch_read", fd, ORCH_READABLE, orchi_attempt_read, &t);
 }
 
 ptrdiff_t orch_read_full(int fd, void *buffer, size_t size) {
     orchi_transfer t = {(char *)buffer, size, 0, 0, 0, NULL, NULL};
+    if (size == 0) return orchi_io_nothing("orch_read_full", fd);
     return orchi_io_memory("orch_read_full", fd, ORCH_READABLE, orchi_attempt_read_full, &t);
 }
 
@@ -7736,7 +7838,7 @@ static ptrdiff_t orchi_parts_size(const char *function, const struct iovec *part
 
 ptrdiff_t orch_readv(int fd, const struct iovec *parts, int count) {
     ptrdiff_t size = orchi_parts_size("orch_readv", parts, count);
-    if (size < 0) return size;
+    if (size <= 0) return size < 0 ? size : orchi_io_nothing("orch_readv", fd);
     orchi_transfer t = {NULL, (size_t)size, 0, 0, count, parts, NULL};
     return orchi_io("orch_readv", fd, ORCH_READABLE, orchi_attempt_readv, &t);
 }
@@ -7747,7 +7849,7 @@ ptrdiff_t orch_readv(int fd, const struct iovec *parts, int count) {
 static ptrdiff_t orchi_wrote(orchi_watch *watch, orchi_transfer *t, ptrdiff_t n) {
     if (n < 0) return n;
     t->done += (size_t)n;
-    orchi_watch_hint(watch, ORCHI_FULL, t->done < t->size || (watch->bits & ORCHI_SLOW));
+    orchi_watch_hint(watch, ORCHI_FULL, t->done < t->size);
     return t->done < t->size ? -EAGAIN : (ptrdiff_t)t->done;
 }
 
@@ -7762,12 +7864,12 @@ static ptrdiff_t orchi_attempt_send(int fd, orchi_watch *watch, orchi_transfer *
 
 static ptrdiff_t orchi_attempt_write(int fd, orchi_watch *watch, orchi_transfer *t) {
     ptrdiff_t n = -ENOTSOCK;
-    if (!(watch->bits & ORCHI_NO_SOCKET)) {
+    if (!(watch->hints & ORCHI_NO_SOCKET)) {
         n = orchi_attempt_send(fd, watch, t);
         if (ORCHI_LIKELY(!orchi_no_socket(fd, watch, &n))) return n;
     }
     struct iovec part = {t->data + t->done, t->size - t->done};
-    if ((watch->bits & ORCHI_SLOW) && part.iov_len > PIPE_BUF) part.iov_len = PIPE_BUF;
+    if ((watch->hints & ORCHI_SLOW) && part.iov_len > PIPE_BUF) part.iov_len = PIPE_BUF;
     return orchi_wrote(watch, t, orchi_write_parts(fd, watch, &part, 1));
 }
 
@@ -7809,15 +7911,16 @@ static ptrdiff_t orchi_attempt_writev(int fd, orchi_watch *watch, orchi_transfer
     struct iovec left[ORCHI_PARTS];
     ptrdiff_t n;
     do {
-        int count = orchi_parts_left(t, watch->bits & ORCHI_SLOW ? PIPE_BUF : SIZE_MAX, left);
+        int count = orchi_parts_left(t, watch->hints & ORCHI_SLOW ? PIPE_BUF : SIZE_MAX, left);
         size_t size = 0;
         for (int i = 0; i < count; i++) size += left[i].iov_len;
         n = -ENOTSOCK;
-        if (!(watch->bits & ORCHI_NO_SOCKET)) n = orchi_send_parts(fd, watch, left, count);
-        if (n == -ENOTSOCK && ((watch->bits & ORCHI_NO_SOCKET) || orchi_no_socket(fd, watch, &n))) {
+        if (!(watch->hints & ORCHI_NO_SOCKET)) n = orchi_send_parts(fd, watch, left, count);
+        if (n == -ENOTSOCK &&
+            ((watch->hints & ORCHI_NO_SOCKET) || orchi_no_socket(fd, watch, &n))) {
             n = orchi_write_parts(fd, watch, left, count);
         }
-        bool whole = n >= 0 && (size_t)n == size && !(watch->bits & ORCHI_SLOW);
+        bool whole = n >= 0 && (size_t)n == size && !(watch->hints & ORCHI_SLOW);
         n = orchi_wrote(watch, t, n);
         if (!whole) break;
     } while (n == -EAGAIN);
@@ -7846,11 +7949,11 @@ int orch_nonblock(int fd) {
 }
 
 /* A descriptor that was just made: what was known of its number is forgotten. */
-static int orchi_adopt(int fd, uint16_t bits) {
+static int orchi_adopt(int fd, uint16_t hints) {
     orch_loop *loop = orchi_loop;
-    if (fd < 0 || loop == NULL || (size_t)fd >= loop->poller.watch_count) return fd;
-    loop->poller.watches[fd].bits = bits;
-    loop->poller.watches[fd].generation++;
+    if (fd >= 0 && loop != NULL && orchi_watch_own(loop, fd) == 0) {
+        loop->poller.watches[fd].hints |= hints;
+    }
     return fd;
 }
 
@@ -7875,13 +7978,13 @@ static int orchi_socketpair2(int fds[2]) {
 }
 #endif
 
-static int orchi_two(const char *function, int fds[2], int (*make)(int fds[2]), uint16_t bits) {
+static int orchi_two(const char *function, int fds[2], int (*make)(int fds[2]), uint16_t hints) {
     int made[2];
     if (fds == NULL) return orchi_misuse(function, ORCH_EINVAL);
     int error = make(made);
     if (error != 0) return error;
-    fds[0] = orchi_adopt(made[0], bits);
-    fds[1] = orchi_adopt(made[1], bits);
+    fds[0] = orchi_adopt(made[0], hints);
+    fds[1] = orchi_adopt(made[1], hints);
     return 0;
 }
 
@@ -8256,6 +8359,7 @@ static void orchi_loop_dispose(orch_loop *loop) {
     orchi_maps_free(loop);
     loop->poller.ops->close(loop);
     orchi_free(loop, loop->poller.watches, loop->poller.watch_count * sizeof(orchi_watch));
+    orchi_free(loop, loop->poller.found, loop->poller.found_capacity * sizeof(orchi_found));
     orchi_free(loop, loop->timers.entries, loop->timers.capacity * sizeof(orchi_timer));
     orchi_ring_free(loop);
     while (loop->regions != NULL) {
