@@ -6541,6 +6541,24 @@ static inline void orchi_suspend(orch_loop *loop, orch_task *task) {
     else orchi_leave(loop, task);
 }
 
+/* Fetches what the next two ready tasks need first: of the second its control block, of the first,
+ * whose block came the last time, what lies at the top of its stack. For who is about to enter the
+ * kernel: of 10,000 tasks that wait for descriptors none is in the cache when its turn comes, and
+ * each of these lines would be waited for. */
+static inline void orchi_fetch_ahead(const orch_loop *loop) {
+    const orchi_ring *ring = &loop->ready;
+    if (ring->tail - ring->head < 2) return;
+    const orch_future *first = ring->items[ring->head & ring->mask];
+    const orch_future *second = ring->items[(ring->head + 1) & ring->mask];
+    if (first->kind != ORCHI_TASK || second->kind != ORCHI_TASK) return;
+    const orch_task *next = second->as.task.task;
+    __builtin_prefetch(next, 1);
+    __builtin_prefetch((const char *)next + 128, 1);
+    const char *sp = (const char *)first->as.task.task->context.sp;
+    for (int i = 0; i < 4; i++) __builtin_prefetch(sp + 64 * i, 1);
+    __builtin_prefetch(first->as.task.task->waiting, 1);
+}
+
 /* Waits until a claimed pending future has settled. Returns it, or what it was replaced by. */
 static orch_future *orchi_wait_for(orch_loop *loop, orch_task *task, orch_future *f) {
     orchi_attach(f, task->future, 0);
@@ -8034,6 +8052,7 @@ ORCHI_NO_INLINE static ptrdiff_t orchi_io_wait(orch_task *task, int fd, int dire
         int error = orchi_watch_wait(loop, task, fd, direction);
         watch = &loop->poller.watches[fd]; // the table may have moved
         if (watch->generation != generation) return ORCH_ECANCELED;
+        orchi_fetch_ahead(loop);
         n = error != 0 ? error : attempt(fd, watch, t);
     }
     watch->hints &= (uint16_t)~busy;

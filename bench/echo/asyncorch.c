@@ -27,7 +27,7 @@ static orch_result report(int fd, void *context) {
     (void)context;
     while (orch_read(fd, text, 1) > 0) {
         orch_loop_stats stats = orch_loop_statistics(orch_loop_current());
-        int size = snprintf(text, sizeof text, "moves %llu\n", (unsigned long long)stats.polls);
+        int size = snprintf(text, sizeof text, "moves %llu\n", (unsigned long long)stats.moves);
         if (orch_write(fd, text, (size_t)size) < 0) break;
     }
     return orch_ok(NULL, NULL);
