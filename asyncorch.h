@@ -2100,6 +2100,13 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #include <sys/eventfd.h>
 #endif
 
+#if ORCHI_OS_MACOS // has only those with a name
+#define ORCHI_SEMAPHORES 0
+#else
+#define ORCHI_SEMAPHORES 1
+#include <semaphore.h>
+#endif
+
 #if ORCHI_HAS_INCLUDE(<execinfo.h>)
 #include <execinfo.h>
 #define ORCHI_BACKTRACE 1
@@ -3887,10 +3894,12 @@ typedef struct orchi_inbox {
     struct orchi_inbox *next; // of all loops
     uint32_t holders;
     bool closed;
-    bool asleep; // the loop sleeps, or is about to
-    bool woken;  // and a wake-up is on its way
-    int posted;  // atomic: there are letters
-    int ends[2]; // to read and to write; -1: none was needed yet
+    bool asleep;      // the loop sleeps, or is about to
+    bool woken;       // and a wake-up is on its way
+    int posted;       // atomic: there are letters
+    int ends[2];      // to read and to write; -1: none was needed yet
+    uint32_t writers; // that wake the loop just now
+    bool left;        // the loop has gone
     uint64_t wakes;
     orchi_letter *first, *last;
 } orchi_inbox;
@@ -3951,34 +3960,64 @@ static void orchi_wake_drain(orch_loop *loop) {
     if (read(loop->inbox->ends[0], &count, sizeof count) < 0) return;
 }
 
-/* Locked, so that the descriptor is not closed, and another opened, before the write. */
-static void orchi_wake(orchi_inbox *inbox) {
+/* The last that uses the descriptor closes it: the loop when it goes, or who just wakes it. */
+static void orchi_wake_close(orchi_inbox *inbox) {
+    if (!inbox->left || inbox->writers > 0 || inbox->ends[0] < 0) return;
+    orchi_wake_close_pair(inbox->ends);
+    inbox->ends[0] = inbox->ends[1] = -1;
+}
+
+static void orchi_inbox_release(orchi_inbox *inbox) {
+    pthread_mutex_lock(&inbox->mutex);
+    bool last = --inbox->holders == 0;
+    pthread_mutex_unlock(&inbox->mutex);
+    if (!last) return;
+    pthread_mutex_destroy(&inbox->mutex);
+    free(inbox);
+}
+
+/* Without the lock: the loop may run at once on another processor, and would have to wait for it. A
+ * full pipe is as good as one more byte. */
+static void orchi_wake(orchi_inbox *inbox, int end) {
     uint64_t one = 1;
-    inbox->woken = true;
-    inbox->wakes++;
-    if (inbox->ends[1] >= 0 && write(inbox->ends[1], &one, sizeof one) < 0) return; // is full
+    bool written = end >= 0 && write(end, &one, sizeof one) > 0;
+    (void)written;
+    pthread_mutex_lock(&inbox->mutex);
+    inbox->writers--;
+    orchi_wake_close(inbox);
+    pthread_mutex_unlock(&inbox->mutex);
+    orchi_inbox_release(inbox);
 }
 
 // ---- putting letters in
 
-/* With the lock held. False when the loop is gone; the letter is the caller's then. */
+/* The inbox is locked, and is not when this returns. False when the loop is gone; the letter is the
+ * caller's then. */
 static bool orchi_inbox_put_locked(orchi_inbox *inbox, orchi_letter *letter) {
-    if (inbox->closed) return false;
-    letter->next = NULL;
-    letter->in = true;
-    if (inbox->first != NULL) inbox->last->next = letter;
-    else inbox->first = letter;
-    inbox->last = letter;
-    __atomic_store_n(&inbox->posted, 1, __ATOMIC_RELAXED);
-    if (inbox->asleep && !inbox->woken) orchi_wake(inbox);
-    return true;
+    bool open = !inbox->closed, wakes = open && inbox->asleep && !inbox->woken;
+    int end = inbox->ends[1];
+    if (open) {
+        letter->next = NULL;
+        letter->in = true;
+        if (inbox->first != NULL) inbox->last->next = letter;
+        else inbox->first = letter;
+        inbox->last = letter;
+        __atomic_store_n(&inbox->posted, 1, __ATOMIC_RELAXED);
+    }
+    if (wakes) {
+        inbox->woken = true;
+        inbox->wakes++;
+        inbox->writers++;
+        inbox->holders++;
+    }
+    pthread_mutex_unlock(&inbox->mutex);
+    if (wakes) orchi_wake(inbox, end);
+    return open;
 }
 
 static bool orchi_inbox_put(orchi_inbox *inbox, orchi_letter *letter) {
     pthread_mutex_lock(&inbox->mutex);
-    bool open = orchi_inbox_put_locked(inbox, letter);
-    pthread_mutex_unlock(&inbox->mutex);
-    return open;
+    return orchi_inbox_put_locked(inbox, letter);
 }
 
 /* The inbox of a loop, locked; NULL when there is no such loop (any more). */
@@ -3996,15 +4035,6 @@ static orchi_inbox *orchi_inbox_hold(orchi_inbox *inbox) {
     inbox->holders++;
     pthread_mutex_unlock(&inbox->mutex);
     return inbox;
-}
-
-static void orchi_inbox_release(orchi_inbox *inbox) {
-    pthread_mutex_lock(&inbox->mutex);
-    bool last = --inbox->holders == 0;
-    pthread_mutex_unlock(&inbox->mutex);
-    if (!last) return;
-    pthread_mutex_destroy(&inbox->mutex);
-    free(inbox);
 }
 
 // ---- what the loop does
@@ -4121,6 +4151,7 @@ static void orchi_wake_forget(orchi_inbox *inbox) {
     if (inbox->loop == orchi_loop) orchi_loop->poller.wake = -1;
     inbox->ends[0] = inbox->ends[1] = -1;
     inbox->asleep = inbox->woken = false;
+    inbox->writers = 0;
 }
 
 static void orchi_fork_child(void) {
@@ -4189,10 +4220,9 @@ static bool orchi_inbox_leave(orch_loop *loop) {
     bool last = orchi_shared.inboxes == NULL;
     pthread_mutex_unlock(&orchi_shared.mutex);
     pthread_mutex_lock(&inbox->mutex);
-    int ends[2] = {inbox->ends[0], inbox->ends[1]};
-    inbox->ends[0] = inbox->ends[1] = -1;
+    inbox->left = true;
+    orchi_wake_close(inbox);
     pthread_mutex_unlock(&inbox->mutex);
-    if (ends[0] >= 0) orchi_wake_close_pair(ends);
     orchi_inbox_release(inbox);
     return last;
 }
@@ -7654,7 +7684,6 @@ int orch_post(orch_loop *loop, void (*fn)(void *arg), void *arg) {
     post->arg = arg;
     orchi_inbox *inbox = orchi_inbox_find(loop);
     bool open = inbox != NULL && orchi_inbox_put_locked(inbox, &post->letter);
-    if (inbox != NULL) pthread_mutex_unlock(&inbox->mutex);
     if (!open) free(post);
     return open ? 0 : ORCH_ECLOSED;
 }
@@ -7740,6 +7769,60 @@ void orch_remote_drop(orch_remote *remote) {
 //     the loop goes  nothing is queued any more, as every future was cancelled; what runs finds no
 //                    home, and frees its result itself
 
+#if ORCHI_SEMAPHORES
+typedef sem_t orchi_bell;
+static void orchi_bell_init(orchi_bell *bell) { sem_init(bell, 0, 0); }
+static void orchi_bell_free(orchi_bell *bell) { sem_destroy(bell); }
+static void orchi_bell_ring(orchi_bell *bell) { sem_post(bell); }
+static int orchi_bell_try(orchi_bell *bell, const struct timespec *until) {
+    return until != NULL ? sem_timedwait(bell, until) : sem_wait(bell);
+}
+#else
+typedef struct orchi_bell {
+    pthread_mutex_t mutex;
+    pthread_cond_t cond;
+    bool rung;
+} orchi_bell;
+static void orchi_bell_init(orchi_bell *bell) {
+    pthread_mutex_init(&bell->mutex, NULL);
+    pthread_cond_init(&bell->cond, NULL);
+    bell->rung = false;
+}
+static void orchi_bell_free(orchi_bell *bell) {
+    pthread_cond_destroy(&bell->cond);
+    pthread_mutex_destroy(&bell->mutex);
+}
+static void orchi_bell_ring(orchi_bell *bell) {
+    pthread_mutex_lock(&bell->mutex);
+    bell->rung = true;
+    pthread_cond_signal(&bell->cond);
+    pthread_mutex_unlock(&bell->mutex);
+}
+static int orchi_bell_try(orchi_bell *bell, const struct timespec *until) {
+    int error = 0;
+    pthread_mutex_lock(&bell->mutex);
+    while (!bell->rung && error == 0) {
+        error = until != NULL ? pthread_cond_timedwait(&bell->cond, &bell->mutex, until)
+                              : pthread_cond_wait(&bell->cond, &bell->mutex);
+    }
+    errno = error;
+    bool rung = bell->rung;
+    pthread_mutex_unlock(&bell->mutex);
+    return rung ? 0 : -1;
+}
+#endif
+
+/* Waits for the ring, for so many seconds; 0: for ever. Whether it came. */
+static bool orchi_bell_wait(orchi_bell *bell, int seconds) {
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += seconds;
+    int error = 0;
+    do error = orchi_bell_try(bell, seconds > 0 ? &until : NULL);
+    while (error != 0 && errno == EINTR);
+    return error == 0;
+}
+
 typedef struct orchi_job {
     orch_remote remote; // first
     orch_task_fn fn;
@@ -7749,9 +7832,15 @@ typedef struct orchi_job {
     struct orchi_job *next, *previous;
 } orchi_job; // the copied argument follows
 
+typedef struct orchi_worker { // on the stack of an idle thread
+    orchi_bell bell;
+    struct orchi_worker *next;
+    bool parked; // in the list of its lane
+} orchi_worker;
+
 typedef struct orchi_lane {
-    pthread_cond_t work;
     orchi_job *first, *last;
+    orchi_worker *parked; // last in, first out: the others get to end
     orch_pool_stats stats;
 } orchi_lane;
 
@@ -7779,9 +7868,9 @@ static void orchi_pool_reset(void) {
     for (int i = 0; i < ORCH_LANES; i++) {
         orchi_lane *lane = &orchi_pool.lanes[i];
         lane->first = lane->last = NULL;
+        lane->parked = NULL;
         lane->stats.threads = lane->stats.idle = 0;
         lane->stats.queued = 0;
-        pthread_cond_init(&lane->work, NULL);
     }
     orchi_pool.threads = orchi_pool.busy = 0;
     orchi_pool.joining = orchi_pool.unjoined = false;
@@ -7811,21 +7900,64 @@ static void orchi_pool_make(void) {
 
 // ---- threads of the pool
 
-/* Waits for work, for a while. NULL: the thread is to end. */
-static orchi_job *orchi_lane_wait(orchi_lane *lane) {
-    struct timespec until;
-    clock_gettime(CLOCK_REALTIME, &until);
-    until.tv_sec += ORCHI_IDLE_SECONDS;
-    int error = 0;
-    while (lane->first == NULL && error == 0) {
-        bool wanted = lane->stats.threads <= lane->stats.limit && orchi_shared.inboxes != NULL;
-        if (!wanted) return NULL;
-        if (orchi_pool.joining) pthread_cond_broadcast(&orchi_pool.left); // it stays: do not wait
-        lane->stats.idle++;
-        error = pthread_cond_timedwait(&lane->work, &orchi_shared.mutex, &until);
-        lane->stats.idle--;
+/* Whoever takes a thread out of the list rings for it, and with the lock released: so it does not
+ * wake up to wait for the lock. */
+static orchi_worker *orchi_lane_unpark(orchi_lane *lane) {
+    orchi_worker *worker = lane->parked;
+    if (worker == NULL) return NULL;
+    lane->parked = worker->next;
+    worker->parked = false;
+    lane->stats.idle--;
+    return worker;
+}
+
+/* It has waited long enough. */
+static void orchi_lane_remove(orchi_lane *lane, orchi_worker *worker) {
+    orchi_worker **at = &lane->parked;
+    while (*at != worker) at = &(*at)->next;
+    *at = worker->next;
+    lane->stats.idle--;
+}
+
+/* Waits until it is rung for. False when it has waited for so long that the thread is to end. */
+static bool orchi_lane_park(orchi_lane *lane) {
+    orchi_worker worker;
+    worker.next = lane->parked;
+    worker.parked = true;
+    lane->parked = &worker;
+    lane->stats.idle++;
+    if (orchi_pool.joining) pthread_cond_broadcast(&orchi_pool.left); // it stays: do not wait
+    orchi_bell_init(&worker.bell);
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    bool rung = orchi_bell_wait(&worker.bell, ORCHI_IDLE_SECONDS);
+    pthread_mutex_lock(&orchi_shared.mutex);
+    bool late = !rung && !worker.parked;
+    if (!rung && worker.parked) orchi_lane_remove(lane, &worker);
+    if (late) {
+        pthread_mutex_unlock(&orchi_shared.mutex); // it is being rung for
+        orchi_bell_wait(&worker.bell, 0);
+        pthread_mutex_lock(&orchi_shared.mutex);
     }
-    return lane->stats.threads <= lane->stats.limit ? lane->first : NULL;
+    orchi_bell_free(&worker.bell);
+    return rung || late;
+}
+
+/* The next piece of work, waited for. NULL: the thread is to end. */
+static orchi_job *orchi_lane_wait(orchi_lane *lane) {
+    bool stays = true;
+    while (lane->stats.threads <= lane->stats.limit) {
+        if (lane->first != NULL) return lane->first;
+        if (!stays || orchi_shared.inboxes == NULL) break;
+        stays = orchi_lane_park(lane);
+    }
+    return NULL;
+}
+
+/* Every idle thread of a lane looks whether it is still wanted. */
+static void orchi_lane_wake(orchi_lane *lane) {
+    for (orchi_worker *w = orchi_lane_unpark(lane); w != NULL; w = orchi_lane_unpark(lane)) {
+        orchi_bell_ring(&w->bell);
+    }
 }
 
 /* Takes a job out of its lane. */
@@ -7861,7 +7993,7 @@ static void orchi_worker_end(orchi_lane *lane) {
     if (joins) pthread_join(before, NULL);
 }
 
-static void *orchi_worker(void *argument) {
+static void *orchi_worker_main(void *argument) {
     orchi_lane *lane = (orchi_lane *)argument;
     orchi_job *job = NULL;
     pthread_mutex_lock(&orchi_shared.mutex);
@@ -7891,7 +8023,7 @@ static int orchi_worker_start(orchi_lane *lane) {
     sigset_t blocked, before;
     orchi_worker_signals(&blocked);
     pthread_sigmask(SIG_SETMASK, &blocked, &before);
-    int error = pthread_create(&thread, NULL, orchi_worker, lane);
+    int error = pthread_create(&thread, NULL, orchi_worker_main, lane);
     pthread_sigmask(SIG_SETMASK, &before, NULL);
     if (error != 0) return -error;
     lane->stats.threads++;
@@ -7899,29 +8031,29 @@ static int orchi_worker_start(orchi_lane *lane) {
     return 0;
 }
 
-/* Work for a lane. Where no thread can be started, those that are there do it. */
-static int orchi_lane_add(orchi_lane *lane, orchi_job *job) {
-    orch_pool_stats *stats = &lane->stats;
+static void orchi_job_link(orchi_lane *lane, orchi_job *job) {
     job->lane = lane;
     job->next = NULL;
     job->previous = lane->last;
     if (lane->last != NULL) lane->last->next = job;
     else lane->first = job;
     lane->last = job;
-    stats->queued++;
-    int error = 0;
-    if (stats->queued <= stats->idle) pthread_cond_signal(&lane->work);
-    else if (stats->threads < stats->limit) error = orchi_worker_start(lane);
-    if (error == 0 || stats->threads > 0) return 0;
-    orchi_job_unlink(job);
-    return error;
+    lane->stats.queued++;
 }
 
-static int orchi_pool_add(orch_lane lane, orchi_job *job) {
+/* Work for a lane: an idle thread for it, a new one, or the next that has time. */
+static int orchi_pool_add(orch_lane id, orchi_job *job) {
     pthread_mutex_lock(&orchi_shared.mutex);
     orchi_pool_make();
-    int error = orchi_lane_add(&orchi_pool.lanes[lane], job);
+    orchi_lane *lane = &orchi_pool.lanes[id];
+    int error = 0;
+    orchi_job_link(lane, job);
+    orchi_worker *worker = orchi_lane_unpark(lane);
+    if (worker == NULL && lane->stats.threads < lane->stats.limit) error = orchi_worker_start(lane);
+    if (lane->stats.threads > 0) error = 0;
+    if (error != 0) orchi_job_unlink(job);
     pthread_mutex_unlock(&orchi_shared.mutex);
+    if (worker != NULL) orchi_bell_ring(&worker->bell);
     return error;
 }
 
@@ -7931,7 +8063,7 @@ static void orchi_pool_rest(void) {
     pthread_mutex_lock(&orchi_shared.mutex);
     orchi_pool.joining = orchi_pool.threads > 0;
     for (int i = 0; orchi_pool.joining && i < ORCH_LANES; i++) {
-        pthread_cond_broadcast(&orchi_pool.lanes[i].work);
+        orchi_lane_wake(&orchi_pool.lanes[i]);
     }
     while (orchi_pool.threads > orchi_pool.busy && orchi_shared.inboxes == NULL) {
         pthread_cond_wait(&orchi_pool.left, &orchi_shared.mutex);
@@ -7951,8 +8083,8 @@ int orch_pool_limit(orch_lane lane, unsigned threads) {
     orchi_pool_make();
     orchi_lane *own = &orchi_pool.lanes[lane];
     own->stats.limit = threads;
-    pthread_cond_broadcast(&own->work); // those that are too many end
-    while (own->stats.queued > own->stats.idle && own->stats.threads < threads) {
+    orchi_lane_wake(own); // those that are too many end
+    while (own->stats.queued > 0 && own->stats.threads < threads) {
         if (orchi_worker_start(own) != 0) break;
     }
     pthread_mutex_unlock(&orchi_shared.mutex);
@@ -8187,9 +8319,7 @@ static bool orchi_visit_send(orchi_visit *visit, const orch_loop *loop) {
     if (there == NULL) return false;
     visit->there = there;
     there->holders++;
-    bool open = orchi_inbox_put_locked(there, &visit->go);
-    pthread_mutex_unlock(&there->mutex);
-    return open;
+    return orchi_inbox_put_locked(there, &visit->go);
 }
 
 orch_future *orch_go_on(orch_loop *loop, orch_task_fn fn, void *arg) {
@@ -12101,6 +12231,7 @@ const orch_adaptive_desc *orch_adaptive_settings(const orch_adaptive *a) {
 #undef ORCHI_PPOLL
 #undef ORCHI_SAVE_FLOATS
 #undef ORCHI_SCALAR
+#undef ORCHI_SEMAPHORES
 #undef ORCHI_STATIC_FUTURE
 #undef ORCHI_SYMBOL
 #undef ORCHI_TSAN
