@@ -2399,18 +2399,37 @@ typedef struct orchi_timers { // entries[0 .. stamped) is a heap; the rest was a
     uint64_t sequence;
 } orchi_timers;
 
-typedef struct orchi_watch { // who waits for a descriptor
-    orch_future *reader, *writer;
-    uint32_t position; // in the poll array, plus one
+enum orchi_hint {               // uint8_t, of a descriptor
+    ORCHI_DRY = ORCH_READABLE,  // the last read took all there was: wait before the next
+    ORCHI_FULL = ORCH_WRITABLE, // the last write filled it
+    ORCHI_OWN = 4,              // it will be closed by orch_close and not otherwise
+    ORCHI_WAKE = 8              // of the loop itself: its event calls loop->on_wake
+};
+
+enum { ORCHI_REGISTERED = 4 }; // orchi_watch.armed: the poller knows the descriptor
+
+typedef struct orchi_watch {      // a descriptor, by its number
+    orch_future *reader, *writer; // who waits; both directions may have the same one
+    uint32_t position;            // poll: in the array, plus one; others: see orchi_judge
+    uint16_t generation;          // goes up when the number gets, or may get, a new owner
+    uint8_t armed;                // not poll: the events that are looked for, ORCHI_REGISTERED
+    uint8_t hints;                // an event clears those of its direction
 } orchi_watch;
+
+typedef struct orchi_found { // a descriptor that a look found ready
+    int fd, events;
+} orchi_found;
 
 typedef struct orchi_poller {
     const struct orchi_poller_ops *ops;
     orchi_watch *watches; // by descriptor
     size_t watch_count;
+    uint32_t count;     // descriptors that the poller looks at
+    orchi_found *found; // by the last look
+    uint32_t found_count, found_capacity;
     struct pollfd *fds; // poll(2)
-    uint32_t count, capacity;
-    int wake;
+    uint32_t capacity;
+    bool woken; // on_wake is to be called
 } orchi_poller;
 
 typedef struct orchi_context { // a point of execution that was left and can be entered again
@@ -2464,17 +2483,17 @@ struct orch_loop {
     orchi_context main;
     struct orchi_stack_map *maps;
     orchi_stack_pool pools[ORCHI_STACK_POOLS];
-    uint32_t stack_log; // the default size
-    void *alternate;    // signal stack
-    uint64_t looked;    // when the poller was last asked
-    uint64_t look_cost; // ns
-    uint64_t now;       // ns, of a virtual clock
-    uint64_t ticked;    // resumes when a virtual clock was last moved
-    uint64_t random;    // state of the generator
-    uint64_t trimmed;   // when idle stacks were last given back
-    void (*on_wake)(orch_loop *loop);
-    void (*join)(orch_future *f);   // cancels, and in a task waits for the end; set by >>task
-    void (*close)(orch_loop *loop); // frees a loop that was kept for a result; set by >>run
+    uint32_t stack_log;               // the default size
+    void *alternate;                  // signal stack
+    uint64_t looked;                  // when the poller was last asked
+    uint64_t look_cost;               // ns
+    uint64_t now;                     // ns, of a virtual clock
+    uint64_t ticked;                  // resumes when a virtual clock was last moved
+    uint64_t random;                  // state of the generator
+    uint64_t trimmed;                 // when idle stacks were last given back
+    void (*join)(orch_future *f);     // cancels, and in a task waits for the end; set by >>task
+    void (*on_wake)(orch_loop *loop); // see orchi_wake_watch
+    void (*close)(orch_loop *loop);   // frees a loop that was kept for a result; set by >>run
     struct {
         void *(*fn)(void *arg);
         void *arg;
@@ -3603,28 +3622,51 @@ static bool orchi_canary_lives(const orchi_stack *stack) {
 //
 // One contract for every way to ask the system which descriptors are ready:
 //   open, close   make and free what the poller needs
-//   update        from now on wait for `events` of a descriptor; 0: forget it; an error code or 0
-//   wait          sleep for at most `ns` (UINT64_MAX: without limit) and pass each descriptor that
-//   has
-//                 events to `ready`; an interruption by a signal counts as nothing ready
+//   update        look for the events that a descriptor is waited for (see orchi_wanted); `exact`:
+//                 and for no others. An error code, or 0
+//   wait          sleep for at most `ns` (UINT64_MAX: without limit) and leave what is ready in
+//                 `found`; an interruption by a signal counts as nothing ready
 // Events are ORCH_READABLE and ORCH_WRITABLE, and ORCHI_BAD_FD for a descriptor that is none.
-// Readiness is level-triggered; whoever does not wait any more has said so by update. `ready` only
-// queues: nothing of the user's runs inside wait. poll(2) is the reference: arming costs no system
-// call.
+// Readiness is level-triggered. Nothing of the user's runs inside wait: what was found is told to
+// the waiters after it, see orchi_poll. poll(2) is the reference: arming costs no system call.
 
-enum { ORCHI_BAD_FD = 4 };
+enum { ORCHI_BAD_FD = 4, ORCHI_BOTH = ORCH_READABLE | ORCH_WRITABLE };
 
 // Left out: edge-triggered readiness. It saves an update for each wait, but one byte left unread
 // would hang a connection, and poll(2) has no such thing. Left out as well: a descriptor's own
 // object. The table of watches, by number, is all the state there is, and it dies with the loop.
 
 typedef struct orchi_poller_ops {
-    const char *name;
+    orch_poller id;
     int (*open)(orch_loop *loop);
     void (*close)(orch_loop *loop);
-    int (*update)(orch_loop *loop, int fd, int events);
-    int (*wait)(orch_loop *loop, uint64_t ns, void (*ready)(orch_loop *loop, int fd, int events));
+    int (*update)(orch_loop *loop, int fd, bool exact);
+    int (*wait)(orch_loop *loop, uint64_t ns);
 } orchi_poller_ops;
+
+/* What a descriptor is waited for, in all. */
+static int orchi_wanted(const orchi_watch *watch) {
+    return (watch->reader != NULL || (watch->hints & ORCHI_WAKE) ? ORCH_READABLE : 0) |
+           (watch->writer != NULL ? ORCH_WRITABLE : 0);
+}
+
+/* Makes room for what a look may find. */
+static bool orchi_found_reserve(orch_loop *loop, size_t wanted) {
+    orchi_poller *p = &loop->poller;
+    void *found = p->found;
+    if (ORCHI_LIKELY(wanted <= p->found_capacity)) return true;
+    if (!orchi_grow(loop, &found, &p->found_capacity, wanted, sizeof *p->found)) return false;
+    p->found = (orchi_found *)found;
+    return true;
+}
+
+static void orchi_found_add(orchi_poller *p, int fd, int events) {
+    orchi_found *found = &p->found[p->found_count++];
+    found->fd = fd;
+    found->events = events;
+}
+
+// ---- poll(2)
 
 #if ORCHI_PPOLL
 static int orchi_poll_call(struct pollfd *fds, nfds_t count, uint64_t ns) {
@@ -3640,12 +3682,14 @@ static int orchi_poll_call(struct pollfd *fds, nfds_t count, uint64_t ns) {
 
 static int orchi_poll_open(orch_loop *loop) {
     loop->poller.fds = NULL;
-    loop->poller.wake = -1;
     return 0;
 }
 
 static void orchi_poll_close(orch_loop *loop) {
-    orchi_free(loop, loop->poller.fds, loop->poller.capacity * sizeof *loop->poller.fds);
+    orchi_poller *p = &loop->poller;
+    orchi_free(loop, p->fds, p->capacity * sizeof *p->fds);
+    p->fds = NULL;
+    p->capacity = 0;
 }
 
 /* The last entry takes the place of the one that goes. */
@@ -3656,23 +3700,30 @@ static void orchi_poll_remove(orchi_poller *p, orchi_watch *watch) {
     watch->position = 0;
 }
 
-/* Arming and disarming touch only the array: no system call. */
-static int orchi_poll_update(orch_loop *loop, int fd, int events) {
+/* A new entry, at the end. */
+static bool orchi_poll_add(orch_loop *loop, int fd, orchi_watch *watch) {
+    orchi_poller *p = &loop->poller;
+    void *fds = p->fds;
+    if (!orchi_found_reserve(loop, p->count + 1u)) return false;
+    if (!orchi_grow(loop, &fds, &p->capacity, p->count + 1u, sizeof *p->fds)) return false;
+    p->fds = (struct pollfd *)fds;
+    p->fds[p->count].fd = fd;
+    p->fds[p->count].revents = 0;
+    watch->position = ++p->count;
+    return true;
+}
+
+/* Arming and disarming touch only the array, so they are always exact. */
+static int orchi_poll_update(orch_loop *loop, int fd, bool exact) {
     orchi_poller *p = &loop->poller;
     orchi_watch *watch = &p->watches[fd];
+    int events = orchi_wanted(watch);
+    (void)exact;
     if (events == 0) {
         if (watch->position != 0) orchi_poll_remove(p, watch);
         return 0;
     }
-    if (watch->position == 0) {
-        void *fds = p->fds;
-        if (!orchi_grow(loop, &fds, &p->capacity, p->count + 1u, sizeof *p->fds))
-            return ORCH_ENOMEM;
-        p->fds = (struct pollfd *)fds;
-        p->fds[p->count].fd = fd;
-        p->fds[p->count].revents = 0;
-        watch->position = ++p->count;
-    }
+    if (watch->position == 0 && !orchi_poll_add(loop, fd, watch)) return ORCH_ENOMEM;
     p->fds[watch->position - 1].events =
         (short)((events & ORCH_READABLE ? POLLIN : 0) | (events & ORCH_WRITABLE ? POLLOUT : 0));
     return 0;
@@ -3681,40 +3732,25 @@ static int orchi_poll_update(orch_loop *loop, int fd, int events) {
 /* Errors and hang-ups wake both directions, since either call would report them at once. */
 static int orchi_poll_events(short revents) {
     if (revents & POLLNVAL) return ORCHI_BAD_FD;
-    int both = revents & (POLLERR | POLLHUP) ? ORCH_READABLE | ORCH_WRITABLE : 0;
+    int both = revents & (POLLERR | POLLHUP) ? ORCHI_BOTH : 0;
     return both | (revents & (POLLIN | POLLPRI) ? ORCH_READABLE : 0) |
            (revents & POLLOUT ? ORCH_WRITABLE : 0);
 }
 
-/* From the end, because whoever is ready is removed and the last one takes its place. */
-static int orchi_poll_wait(orch_loop *loop, uint64_t ns,
-                           void (*ready)(orch_loop *loop, int fd, int events)) {
+/* The array is read to the last one that has something. */
+static int orchi_poll_wait(orch_loop *loop, uint64_t ns) {
     orchi_poller *p = &loop->poller;
-    if (p->wake >= 0) {
-        void *fds = p->fds;
-        if (!orchi_grow(loop, &fds, &p->capacity, p->count + 1u, sizeof *p->fds))
-            return ORCH_ENOMEM;
-        p->fds = (struct pollfd *)fds;
-        p->fds[p->count].fd = p->wake;
-        p->fds[p->count].events = POLLIN;
-    }
-    int found = orchi_poll_call(p->fds, p->count + (p->wake >= 0), ns);
+    int found = orchi_poll_call(p->fds, p->count, ns);
     if (found < 0) return errno == EINTR ? 0 : -errno;
-    if (p->wake >= 0 && found > 0 && p->fds[p->count].revents != 0) {
+    for (const struct pollfd *at = p->fds; found > 0; at++) {
+        if (at->revents == 0) continue;
         found--;
-        loop->on_wake(loop);
-    }
-    for (uint32_t i = p->count; i-- > 0 && found > 0;) {
-        short revents = p->fds[i].revents;
-        if (revents == 0) continue;
-        found--;
-        p->fds[i].revents = 0;
-        ready(loop, p->fds[i].fd, orchi_poll_events(revents));
+        orchi_found_add(p, at->fd, orchi_poll_events(at->revents));
     }
     return 0;
 }
 
-static const orchi_poller_ops orchi_poll_ops = {"poll", orchi_poll_open, orchi_poll_close,
+static const orchi_poller_ops orchi_poll_ops = {ORCH_POLLER_POLL, orchi_poll_open, orchi_poll_close,
                                                 orchi_poll_update, orchi_poll_wait};
 
 // ------------------------------------------------------------------------------------------------
@@ -4146,9 +4182,15 @@ static void orchi_fork_parent(void) {
     pthread_mutex_unlock(&orchi_shared.mutex);
 }
 
+static void orchi_wake_unwatch(orch_loop *loop, int fd) {
+    loop->poller.watches[fd].hints = 0;
+    if (loop->poller.ops == &orchi_poll_ops) orchi_poll_update(loop, fd, true);
+}
+
 static void orchi_wake_forget(orchi_inbox *inbox) {
-    if (inbox->ends[0] >= 0) orchi_wake_close_pair(inbox->ends);
-    if (inbox->loop == orchi_loop) orchi_loop->poller.wake = -1;
+    if (inbox->ends[0] < 0) return;
+    orchi_wake_close_pair(inbox->ends);
+    if (inbox->loop == orchi_loop) orchi_wake_unwatch(orchi_loop, inbox->ends[0]);
     inbox->ends[0] = inbox->ends[1] = -1;
     inbox->asleep = inbox->woken = false;
     inbox->writers = 0;
@@ -4283,42 +4325,72 @@ static void orchi_round(orch_loop *loop) {
     loop->budget = loop->round = ORCHI_BUDGET;
 }
 
-/* What a descriptor is waited for, in all. */
-static int orchi_watch_events(const orchi_watch *watch) {
-    return (watch->reader != NULL ? ORCH_READABLE : 0) |
-           (watch->writer != NULL ? ORCH_WRITABLE : 0);
-}
-
-/* Takes a waiting future out of the table. */
-static void orchi_unwatch(orch_loop *loop, orch_future *f) {
+/* Takes a waiting future out of the table. `exact`: without an event, so the poller is to stop. */
+static void orchi_unwatch(orch_loop *loop, orch_future *f, bool exact) {
     int fd = f->as.ready.fd;
     orchi_watch *watch = &loop->poller.watches[fd];
     if (watch->reader == f) watch->reader = NULL;
     if (watch->writer == f) watch->writer = NULL;
     loop->stats.watched--;
-    loop->poller.ops->update(loop, fd, orchi_watch_events(watch));
+    loop->poller.ops->update(loop, fd, exact);
 }
 
-/* What the poller calls: tells the waiters of a descriptor. */
-static void orchi_fd_ready(orch_loop *loop, int fd, int events) {
-    orchi_watch *watch = &loop->poller.watches[fd];
+/* Whether an event is for this waiter. One that was made after the look waits for the next: the
+ * descriptor may have been closed, and its number used again, by a rejection's hook. */
+static bool orchi_meant(const orch_future *f, uint64_t generation, int events, int direction) {
+    return f != NULL && f->generation < generation && (events & (direction | ORCHI_BAD_FD));
+}
+
+/* Tells the waiters of a descriptor that was found ready. The table is read again after each, as a
+ * rejection's hook may have changed it. */
+static void orchi_tell(orch_loop *loop, orchi_found found, uint64_t generation) {
+    orchi_watch *watch = &loop->poller.watches[found.fd];
     orch_future *reader = watch->reader;
-    bool both = reader == watch->writer;
-    if (reader != NULL && (both || (events & (ORCH_READABLE | ORCHI_BAD_FD)))) {
-        orchi_kinds[ORCHI_READY].fire(reader, events);
+    watch->hints &= (uint8_t) ~(found.events & ORCHI_BOTH);
+    if (watch->hints & ORCHI_WAKE) loop->poller.woken = true;
+    if (orchi_meant(reader, generation, found.events, ORCH_READABLE)) {
+        bool both = reader == watch->writer;
+        orchi_kinds[ORCHI_READY].fire(reader, found.events);
+        if (both) return;
     }
-    watch = &loop->poller.watches[fd]; // a rejection's hook may have changed it
-    if (watch->writer != NULL && !both && (events & (ORCH_WRITABLE | ORCHI_BAD_FD))) {
-        orchi_kinds[ORCHI_READY].fire(watch->writer, events);
+    orch_future *writer = loop->poller.watches[found.fd].writer;
+    if (orchi_meant(writer, generation, found.events, ORCH_WRITABLE)) {
+        orchi_kinds[ORCHI_READY].fire(writer, found.events);
     }
 }
 
-/* The only place where the loop makes a system call. */
+/* A loop with a seed draws the order of what was found. Sorted first, as every poller finds it in
+ * another order. */
+static int orchi_found_compare(const void *a, const void *b) {
+    return ((const orchi_found *)a)->fd - ((const orchi_found *)b)->fd;
+}
+
+ORCHI_COLD static void orchi_found_shuffle(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    qsort(p->found, p->found_count, sizeof *p->found, orchi_found_compare);
+    for (uint32_t i = p->found_count; i > 1; i--) {
+        uint32_t drawn = (uint32_t)(orchi_random(loop) % i);
+        orchi_found last = p->found[i - 1];
+        p->found[i - 1] = p->found[drawn];
+        p->found[drawn] = last;
+    }
+}
+
+/* The only place where the loop makes a system call. What was found is told afterwards. */
 static int orchi_poll(orch_loop *loop, uint64_t ns) {
+    orchi_poller *p = &loop->poller;
+    uint64_t generation = loop->generation;
     bool sleeps = ns > 0;
     if (sleeps) ns = orchi_doze(loop, ns);
     loop->stats.polls++;
-    int error = loop->poller.ops->wait(loop, ns, orchi_fd_ready);
+    p->found_count = 0;
+    int error = p->ops->wait(loop, ns);
+    if (ORCHI_UNLIKELY(loop->desc.seed != 0)) orchi_found_shuffle(loop);
+    for (uint32_t i = 0; i < p->found_count; i++) orchi_tell(loop, p->found[i], generation);
+    if (p->woken) {
+        p->woken = false;
+        loop->on_wake(loop);
+    }
     if (sleeps) orchi_inbox_take(loop);
     return error;
 }
@@ -4344,11 +4416,11 @@ static void orchi_tick(orch_loop *loop) {
 /* A look while work is ready: not sooner than ten times its cost after the last one. */
 static int orchi_look_busy(orch_loop *loop) {
     orchi_tick(loop);
-    if (loop->timers.count == 0 && loop->poller.count == 0) return 0;
+    if (loop->timers.count == 0 && loop->stats.watched == 0) return 0;
     uint64_t now = orchi_now(loop);
     orchi_timers_stamp(loop, now);
     int error = 0;
-    if (loop->poller.count > 0 && now - loop->looked >= 10 * loop->look_cost) {
+    if (loop->stats.watched > 0 && now - loop->looked >= 10 * loop->look_cost) {
         error = orchi_poll(loop, 0);
         loop->looked = orchi_now(loop);
         loop->look_cost = orchi_look_cost(loop, loop->looked - now);
@@ -4361,7 +4433,7 @@ static int orchi_look_busy(orch_loop *loop) {
 static int orchi_sleep(orch_loop *loop, uint64_t now, uint64_t ns) {
     uint64_t trim = ns > 0 ? orchi_stacks_idle(loop, now) : 0;
     if (ns > trim) ns = trim;
-    return ns > 0 || loop->poller.count > 0 ? orchi_poll(loop, ns) : 0;
+    return ns > 0 || loop->stats.watched > 0 ? orchi_poll(loop, ns) : 0;
 }
 
 /* The same on a virtual clock: descriptors are looked at once, and with nothing ready still the
@@ -4369,7 +4441,7 @@ static int orchi_sleep(orch_loop *loop, uint64_t now, uint64_t ns) {
  * and without either, the last timer is one for the end of time. While threads work for the loop,
  * the sleep is real and time stands still. */
 static int orchi_jump(orch_loop *loop, uint64_t ns, uint64_t limit) {
-    bool watched = loop->poller.count > 0;
+    bool watched = loop->stats.watched > 0;
     loop->ticked = orchi_resumes(loop);
     if (orchi_remotes_wait(loop)) return watched || limit > 0 ? orchi_poll(loop, limit) : 0;
     int error = watched ? orchi_poll(loop, ns == UINT64_MAX ? ns : 0) : 0;
@@ -4393,7 +4465,7 @@ static int orchi_look_idle(orch_loop *loop, uint64_t limit) {
 
 /* Whether anything is left that could make work ready. */
 static bool orchi_can_wake(orch_loop *loop) {
-    return !orchi_ring_empty(loop) || loop->timers.count > 0 || loop->poller.count > 0 ||
+    return !orchi_ring_empty(loop) || loop->timers.count > 0 || loop->stats.watched > 0 ||
            orchi_inbox_posted(loop) || orchi_remotes_wait(loop);
 }
 
@@ -7526,12 +7598,12 @@ static int orchi_watch_start(orch_loop *loop, orch_future *f) {
     orchi_watch *watch = &loop->poller.watches[fd];
     if ((events & ORCH_READABLE) && watch->reader != NULL) return ORCH_EBUSY;
     if ((events & ORCH_WRITABLE) && watch->writer != NULL) return ORCH_EBUSY;
-    int error = loop->poller.ops->update(loop, fd, orchi_watch_events(watch) | events);
-    if (error != 0) return error;
     if (events & ORCH_READABLE) watch->reader = f;
     if (events & ORCH_WRITABLE) watch->writer = f;
     loop->stats.watched++;
-    return 0;
+    int error = loop->poller.ops->update(loop, fd, false);
+    if (error != 0) orchi_unwatch(loop, f, true);
+    return error;
 }
 
 /* What can be told before anything is registered. */
@@ -7561,7 +7633,7 @@ orch_future *orch_ready(int fd, int events) {
 static void orchi_ready_fire(orch_future *f, int events) {
     orch_loop *loop = orchi_loop_of(f);
     int came = events & f->as.ready.events;
-    orchi_unwatch(loop, f);
+    orchi_unwatch(loop, f, false);
     orch_result r = events & ORCHI_BAD_FD ? orch_fail(-EBADF) : orch_ok_int(came);
     orchi_settle(loop, f, &r);
 }
@@ -7571,23 +7643,54 @@ static orch_future *orchi_ready_cancel(orch_future *f, int reason) {
     (void)reason;
     orch_loop *loop = orchi_loop_of(f);
     f->flags |= ORCHI_CANCEL;
-    orchi_unwatch(loop, f);
+    orchi_unwatch(loop, f, true);
     orchi_reject(loop, f, ORCH_ECANCELED);
     return NULL;
 }
 
-/* Wakes who waits for a descriptor that is about to be closed. */
-static void orchi_watch_end(orch_loop *loop, int fd) {
+/* A number loses its owner: who waits for it is told, and nothing of it is left. */
+static void orchi_watch_end(orch_loop *loop, int fd, int error) {
     if (fd < 0 || (size_t)fd >= loop->poller.watch_count) return;
     orchi_watch *watch = &loop->poller.watches[fd];
-    if (watch->reader != NULL) orchi_ready_cancel(watch->reader, ORCH_ECANCELED);
-    if (watch->writer != NULL) orchi_ready_cancel(watch->writer, ORCH_ECANCELED);
+    orch_future *waiting[2] = {watch->reader,
+                               watch->reader == watch->writer ? NULL : watch->writer};
+    for (int i = 0; i < 2; i++) {
+        if (waiting[i] == NULL) continue;
+        waiting[i]->flags |= ORCHI_CANCEL; // not reported
+        orchi_unwatch(loop, waiting[i], true);
+        orchi_reject(loop, waiting[i], error);
+    }
+    watch->generation++;
+    watch->hints = 0;
+    loop->poller.ops->update(loop, fd, true);
+}
+
+/* What the library makes itself: it will be closed by orch_close, so that the poller may look for
+ * it as long as it is open. Whoever still waits for the number closed its last owner without. */
+static inline int orchi_watch_own(orch_loop *loop, int fd) {
+    int error = orchi_watch_reserve(loop, fd);
+    if (error != 0) return error;
+    orchi_watch_end(loop, fd, -EBADF);
+    loop->poller.watches[fd].hints = ORCHI_OWN;
+    return 0;
 }
 
 /* After EINTR the descriptor is gone on every system here; calling again would close another's. */
 int orch_close(int fd) {
-    if (orchi_loop != NULL) orchi_watch_end(orchi_loop, fd);
+    if (orchi_loop != NULL) orchi_watch_end(orchi_loop, fd, ORCH_ECANCELED);
     return close(fd) == 0 || errno == EINTR ? 0 : -errno;
+}
+
+/* A descriptor that wakes the loop from its sleep, until it is closed with orch_close: whenever it
+ * is readable, loop->on_wake is called, after the look and outside the poller. It is nobody's wait:
+ * with nothing else to wait for the loop ends, or is deadlocked. */
+static inline int orchi_wake_watch(orch_loop *loop, int fd) {
+    int error = orchi_watch_own(loop, fd);
+    if (error != 0) return error;
+    loop->poller.watches[fd].hints |= ORCHI_WAKE;
+    error = loop->poller.ops->update(loop, fd, false);
+    if (error != 0) loop->poller.watches[fd].hints = 0;
+    return error;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -7608,12 +7711,6 @@ int orch_close(int fd) {
 // for each other, and a thread that is stopped from outside leaves locks behind.
 
 // ---- the descriptor that wakes
-
-/* Prototype. */
-static int orchi_wake_watch(orch_loop *loop, int fd) {
-    loop->poller.wake = fd;
-    return 0;
-}
 
 /* Makes the descriptor. Without one (EMFILE) the loop sleeps in short pieces. */
 ORCHI_COLD static void orchi_wake_open(orch_loop *loop) {
@@ -8551,6 +8648,7 @@ static void orchi_loop_dispose(orch_loop *loop) {
     orchi_maps_free(loop);
     loop->poller.ops->close(loop);
     orchi_free(loop, loop->poller.watches, loop->poller.watch_count * sizeof(orchi_watch));
+    orchi_free(loop, loop->poller.found, loop->poller.found_capacity * sizeof(orchi_found));
     orchi_free(loop, loop->timers.entries, loop->timers.capacity * sizeof(orchi_timer));
     orchi_ring_free(loop);
     while (loop->regions != NULL) {
