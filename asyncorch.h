@@ -3929,7 +3929,8 @@ typedef struct orchi_inbox {
     orch_loop *loop;          // its name: others do not look into it
     struct orchi_inbox *next; // of all loops
     uint32_t holders;
-    bool closed;
+    bool ending;      // only answers are put in: nothing new
+    bool closed;      // nothing is
     bool asleep;      // the loop sleeps, or is about to
     bool woken;       // and a wake-up is on its way
     int posted;       // atomic: there are letters
@@ -4027,10 +4028,11 @@ static void orchi_wake(orchi_inbox *inbox, int end) {
 
 // ---- putting letters in
 
-/* The inbox is locked, and is not when this returns. False when the loop is gone; the letter is the
- * caller's then. */
-static bool orchi_inbox_put_locked(orchi_inbox *inbox, orchi_letter *letter) {
-    bool open = !inbox->closed, wakes = open && inbox->asleep && !inbox->woken;
+/* The inbox is locked, and is not when this returns. `fresh`: asks for something new. False when the
+ * loop does not take it (any more); the letter is the caller's then. */
+static bool orchi_inbox_put_locked(orchi_inbox *inbox, orchi_letter *letter, bool fresh) {
+    bool open = !inbox->closed && !(fresh && inbox->ending),
+         wakes = open && inbox->asleep && !inbox->woken;
     int end = inbox->ends[1];
     if (open) {
         letter->next = NULL;
@@ -4053,7 +4055,7 @@ static bool orchi_inbox_put_locked(orchi_inbox *inbox, orchi_letter *letter) {
 
 static bool orchi_inbox_put(orchi_inbox *inbox, orchi_letter *letter) {
     pthread_mutex_lock(&inbox->mutex);
-    return orchi_inbox_put_locked(inbox, letter);
+    return orchi_inbox_put_locked(inbox, letter, false);
 }
 
 /* The inbox of a loop, locked; NULL when there is no such loop (any more). */
@@ -4244,13 +4246,20 @@ static int orchi_inbox_new(orch_loop *loop) {
     return 0;
 }
 
-/* From now on nothing is put in; or again, when the loop lives on. What was put in before is taken.
- */
-static void orchi_inbox_close(orch_loop *loop, bool closed) {
+/* The loop is about to end, or lives on after all. */
+static void orchi_inbox_ending(orch_loop *loop, bool ending) {
     pthread_mutex_lock(&loop->inbox->mutex);
-    loop->inbox->closed = closed;
+    loop->inbox->ending = ending;
+    loop->inbox->closed = false;
     pthread_mutex_unlock(&loop->inbox->mutex);
-    if (closed) orchi_inbox_take(loop);
+}
+
+/* From now on nothing is put in. What was put in before is taken. */
+static void orchi_inbox_close(orch_loop *loop) {
+    pthread_mutex_lock(&loop->inbox->mutex);
+    loop->inbox->closed = true;
+    pthread_mutex_unlock(&loop->inbox->mutex);
+    orchi_inbox_take(loop);
 }
 
 /* The loop goes. Whether it was the last one. */
@@ -7780,7 +7789,7 @@ int orch_post(orch_loop *loop, void (*fn)(void *arg), void *arg) {
     post->fn = fn;
     post->arg = arg;
     orchi_inbox *inbox = orchi_inbox_find(loop);
-    bool open = inbox != NULL && orchi_inbox_put_locked(inbox, &post->letter);
+    bool open = inbox != NULL && orchi_inbox_put_locked(inbox, &post->letter, true);
     if (!open) free(post);
     return open ? 0 : ORCH_ECLOSED;
 }
@@ -8072,6 +8081,9 @@ static void orchi_job_unlink(orchi_job *job) {
 static void orchi_job_run(orchi_job *job) {
     orch_result r = job->fn(job->arg);
     if (job->release != NULL) job->release(job->arg);
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_pool.busy--; // before anybody can know that it is done: the last loop waits for it
+    pthread_mutex_unlock(&orchi_shared.mutex);
     orch_remote_settle(&job->remote, r);
 }
 
@@ -8101,7 +8113,6 @@ static void *orchi_worker_main(void *argument) {
         pthread_mutex_unlock(&orchi_shared.mutex);
         orchi_job_run(job);
         pthread_mutex_lock(&orchi_shared.mutex);
-        orchi_pool.busy--;
     }
     orchi_worker_end(lane);
     return NULL;
@@ -8358,7 +8369,7 @@ static orch_result orchi_visit_task(void *arg) {
 static void orchi_visit_begin(orch_loop *loop, orchi_letter *letter) {
     orchi_visit *visit = (orchi_visit *)(void *)((char *)letter - offsetof(orchi_visit, go));
     orch_task_desc desc = {"visitor", orchi_visit_task, visit, 0, NULL, 0};
-    if (loop->inbox->closed) {
+    if (loop->inbox->ending) {
         orchi_visit_answer(visit, orch_fail(ORCH_ECLOSED));
         return;
     }
@@ -8416,7 +8427,7 @@ static bool orchi_visit_send(orchi_visit *visit, const orch_loop *loop) {
     if (there == NULL) return false;
     visit->there = there;
     there->holders++;
-    return orchi_inbox_put_locked(there, &visit->go);
+    return orchi_inbox_put_locked(there, &visit->go, true);
 }
 
 orch_future *orch_go_on(orch_loop *loop, orch_task_fn fn, void *arg) {
@@ -8777,11 +8788,12 @@ static void orchi_end_all(orch_loop *loop) {
 int orch_loop_free(orch_loop *loop) {
     int error = orchi_loop_check(loop, "orch_loop_free");
     if (error != 0) return error;
+    orchi_inbox_ending(loop, true);
     orchi_end_all(loop);
-    orchi_inbox_close(loop, true);
+    orchi_inbox_close(loop);
     orchi_end_all(loop);
     if (orchi_live(loop) > 0) {
-        orchi_inbox_close(loop, false);
+        orchi_inbox_ending(loop, false);
         return ORCH_EBUSY;
     }
     orchi_thread_leave(loop);
@@ -8863,8 +8875,9 @@ orch_result orch_run_with(const orch_loop_desc *desc, orch_task_fn main, void *a
     if (error == 0) r = orchi_take_result(f);
     else orchi_release(f);
     if (error == 0 && r.error != 0) orchi_report_seed(loop);
+    orchi_inbox_ending(loop, true);
     orchi_run_rest(loop);
-    orchi_inbox_close(loop, true);
+    orchi_inbox_close(loop);
     if (!orchi_ring_empty(loop)) orchi_run_rest(loop);
     orchi_thread_leave(loop);
     return orchi_run_outcome(loop, r);
