@@ -7938,7 +7938,7 @@ typedef struct orchi_job {
     struct orchi_job *next, *previous;
 } orchi_job; // the copied argument follows
 
-typedef struct orchi_worker { // on the stack of an idle thread
+typedef struct orchi_worker { // of a thread, as long as it lives
     orchi_bell bell;
     struct orchi_worker *next;
     bool parked; // in the list of its lane
@@ -8026,35 +8026,33 @@ static void orchi_lane_remove(orchi_lane *lane, orchi_worker *worker) {
 }
 
 /* Waits until it is rung for. False when it has waited for so long that the thread is to end. */
-static bool orchi_lane_park(orchi_lane *lane) {
-    orchi_worker worker;
-    worker.next = lane->parked;
-    worker.parked = true;
-    lane->parked = &worker;
+static bool orchi_lane_park(orchi_lane *lane, orchi_worker *worker) {
+    worker->next = lane->parked;
+    worker->parked = true;
+    lane->parked = worker;
     lane->stats.idle++;
     if (orchi_pool.joining) pthread_cond_broadcast(&orchi_pool.left); // it stays: do not wait
-    orchi_bell_init(&worker.bell);
     pthread_mutex_unlock(&orchi_shared.mutex);
-    bool rung = orchi_bell_wait(&worker.bell, ORCHI_IDLE_SECONDS);
+    bool rung = orchi_bell_wait(&worker->bell, ORCHI_IDLE_SECONDS);
     pthread_mutex_lock(&orchi_shared.mutex);
-    bool late = !rung && !worker.parked;
-    if (!rung && worker.parked) orchi_lane_remove(lane, &worker);
-    if (late) {
-        pthread_mutex_unlock(&orchi_shared.mutex); // it is being rung for
-        orchi_bell_wait(&worker.bell, 0);
-        pthread_mutex_lock(&orchi_shared.mutex);
+    if (rung) return true;
+    if (worker->parked) {
+        orchi_lane_remove(lane, worker);
+        return false;
     }
-    orchi_bell_free(&worker.bell);
-    return rung || late;
+    pthread_mutex_unlock(&orchi_shared.mutex); // it is just being rung for
+    orchi_bell_wait(&worker->bell, 0);
+    pthread_mutex_lock(&orchi_shared.mutex);
+    return true;
 }
 
 /* The next piece of work, waited for. NULL: the thread is to end. */
-static orchi_job *orchi_lane_wait(orchi_lane *lane) {
+static orchi_job *orchi_lane_wait(orchi_lane *lane, orchi_worker *worker) {
     bool stays = true;
     while (lane->stats.threads <= lane->stats.limit) {
         if (lane->first != NULL) return lane->first;
         if (!stays || orchi_shared.inboxes == NULL) break;
-        stays = orchi_lane_park(lane);
+        stays = orchi_lane_park(lane, worker);
     }
     return NULL;
 }
@@ -8105,8 +8103,10 @@ static void orchi_worker_end(orchi_lane *lane) {
 static void *orchi_worker_main(void *argument) {
     orchi_lane *lane = (orchi_lane *)argument;
     orchi_job *job = NULL;
+    orchi_worker worker;
+    orchi_bell_init(&worker.bell);
     pthread_mutex_lock(&orchi_shared.mutex);
-    while ((job = orchi_lane_wait(lane)) != NULL) {
+    while ((job = orchi_lane_wait(lane, &worker)) != NULL) {
         orchi_job_unlink(job);
         lane->stats.begun++;
         orchi_pool.busy++;
@@ -8115,6 +8115,7 @@ static void *orchi_worker_main(void *argument) {
         pthread_mutex_lock(&orchi_shared.mutex);
     }
     orchi_worker_end(lane);
+    orchi_bell_free(&worker.bell);
     return NULL;
 }
 

@@ -6,6 +6,12 @@
 #endif
 #include <pthread.h>
 
+#ifdef __SANITIZE_THREAD__
+#define TSAN true // does not like threads in a child
+#else
+#define TSAN false
+#endif
+
 // Threads can be refused, as memory can.
 static int refuse_threads;
 static int test_create(pthread_t *t, const pthread_attr_t *a, void *(*fn)(void *), void *arg) {
@@ -88,14 +94,14 @@ static void count_wait(count *c, int n) {
 
 // ---- tasks
 
-#define RUN_WITH(name, ...)                                                                        \
+#define RUN_WITH(name, unless, ...)                                                                \
     static void name##_body(void);                                                                 \
     static orch_result name##_main(void *arg) {                                                    \
         (void)arg;                                                                                 \
         name##_body();                                                                             \
         return orch_ok_int(1);                                                                     \
     }                                                                                              \
-    TEST(name) {                                                                                   \
+    TEST_SKIP(name, unless) {                                                                      \
         orch_loop_desc desc = {.poller = test_poller(), __VA_ARGS__};                              \
         orch_result r = orch_run_with(&desc, name##_main, NULL);                                   \
         CHECK_INT(r.error, 0);                                                                     \
@@ -103,8 +109,9 @@ static void count_wait(count *c, int n) {
         orch_result_free(&r);                                                                      \
     }                                                                                              \
     static void name##_body(void)
-#define TASK_TEST(name) RUN_WITH(name, .stack_size = 65536)
-#define VIRTUAL_TEST(name) RUN_WITH(name, .clock = ORCH_CLOCK_VIRTUAL)
+#define TASK_TEST_IF(name, unless) RUN_WITH(name, unless, .stack_size = 65536)
+#define TASK_TEST(name) TASK_TEST_IF(name, false)
+#define VIRTUAL_TEST(name) RUN_WITH(name, false, .clock = ORCH_CLOCK_VIRTUAL)
 
 #ifdef NDEBUG
 #define MISUSE(name, text) TEST(name)
@@ -1002,7 +1009,7 @@ static void *fork_beside(void *arg) {
 }
 
 // Its pool is empty, whatever the parent's threads do.
-TASK_TEST(a_child_begins_with_an_empty_pool) {
+TASK_TEST_IF(a_child_begins_with_an_empty_pool, TSAN) {
     orch_future *first, *second;
     pthread_t thread;
     void *status = NULL;
@@ -1286,12 +1293,16 @@ TASK_TEST(numbers_resolve_without_a_thread) {
     }
     orch_result_free(&r);
     r = orch_await(orch_resolve("::1", NULL));
-    CHECK(r.error == 0 &&
-          *(const sa_family_t *)(const void *)(*(orch_addresses *)r.value).items[0].storage ==
-              AF_INET6);
+    if (CHECK_INT(r.error, 0)) {
+        struct sockaddr_in6 in6;
+        memcpy(&in6, ((const orch_addresses *)r.value)->items[0].storage, sizeof in6);
+        CHECK_INT(in6.sin6_family, AF_INET6);
+        CHECK_INT(in6.sin6_port, 0);
+    }
     orch_addresses *mine = orch_take(&r);
-    CHECK(mine != NULL);
-    free(mine);
+    CHECK(mine != NULL || r.error != 0);
+    if (r.error == 0) free(mine);
+    else orch_result_free(&r);
     r = orch_await(orch_resolve(NULL, "80"));
     CHECK_INT(r.error, 0);
     orch_result_free(&r);
