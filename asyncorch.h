@@ -3954,9 +3954,10 @@ struct orch_remote {
 // The only state of the process, with the pool's in >>thread, and what a signal handler needs.
 static struct {
     pthread_mutex_t mutex;
-    orchi_inbox *inboxes;
-    bool forks; // the handlers are installed
-} orchi_shared = {PTHREAD_MUTEX_INITIALIZER, NULL, false};
+    orchi_inbox *inboxes; // of all loops
+    orchi_inbox *spare;   // of none
+    bool forks;           // the handlers are installed
+} orchi_shared = {PTHREAD_MUTEX_INITIALIZER, NULL, NULL, false};
 
 // A post from thread 2 to the loop of thread 1, which has nothing to do:
 //
@@ -4004,13 +4005,18 @@ static void orchi_wake_close(orchi_inbox *inbox) {
     inbox->ends[0] = inbox->ends[1] = -1;
 }
 
+/* The last holder keeps it for the next loop: a mutex that another thread has just unlocked is not
+ * destroyed, as that thread may still be at it. There are as many as there ever were loops at a
+ * time, and remotes without one. */
 static void orchi_inbox_release(orchi_inbox *inbox) {
     pthread_mutex_lock(&inbox->mutex);
     bool last = --inbox->holders == 0;
     pthread_mutex_unlock(&inbox->mutex);
     if (!last) return;
-    pthread_mutex_destroy(&inbox->mutex);
-    free(inbox);
+    pthread_mutex_lock(&orchi_shared.mutex);
+    inbox->next = orchi_shared.spare;
+    orchi_shared.spare = inbox;
+    pthread_mutex_unlock(&orchi_shared.mutex);
 }
 
 /* Without the lock: the loop may run at once on another processor, and would have to wait for it. A
@@ -4216,20 +4222,39 @@ static void orchi_fork_child(void) {
  * ARANGE_MAKE_UNTRACKED). */
 enum { ORCHI_HELGRIND_UNTRACKED = 0x48470127 };
 
-static void orchi_inbox_init(orchi_inbox *inbox, orch_loop *loop) {
-    memset(inbox, 0, sizeof *inbox);
+static orchi_inbox *orchi_inbox_make(void) {
+    orchi_inbox *inbox = (orchi_inbox *)calloc(1, sizeof *inbox);
+    if (inbox == NULL) return NULL;
     pthread_mutex_init(&inbox->mutex, NULL);
-    inbox->loop = loop;
-    inbox->holders = 1;
-    inbox->ends[0] = inbox->ends[1] = -1;
     uintptr_t request[6] = {
         ORCHI_HELGRIND_UNTRACKED, (uintptr_t)&inbox->posted, sizeof inbox->posted, 0, 0, 0};
     orchi_valgrind_request(request);
+    return inbox;
+}
+
+/* One that was used before, or a new one. */
+static orchi_inbox *orchi_inbox_take_spare(void) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_inbox *inbox = orchi_shared.spare;
+    if (inbox != NULL) orchi_shared.spare = inbox->next;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    return inbox != NULL ? inbox : orchi_inbox_make();
+}
+
+static void orchi_inbox_init(orchi_inbox *inbox, orch_loop *loop) {
+    pthread_mutex_lock(&inbox->mutex);
+    inbox->loop = loop;
+    inbox->holders = 1;
+    inbox->ending = inbox->closed = inbox->left = false;
+    inbox->asleep = inbox->woken = false;
+    inbox->ends[0] = inbox->ends[1] = -1;
+    inbox->wakes = 0;
+    pthread_mutex_unlock(&inbox->mutex);
 }
 
 /* Makes a loop's inbox and enters it into the list. */
 static int orchi_inbox_new(orch_loop *loop) {
-    orchi_inbox *inbox = (orchi_inbox *)malloc(sizeof *inbox);
+    orchi_inbox *inbox = orchi_inbox_take_spare();
     if (inbox == NULL) return ORCH_ENOMEM;
     orchi_inbox_init(inbox, loop);
     loop->inbox = inbox;
