@@ -277,12 +277,14 @@ typedef struct orch_signals orch_signals;       // signals that are caught
     X(ORCH_EOPEN, -10011, "the circuit breaker is open")                                           \
     X(ORCH_ELIMIT, -10012, "more than the limit allows")                                           \
     X(ORCH_ESCOPE, -10013, "the scope is not open here")                                           \
-    X(ORCH_ESIGNAL, -10014, "ended by a signal")
+    X(ORCH_EHOST, -10014, "host not found")                                                        \
+    X(ORCH_ERESOLVE, -10015, "the name could not be resolved now")                                 \
+    X(ORCH_ESIGNAL, -10016, "ended by a signal")
 
 #define ORCHI_ERROR_ENUM(name, value, text) name = (value),
 typedef enum orch_error {
     ORCH_OK = 0,
-    ORCH_ERRORS(ORCHI_ERROR_ENUM) ORCH_ERROR_LAST = -10015
+    ORCH_ERRORS(ORCHI_ERROR_ENUM) ORCH_ERROR_LAST = -10017
 } orch_error;
 #undef ORCHI_ERROR_ENUM
 
@@ -1051,6 +1053,136 @@ orch_result orch_run_with(const orch_loop_desc *desc, orch_task_fn main, void *a
  * Context: any thread.
  * Owns: consumes r. */
 int orch_exit(orch_result r);
+
+// ---- threads
+//
+// Each thread may have a loop of its own. Thread-safe are exactly orch_post, orch_remote_settle,
+// orch_remote_drop, orch_pool_limit and orch_pool_statistics, and what any thread may call anyway.
+// None may be called from a signal handler. A result that comes from another thread keeps its value
+// when its release may be called on any thread (free, and whatever else you say so of), and its
+// message. Lists and shares of another loop's futures cannot leave their thread: what would be one
+// arrives as ORCH_ETHREAD, or, where it was an error, as that error with its message.
+
+typedef struct orch_remote orch_remote; // a promise's write end for other threads
+
+/* Has a loop call fn: from the loop, as a callback, in the order of the posts of each thread. If
+ * the loop sleeps it is woken, once for any number of posts under way.
+ * Returns 0, and fn will be called, at the latest when the loop is freed; ORCH_ECLOSED when the
+ * loop is gone or about to be; ORCH_ENOMEM; ORCH_EINVAL for NULL (debug builds abort). A loop that
+ * was freed is known by its address, until a new one has the same.
+ * Context: any thread; fn is called on the loop's and must not suspend.
+ * Owns: borrows arg until fn was called. */
+int orch_post(orch_loop *loop, void (*fn)(void *arg), void *arg);
+
+/* A promise's write end for another thread. While one is out whose future is pending, the loop is
+ * not deadlocked, and a virtual clock stands still when nothing is ready.
+ * Returns it; NULL when out of memory (and where debug builds abort: no loop, another thread's).
+ * Context: loop thread.
+ * Owns: hands over the remote, for orch_remote_settle or orch_remote_drop; the promise stays good.
+ */
+ORCH_NODISCARD orch_remote *orch_promise_remote(orch_promise promise);
+
+/* Settles the promise from any thread. It needs no memory and cannot fail; whether it decides the
+ * future is found out on the loop's thread, where r is freed if not.
+ * Returns true; false when the loop is gone: then r was freed here, by this thread.
+ * Context: any thread; does not block.
+ * Owns: consumes remote and r. r must not be an orch_chain. */
+bool orch_remote_settle(orch_remote *remote, orch_result r);
+
+/* Gives a remote up without settling: its promise stays as it is. If nobody else settles that, a
+ * loop that waits for it is deadlocked, and says so.
+ * Returns nothing.
+ * Context: any thread; does not block.
+ * Owns: consumes remote. NULL does nothing. */
+void orch_remote_drop(orch_remote *remote);
+
+// Queues of the pool, each with threads of its own, so that one cannot starve another.
+typedef enum orch_lane {
+    ORCH_LANE_DEFAULT, // as many threads as processors, at least 4
+    ORCH_LANE_FILE,    // orch_file_...: 4 threads
+    ORCH_LANE_RESOLVE, // orch_resolve: 4 threads
+    ORCH_LANE_OWN,     // from here to ORCH_LANES - 1: yours, 1 thread each: for a library that
+                       // wants to be called by one thread at a time
+    ORCH_LANES = 8
+} orch_lane;
+
+typedef struct orch_offload_desc {
+    const char *name;           // for reports; borrowed until its future has settled
+    orch_task_fn fn;            // required; runs on a thread of the pool, where no loop is
+    void *arg;                  // passed to fn
+    size_t arg_size;            // bytes; not 0: that many bytes of arg are copied, fn gets the copy
+    void (*release)(void *arg); // called exactly once with what fn got (arg, if it never ran), on
+                                // the thread that ran it, or the loop's
+    orch_lane lane;             // default: ORCH_LANE_DEFAULT
+} orch_offload_desc;
+
+/* Runs fn, which may block or compute, on a thread of the process's pool: first come first served.
+ * Cancelled before it has begun, it never runs. Work that has begun cannot be stopped: its future
+ * ends at once, fn runs on, and what it returns is freed when it comes. So arg must live as long as
+ * fn runs; orch_offload_with can own it. In fn no loop is there: it may return orch_ok, orch_fail
+ * and the like, or run an orch_run of its own. Signals are blocked there.
+ * Returns the future of what fn returns; ORCH_ENOMEM; the -errno of pthread_create when there is no
+ * thread at all (with some it waits for one of them).
+ * Context: loop thread; does not suspend.
+ * Owns: borrows arg until fn has returned. */
+ORCH_NODISCARD orch_future *orch_offload(orch_task_fn fn, void *arg);
+
+/* The same with a name, a copied argument, a release or a lane.
+ * Returns as orch_offload; ORCH_EINVAL for no fn or an unknown lane.
+ * Context: as orch_offload.
+ * Owns: consumes arg when there is a release, on every path. */
+ORCH_NODISCARD orch_future *orch_offload_with(const orch_offload_desc *desc);
+
+typedef struct orch_pool_stats {
+    unsigned limit;   // of threads
+    unsigned threads; // there are
+    unsigned idle;    // of them; idle for 5 s, or when the last loop goes, a thread ends
+    size_t queued;    // work that waits for a thread
+    uint64_t begun;   // work that a thread has begun, ever
+} orch_pool_stats;
+
+/* How many threads a lane may have at a time. There are as many as have work; fewer than there are
+ * now: the others end as they become idle.
+ * Returns 0; ORCH_EINVAL for an unknown lane or no threads.
+ * Context: any thread.
+ * Owns nothing. */
+int orch_pool_limit(orch_lane lane, unsigned threads);
+
+/* A lane of the pool, as it is now.
+ * Returns counters; zeros for an unknown lane.
+ * Context: any thread.
+ * Owns nothing. */
+orch_pool_stats orch_pool_statistics(orch_lane lane);
+
+/* Starts a task on another thread's loop, or later on this one; its future is here. Cancelling the
+ * future cancels the task there. Dropped inside a task, the call returns when the task there has
+ * ended, so arg may lie on the caller's stack; a loop whose thread does not run it makes that wait.
+ * Returns the future; ORCH_ECLOSED when the loop is gone, or goes before the task has ended;
+ * ORCH_ENOMEM; ORCH_EINVAL.
+ * Context: loop thread; fn is called on the other loop's.
+ * Owns: borrows arg until the future has settled. */
+ORCH_NODISCARD orch_future *orch_go_on(orch_loop *loop, orch_task_fn fn, void *arg);
+
+// A socket's address, of any family: a struct sockaddr for the system's calls.
+typedef struct orch_address {
+    unsigned size;        // bytes in use; 0: none
+    uint64_t storage[16]; // as large and as aligned as a struct sockaddr_storage
+} orch_address;
+
+typedef struct orch_addresses {
+    size_t count; // at least 1
+    orch_address *items;
+} orch_addresses;
+
+/* The addresses of a host and a service (a name or a number; NULL: port 0), by getaddrinfo in a
+ * lane of its own, in the order in which the system says to try them. A numeric host with a numeric
+ * service needs no thread. host NULL: this machine.
+ * Returns the future: its value is an orch_addresses, owned by the result. ORCH_EHOST: there is no
+ * such host or service; ORCH_ERESOLVE: no name server could say; both with the system's message.
+ * ORCH_ENOMEM; ORCH_EINVAL for neither host nor service; otherwise as orch_offload.
+ * Context: loop thread. Cancelled, it ends at once.
+ * Owns: copies the names; hands over the future. */
+ORCH_NODISCARD orch_future *orch_resolve(const char *host, const char *service);
 
 // ---- coordination
 //
@@ -2013,6 +2145,9 @@ static inline int orch_scope_open(orch_scope *scope, const orch_scope_desc &desc
 static inline int orch_scope_go_with(orch_scope *scope, const orch_task_desc &desc) {
     return orch_scope_go_with(scope, &desc);
 }
+static inline orch_future *orch_offload_with(const orch_offload_desc &desc) {
+    return orch_offload_with(&desc);
+}
 static inline orch_loop *orch_loop_new(const orch_loop_desc &desc) { return orch_loop_new(&desc); }
 static inline orch_result orch_run_with(const orch_loop_desc &desc, orch_task_fn main, void *arg) {
     return orch_run_with(&desc, main, arg);
@@ -2097,14 +2232,17 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 
 #include <fcntl.h>
 #include <limits.h>
+#include <netdb.h>
 #include <poll.h>
 #include <sched.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
 #include <sys/utsname.h>
 #include <time.h>
 #include <unistd.h>
@@ -7229,6 +7367,61 @@ static orch_future *orchi_ready_cancel(orch_future *f, int reason) {
 }
 
 // ------------------------------------------------------------------------------------------------
+// >>thread
+//
+// Being written.
+
+// ---- resolving
+
+/* Static text of the system's; its error may be hidden in errno. */
+static orch_result orchi_resolve_error(int code, int saved) {
+    if (code == EAI_SYSTEM) return orch_fail(saved != 0 ? -saved : ORCH_ERESOLVE);
+    if (code == EAI_MEMORY) return orch_fail(ORCH_ENOMEM);
+    int error = code == EAI_AGAIN || code == EAI_FAIL ? ORCH_ERESOLVE : ORCH_EHOST;
+    return orch_failf(error, "%s", gai_strerror(code));
+}
+
+/* One piece of memory, so that it can be taken out of the result and freed with free. */
+static orch_addresses *orchi_addresses_new(const struct addrinfo *list) {
+    size_t count = 0;
+    for (const struct addrinfo *at = list; at != NULL; at = at->ai_next) count++;
+    size_t bytes = sizeof(orch_addresses) + count * sizeof(orch_address);
+    orch_addresses *all = (orch_addresses *)calloc(1, bytes);
+    if (all == NULL) return NULL;
+    all->items = (orch_address *)(void *)(all + 1);
+    for (const struct addrinfo *at = list; at != NULL; at = at->ai_next) {
+        if (at->ai_addrlen > sizeof all->items->storage) continue;
+        orch_address *address = &all->items[all->count++];
+        address->size = (unsigned)at->ai_addrlen;
+        memcpy(address->storage, at->ai_addr, at->ai_addrlen);
+    }
+    return all;
+}
+
+/* Asks for streams only, as each address would come once for every type of socket. */
+static int orchi_getaddrinfo(const char *host, const char *service, int flags,
+                             struct addrinfo **list) {
+    struct addrinfo hints;
+    memset(&hints, 0, sizeof hints);
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = flags;
+    errno = 0;
+    return getaddrinfo(host, service, &hints, list);
+}
+
+/* Blocks, unless the flags say that all is numeric. */
+static orch_result orchi_resolve_now(const char *host, const char *service, int flags) {
+    struct addrinfo *list = NULL;
+    int code = orchi_getaddrinfo(host, service, flags, &list);
+    if (code != 0) return orchi_resolve_error(code, errno);
+    orch_addresses *all = orchi_addresses_new(list);
+    freeaddrinfo(list);
+    if (all == NULL) return orch_fail(ORCH_ENOMEM);
+    return orch_ok(all, free);
+}
+
+orch_future *orch_resolve(const char *host, const char *service) {
+    return orch_settled(orchi_resolve_now(host, service, 0)); // stands in until the pool is there
 // >>signal
 //
 // Signals as futures. A handler may do next to nothing, and may run in any thread, so it only sets
