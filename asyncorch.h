@@ -22,7 +22,7 @@
 //       7 >>combinator  all, any, race, quorum, timeout ....... orch_all, orch_timeout
 //       8 >>task        coroutines, await, shield ............. orch_go, orch_await, orch_sleep
 //         >>scope       a nursery and a deadline in one ....... orch_scope_open, orch_scope_go
-//       9 >>io          descriptors ........................... orch_ready
+//       9 >>io          descriptors ........................... orch_ready, orch_close
 //         >>run         the life of a loop, the main task ..... orch_loop_new, orch_run
 //         >>kinds       what each kind of future does, a table
 //      11 >>coordination semaphore, event, channel, topic ... orch_acquire, orch_send, orch_publish
@@ -1023,9 +1023,16 @@ uint64_t orch_random(void);
  * asked for.
  * Returns the future; rejected: -EBADF for a bad descriptor, ORCH_EINVAL for no or unknown events,
  * ORCH_EBUSY for a second waiter in one direction, ORCH_ENOMEM.
- * Context: loop thread. Drop it before the descriptor is closed.
+ * Context: loop thread. Close the descriptor with orch_close, or drop the future before.
  * Owns: borrows fd until settled. */
 ORCH_NODISCARD orch_future *orch_ready(int fd, int events);
+
+/* Closes a descriptor after everything has been told that it goes: a wait for it is rejected with
+ * ORCH_ECANCELED, the poller forgets it, and no late event reaches the next owner of its number.
+ * Returns 0; -EBADF for a bad descriptor; another -errno of close, and it is closed all the same.
+ * Context: loop thread, or any without a loop. Does not suspend.
+ * Owns: consumes fd. */
+int orch_close(int fd);
 
 /* Makes a loop, runs one main task on it, and when that ends cancels and awaits the rest and frees
  * the loop.
@@ -7364,6 +7371,20 @@ static orch_future *orchi_ready_cancel(orch_future *f, int reason) {
     orchi_unwatch(loop, f);
     orchi_reject(loop, f, ORCH_ECANCELED);
     return NULL;
+}
+
+/* Wakes who waits for a descriptor that is about to be closed. */
+static void orchi_watch_end(orch_loop *loop, int fd) {
+    if (fd < 0 || (size_t)fd >= loop->poller.watch_count) return;
+    orchi_watch *watch = &loop->poller.watches[fd];
+    if (watch->reader != NULL) orchi_ready_cancel(watch->reader, ORCH_ECANCELED);
+    if (watch->writer != NULL) orchi_ready_cancel(watch->writer, ORCH_ECANCELED);
+}
+
+/* After EINTR the descriptor is gone on every system here; calling again would close another's. */
+int orch_close(int fd) {
+    if (orchi_loop != NULL) orchi_watch_end(orchi_loop, fd);
+    return close(fd) == 0 || errno == EINTR ? 0 : -errno;
 }
 
 // ------------------------------------------------------------------------------------------------
