@@ -2241,8 +2241,8 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #include <limits.h>
 #include <netdb.h>
 #include <poll.h>
-#include <sched.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -7443,6 +7443,8 @@ static orch_result orchi_resolve_now(const char *host, const char *service, int 
 
 orch_future *orch_resolve(const char *host, const char *service) {
     return orch_settled(orchi_resolve_now(host, service, 0)); // stands in until the pool is there
+}
+
 // >>signal
 //
 // Signals as futures. A handler may do next to nothing, and may run in any thread, so it only sets
