@@ -209,8 +209,10 @@
 //                                           stay in quarantine, so that a later use is named
 //                             defined       a misuse returns the documented error
 //     ORCH_USE_UCONTEXT       not defined   define to 1 to switch with ucontext instead of assembly
+//     ORCH_USE_SIGCHLD        not defined   define to 1 to wait for children by SIGCHLD where there
+//                                           is a pidfd
 //
-// Neither changes a public struct. Run-time settings are fields of orch_loop_desc.
+// None changes a public struct. Run-time settings are fields of orch_loop_desc.
 
 // The implementation needs more of the system headers than strict ISO C shows.
 #if defined(ASYNCORCH_IMPLEMENTATION) && !defined(_GNU_SOURCE)
@@ -2251,11 +2253,13 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #include <sys/mman.h>
 #include <sys/socket.h>
 #include <sys/utsname.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
 #if ORCHI_OS_LINUX
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
 #endif
 
 #if defined(__has_include)
@@ -2317,6 +2321,20 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #include <ucontext.h>
 #else
 #define ORCHI_UCONTEXT 0
+#endif
+
+// ThreadSanitizer knows fork only, and macOS advises against vfork.
+#if ORCHI_OS_LINUX && !ORCHI_TSAN
+#define ORCHI_FORK vfork
+#else
+#define ORCHI_FORK fork
+#endif
+
+#if ORCHI_OS_LINUX && defined(SYS_pidfd_open) &&                                                    \
+    !(defined(ORCH_USE_SIGCHLD) && ORCH_USE_SIGCHLD)
+#define ORCHI_PIDFD 1
+#else
+#define ORCHI_PIDFD 0
 #endif
 
 #ifdef NDEBUG
@@ -7445,6 +7463,7 @@ orch_future *orch_resolve(const char *host, const char *service) {
     return orch_settled(orchi_resolve_now(host, service, 0)); // stands in until the pool is there
 }
 
+// ------------------------------------------------------------------------------------------------
 // >>signal
 //
 // Signals as futures. A handler may do next to nothing, and may run in any thread, so it only sets
@@ -7802,7 +7821,7 @@ static orch_future *orchi_signal_cancel(orch_future *f, int reason) {
 
 orch_future *orch_signals_next(orch_signals *s) {
     int error = orchi_signals_error(s, "orch_signals_next");
-    if (error == 0 && s->waiting != NULL) error = orchi_misuse("orch_signals_next", ORCH_EBUSY);
+    if (error == 0 && s->waiting != NULL) error = ORCH_EBUSY;
     return error == 0 ? orchi_signals_wait(s) : orch_settled(orch_fail(error));
 }
 
@@ -11636,6 +11655,714 @@ const orch_adaptive_desc *orch_adaptive_settings(const orch_adaptive *a) {
     return orchi_gate_usable(a, "orch_adaptive_settings") ? &a->desc : NULL;
 }
 
+// ------------------------------------------------------------------------------------------------
+// >>process
+//
+// Child processes. Each has a supervisor: a task that starts it, waits for its end, and reaps it.
+// Invariants:
+//   - Who gives a process up cancels its supervisor, and so does the end of the loop. The
+//     supervisor then ends the process behind a shield. So all that cancellation promises holds for
+//     processes as well: nobody goes on, and no loop ends, before they have ended.
+//   - Only the supervisor reaps, and only its own child, by its number. Until then the number, and
+//     that of its group, cannot be another's, and signals may be sent to it.
+//   - A process is started by vfork and exec, so that it costs the same however large the program
+//     is. Until the exec the child shares our memory: it calls only what a signal handler may, with
+//     all signals blocked, and writes nowhere but on its own frames.
+//   - What the child cannot do it reports through a pipe that the exec closes: so a program that is
+//     not there is an error of the start, and not an exit code.
+// Left out: a shell (argv may be sh, -c and a command), passing on more descriptors than three, and
+// ending children when this process is killed by SIGKILL, which nobody but the system could do.
+
+// A child from its start to its end:
+//
+//     orch_process_start   pipes; the supervisor starts: vfork, exec in the child, what it reported
+//     the supervisor       waits for the pidfd, or (other systems, old Linux) for SIGCHLD
+//     it ends              reaped; the status settles the supervisor, and with it who waits
+//     it is given up       SIGTERM to its group, the grace, SIGKILL to what is left of the group,
+//                          which keeps its number as long as its leader was not reaped; reaped
+
+// TEMPORARY, until net is merged
+static int orch_pipe(int fds[2]) { return pipe2(fds, O_CLOEXEC | O_NONBLOCK) != 0 ? -errno : 0; }
+static ptrdiff_t orch_read(int fd, void *b, size_t n) {
+    for (;;) {
+        ssize_t got = read(fd, b, n);
+        if (got >= 0 || errno != EAGAIN) return got < 0 ? -errno : got;
+        orch_result r = orch_await(orch_ready(fd, ORCH_READABLE));
+        if (r.error != 0) return r.error;
+    }
+}
+static ptrdiff_t orch_write(int fd, const void *b, size_t n) {
+    size_t done = 0;
+    while (done < n) {
+        ssize_t got = write(fd, (const char *)b + done, n - done);
+        if (got >= 0) done += (size_t)got;
+        else if (errno != EAGAIN) return -errno;
+        else {
+            orch_result r = orch_await(orch_ready(fd, ORCH_WRITABLE));
+            if (r.error != 0) return r.error;
+        }
+    }
+    return (ptrdiff_t)done;
+}
+// END TEMPORARY
+
+// ---- starting
+
+typedef struct orchi_spawn { // all that the child needs, made before
+    const orch_process_desc *desc;
+    char *paths; // what to try to execute, each with a NUL at its end, and one more
+    int from[3]; // what becomes its 0, 1 and 2; -1: stays as it is
+    int report;  // the pipe's write end
+    int limit;   // descriptors are below
+    sigset_t none;
+} orchi_spawn;
+
+/* What the program caught would be called in its memory. What is ignored is inherited by the exec:
+ * SIGPIPE and SIGCHLD are for this program only. */
+static void orchi_child_signals(const orchi_spawn *spawn) {
+    struct sigaction standard;
+    memset(&standard, 0, sizeof standard);
+    standard.sa_handler = SIG_DFL;
+    for (int number = 1; number < NSIG; number++) {
+        struct sigaction now;
+        if (sigaction(number, NULL, &now) != 0 || now.sa_handler == SIG_DFL) continue;
+        bool stays = now.sa_handler == SIG_IGN && number != SIGPIPE && number != SIGCHLD;
+        if (!stays) sigaction(number, &standard, NULL);
+    }
+    sigprocmask(SIG_SETMASK, &spawn->none, NULL);
+}
+
+/* Those that are in the way of 0, 1 and 2 are moved first. */
+static int orchi_child_stdio(const orchi_spawn *spawn) {
+    int from[3];
+    for (int i = 0; i < 3; i++) {
+        bool low = spawn->from[i] >= 0 && spawn->from[i] < 3;
+        from[i] = low ? fcntl(spawn->from[i], F_DUPFD_CLOEXEC, 3) : spawn->from[i];
+        if (low && from[i] < 0) return -errno;
+    }
+    for (int i = 0; i < 3; i++) {
+        if (from[i] >= 0 && dup2(from[i], i) < 0) return -errno;
+    }
+    bool joined = spawn->desc->err == ORCH_STDIO_OUT;
+    return joined && dup2(1, 2) < 0 ? -errno : 0;
+}
+
+static void orchi_child_close_each(int limit) {
+    for (int fd = 3; fd < limit; fd++) fcntl(fd, F_SETFD, FD_CLOEXEC);
+}
+
+#if ORCHI_OS_LINUX && defined(SYS_close_range)
+/* The exec closes them, not we: the report is one of them. */
+static void orchi_child_close(int limit) {
+    const unsigned by_exec = 4; // CLOSE_RANGE_CLOEXEC, since 5.11
+    if (syscall(SYS_close_range, 3u, ~0u, by_exec) != 0) orchi_child_close_each(limit);
+}
+#else
+static void orchi_child_close(int limit) { orchi_child_close_each(limit); }
+#endif
+
+/* Goes on as execvp does when a file is not there; what may not be executed is an error only when
+ * nothing else is found. */
+static int orchi_child_exec(const orchi_spawn *spawn) {
+    char *const *argv = (char *const *)(uintptr_t)spawn->desc->argv;
+    char *const *env = (char *const *)(uintptr_t)spawn->desc->env;
+    int error = -ENOENT;
+    for (const char *path = spawn->paths; *path != '\0'; path += strlen(path) + 1) {
+        execve(path, argv, env != NULL ? env : environ);
+        bool next = errno == ENOENT || errno == ENOTDIR || errno == EACCES || errno == ENAMETOOLONG;
+        if (!next) return -errno;
+        if (errno == EACCES) error = -EACCES;
+    }
+    return error;
+}
+
+static int orchi_child_run(const orchi_spawn *spawn) {
+    const orch_process_desc *desc = spawn->desc;
+    if (!desc->same_group && setpgid(0, 0) != 0) return -errno;
+    int error = orchi_child_stdio(spawn);
+    if (error != 0) return error;
+    if (desc->directory != NULL && chdir(desc->directory) != 0) return -errno;
+    orchi_child_close(spawn->limit);
+    orchi_child_signals(spawn);
+    return orchi_child_exec(spawn);
+}
+
+/* The child never leaves this function: its frame must be there until the exec. */
+ORCHI_NO_INLINE static pid_t orchi_spawn_fork(const orchi_spawn *spawn) {
+    pid_t pid = ORCHI_FORK();
+    if (pid != 0) return pid;
+    int error = orchi_child_run(spawn);
+    ssize_t done = write(spawn->report, &error, sizeof error);
+    _exit(done == (ssize_t)sizeof error ? 127 : 126);
+}
+
+/* No signal arrives in the child while it shares our memory. Returns its number, or an error. */
+static int orchi_spawn_start(orchi_spawn *spawn) {
+    sigset_t all, before;
+    sigfillset(&all);
+    sigemptyset(&spawn->none);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pid_t pid = orchi_spawn_fork(spawn);
+    int error = pid < 0 ? -errno : 0;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return error != 0 ? error : (int)pid;
+}
+
+/* Waits for one child. */
+static int orchi_reap(pid_t pid, int *status) {
+    pid_t got;
+    do got = waitpid(pid, status, 0);
+    while (got < 0 && errno == EINTR);
+    return got < 0 ? -errno : 0;
+}
+
+/* What the child could not do; 0 when the exec has closed the pipe. */
+static int orchi_spawn_report(int fd) {
+    int error = 0;
+    ssize_t got;
+    do got = read(fd, &error, sizeof error);
+    while (got < 0 && errno == EINTR);
+    return got == (ssize_t)sizeof error ? error : 0;
+}
+
+/* A blocking pipe, away from 0, 1 and 2, which the child fills. */
+static int orchi_spawn_pipe(int ends[2]) {
+    int error = orch_pipe(ends);
+    if (error != 0) return error;
+    for (int i = 0; i < 2; i++) {
+        int high = fcntl(ends[i], F_DUPFD_CLOEXEC, 3);
+        if (high < 0) error = -errno;
+        close(ends[i]);
+        ends[i] = high;
+        if (high >= 0) fcntl(high, F_SETFL, 0);
+    }
+    if (error != 0 && ends[0] >= 0) close(ends[0]);
+    if (error != 0 && ends[1] >= 0) close(ends[1]);
+    return error;
+}
+
+/* Starts the child. Returns its number, or why it does not run. */
+static int orchi_spawn_run(orchi_spawn *spawn) {
+    int report[2], status;
+    int pid = orchi_spawn_pipe(report);
+    if (pid < 0) return pid;
+    spawn->report = report[1];
+    pid = orchi_spawn_start(spawn);
+    close(report[1]);
+    int error = pid > 0 ? orchi_spawn_report(report[0]) : 0;
+    close(report[0]);
+    if (error == 0) return pid;
+    orchi_reap(pid, &status);
+    return error;
+}
+
+/* The places where a program may be, in the order of PATH, in which an empty one is here. */
+static char *orchi_spawn_paths(const char *file) {
+    const char *path = strchr(file, '/') != NULL || *file == '\0' ? "" : getenv("PATH");
+    if (path == NULL) path = "/bin:/usr/bin";
+    size_t places = 1, length = strlen(file);
+    for (const char *at = path; *at != '\0'; at++) places += *at == ':';
+    char *paths = (char *)malloc(strlen(path) + places * (length + 3) + 1), *to = paths;
+    if (paths == NULL) return NULL;
+    for (size_t i = 0; i < places; i++) {
+        size_t part = strcspn(path, ":");
+        memcpy(to, path, part);
+        to += part;
+        if (part > 0) *to++ = '/';
+        memcpy(to, file, length + 1);
+        to += length + 1;
+        path += part + 1;
+    }
+    *to = '\0';
+    return paths;
+}
+
+// ---- its descriptors
+
+struct orch_process {
+    int error; // not 0: it did not start
+    orch_loop *loop;
+    uint32_t users;    // the handle, the supervisor
+    pid_t pid;         // not reaped; 0: none
+    int id;            // the same, for ever
+    int pidfd;         // -1: none
+    orch_signals *end; // SIGCHLD, where there is no pidfd
+    int ends[3];       // ours, of its pipes; -1: none
+    orch_future *supervisor;
+    orch_exit_status *status; // made before the start, so that its end needs no memory
+    orch_process_desc desc;   // its numbers
+};
+
+/* The child's end blocks, as programs expect. Returns it, or an error. */
+static int orchi_stdio_pipe(int i, int *ours) {
+    int ends[2], theirs = i == 0 ? 0 : 1;
+    int error = orch_pipe(ends);
+    if (error != 0) return error;
+    fcntl(ends[theirs], F_SETFL, 0);
+    *ours = ends[1 - theirs];
+    return ends[theirs];
+}
+
+/* What becomes a descriptor of the child: -1 for none. */
+static int orchi_stdio_open(int choice, int i, int *ours, int *opened) {
+    *opened = -1;
+    if (choice > 0) return choice;
+    if (choice != ORCH_STDIO_NULL && choice != ORCH_STDIO_PIPE) return -1;
+    int fd = choice == ORCH_STDIO_PIPE ? orchi_stdio_pipe(i, ours)
+                                       : open("/dev/null", O_RDWR | O_CLOEXEC);
+    if (fd == -1) return -errno - 1; // so that no error is -1
+    if (fd < 0) return fd - 1;
+    return *opened = fd;
+}
+
+static void orchi_process_close(orch_process *p) {
+    for (int i = 0; i < 3; i++) {
+        if (p->ends[i] >= 0) orch_close(p->ends[i]);
+        p->ends[i] = -1;
+    }
+}
+
+/* Starts it with its descriptors in place. Returns its number, or why it does not run. */
+static int orchi_process_spawn(orch_process *p, orchi_spawn *spawn) {
+    int choices[3] = {p->desc.in, p->desc.out, p->desc.err}, opened[3] = {-1, -1, -1}, error = 0;
+    for (int i = 0; i < 3 && error == 0; i++) {
+        spawn->from[i] = orchi_stdio_open(choices[i], i, &p->ends[i], &opened[i]);
+        if (spawn->from[i] < -1) error = spawn->from[i] + 1;
+    }
+    int pid = error == 0 ? orchi_spawn_run(spawn) : error;
+    for (int i = 0; i < 3; i++) {
+        if (opened[i] >= 0) close(opened[i]);
+    }
+    return pid;
+}
+
+// ---- its end
+
+#if ORCHI_PIDFD
+/* Close-on-exec, and readable when the process has ended. */
+static int orchi_pidfd_open(pid_t pid) { return (int)syscall(SYS_pidfd_open, pid, 0); }
+#else
+static int orchi_pidfd_open(pid_t pid) {
+    (void)pid;
+    return -1;
+}
+#endif
+
+/* How its end will be known. It may have ended already: that is looked for first. */
+static int orchi_process_watch(orch_process *p) {
+    static const int child[] = {SIGCHLD};
+    p->pidfd = orchi_pidfd_open(p->pid);
+    if (p->pidfd >= 0) return 0;
+    p->end = orch_signals_new(child, 1);
+    return p->end->error;
+}
+
+/* Whether it has ended: 1, 0 or an error. It stays a zombie, whose number and group nobody else can
+ * have. */
+static int orchi_process_over(const orch_process *p) {
+    siginfo_t info;
+    memset(&info, 0, sizeof info);
+    int done = waitid(P_PID, (id_t)p->pid, &info, WEXITED | WNOHANG | WNOWAIT);
+    return done != 0 ? -errno : info.si_pid != 0;
+}
+
+/* Waits until it has ended, or for so long. */
+static int orchi_process_until(orch_process *p, uint64_t ms) {
+    uint64_t start = orch_now();
+    for (;;) {
+        int over = orchi_process_over(p);
+        if (over != 0) return over < 0 ? over : 0;
+        uint64_t passed = orch_now() - start;
+        if (passed >= ms) return ORCH_ETIMEDOUT;
+        orch_future *news =
+            p->pidfd >= 0 ? orch_ready(p->pidfd, ORCH_READABLE) : orch_signals_next(p->end);
+        orch_result r = orch_await(ms == UINT64_MAX ? news : orch_timeout(news, ms - passed));
+        int error = r.error;
+        orch_result_free(&r);
+        if (error != 0) return error;
+    }
+}
+
+/* To the group, of which it is the leader: what it has started is in it. */
+static int orchi_process_signal(const orch_process *p, int number) {
+    return kill(p->desc.same_group ? p->pid : -p->pid, number) == 0 ? 0 : -errno;
+}
+
+/* It has ended, or cannot be waited for any longer: then it is killed, and reaped here and now. */
+static int orchi_process_reap(orch_process *p, int error) {
+    int status = 0;
+    if (error == -ECHILD) return error; // its number may be another's
+    if (error != 0) orchi_process_signal(p, SIGKILL);
+    int reaped = orchi_reap(p->pid, &status);
+    if (error == 0) error = reaped;
+    if (reaped != 0) return error;
+    p->status->code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
+    p->status->signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
+    return error;
+}
+
+/* Ends it. SIGCONT, as one that is stopped would not see SIGTERM. On a virtual clock the grace
+ * passes at once when nothing else can happen, as otherwise it never would. */
+static int orchi_process_end(orch_process *p) {
+    bool gentle = !p->desc.no_grace && orchi_process_over(p) >= 0;
+    if (gentle) {
+        orchi_process_signal(p, SIGTERM);
+        orchi_process_signal(p, SIGCONT);
+        p->loop->children--;
+        int error = orchi_process_until(p, p->desc.grace_ms);
+        p->loop->children++;
+        if (error == -ECHILD) return error;
+    }
+    orchi_process_signal(p, SIGKILL);
+    return orchi_process_until(p, UINT64_MAX);
+}
+
+// ---- the supervisor
+
+static void orchi_process_leave(orch_process *p) {
+    if (--p->users == 0) orchi_free(p->loop, p, sizeof *p);
+}
+
+/* From the start to the end. A refused wait, for whatever reason, ends the process. */
+static int orchi_process_live(orch_process *p) {
+    p->loop->children++;
+    int error = orchi_process_watch(p);
+    if (error == 0) error = orchi_process_until(p, UINT64_MAX);
+    if (error == ORCH_ECANCELED) {
+        orch_shield_begin();
+        error = orchi_process_end(p);
+        orch_shield_end();
+    }
+    error = orchi_process_reap(p, error);
+    p->pid = 0;
+    p->loop->children--;
+    if (p->pidfd >= 0) orch_close(p->pidfd);
+    orch_signals_free(p->end);
+    return error;
+}
+
+/* The start: until the first wait desc is the caller's. */
+static int orchi_process_begin(orch_process *p, const orch_process_desc *desc) {
+    orchi_spawn spawn;
+    memset(&spawn, 0, sizeof spawn);
+    long limit = sysconf(_SC_OPEN_MAX);
+    spawn.desc = desc;
+    spawn.limit = limit > 0 && limit < INT_MAX ? (int)limit : 65536;
+    spawn.paths = orchi_spawn_paths(desc->argv[0]);
+    p->status = (orch_exit_status *)calloc(1, sizeof *p->status);
+    bool memory = spawn.paths != NULL && p->status != NULL;
+    int pid = memory ? orchi_process_spawn(p, &spawn) : ORCH_ENOMEM;
+    free(spawn.paths);
+    if (pid < 0) return pid;
+    p->id = p->pid = pid;
+    return 0;
+}
+
+typedef struct orchi_birth { // on the caller's stack: read before the supervisor first waits
+    orch_process *process;
+    const orch_process_desc *desc;
+} orchi_birth;
+
+static orch_result orchi_process_supervise(void *arg) {
+    orchi_birth birth = *(orchi_birth *)arg;
+    orch_process *p = birth.process;
+    orch_result r;
+    int error = p->error = orchi_process_begin(p, birth.desc);
+    if (error != 0) {
+        const char *what = birth.desc->argv[0];
+        r = orch_failf(error, "cannot start %s: %s", what, orch_error_text(error));
+    } else {
+        error = orchi_process_live(p);
+        r = error == 0 ? orch_ok(p->status, free) : orch_fail(error);
+    }
+    if (error != 0) free(p->status);
+    orchi_process_leave(p);
+    return r;
+}
+
+// ---- the object
+
+#define ORCHI_BROKEN(error)                                                                        \
+    {                                                                                              \
+        error, NULL, 0, 0, error, -1, NULL, {-1, -1, -1}, NULL, NULL, {                            \
+            NULL, NULL, NULL, 0, 0, 0, false, 0, false, NULL, 0, 0, false                          \
+        }                                                                                          \
+    }
+static const orch_process orchi_broken_processes[] = {
+    ORCHI_BROKEN(ORCH_ENOMEM), ORCHI_BROKEN(ORCH_ENOLOOP), ORCHI_BROKEN(ORCH_EINVAL)};
+#undef ORCHI_BROKEN
+
+/* Never written: every operation looks at the error first, and a free at the loop. */
+static orch_process *orchi_process_broken(int error) {
+    size_t i = error == ORCH_ENOMEM ? 0 : error == ORCH_ENOLOOP ? 1 : 2;
+    return (orch_process *)(uintptr_t)&orchi_broken_processes[i];
+}
+
+/* The only place where defaults are filled in. */
+static orch_process_desc orchi_process_defaults(const orch_process_desc *given) {
+    orch_process_desc desc = *given;
+    if (desc.in == ORCH_STDIO_DEFAULT) desc.in = ORCH_STDIO_INHERIT;
+    if (desc.out == ORCH_STDIO_DEFAULT) desc.out = ORCH_STDIO_INHERIT;
+    if (desc.err == ORCH_STDIO_DEFAULT) desc.err = ORCH_STDIO_INHERIT;
+    if (desc.grace_ms == 0) desc.grace_ms = 2000;
+    if (desc.limit == 0) desc.limit = (size_t)16 << 20;
+    return desc;
+}
+
+static int orchi_process_desc_error(const orch_process_desc *desc) {
+    if (orchi_loop == NULL) return ORCH_ENOLOOP;
+    if (desc == NULL || desc->argv == NULL || desc->argv[0] == NULL) return ORCH_EINVAL;
+    bool valid = desc->in >= ORCH_STDIO_PIPE && desc->out >= ORCH_STDIO_PIPE &&
+                 desc->err >= ORCH_STDIO_OUT && (desc->input != NULL || desc->input_size == 0);
+    return valid ? 0 : ORCH_EINVAL;
+}
+
+static orch_process *orchi_process_new(orch_loop *loop, const orch_process_desc *desc) {
+    orch_process *p = (orch_process *)orchi_allocate(loop, sizeof *p);
+    if (p == NULL) return NULL;
+    memset(p, 0, sizeof *p);
+    p->loop = loop;
+    p->users = 2;
+    p->pidfd = p->ends[0] = p->ends[1] = p->ends[2] = -1;
+    p->desc = *desc;
+    return p;
+}
+
+orch_process *orch_process_start(const orch_process_desc *given) {
+    int error = orchi_process_desc_error(given);
+    if (error != 0) return orchi_process_broken(orchi_misuse("orch_process_start", error));
+    orch_process_desc desc = orchi_process_defaults(given);
+    orch_process *p = orchi_process_new(orchi_loop, &desc);
+    if (p == NULL) return orchi_process_broken(ORCH_ENOMEM);
+    orchi_birth birth = {p, &desc};
+    orch_task_desc task = {"process", orchi_process_supervise, &birth, 0, NULL, 0};
+    p->supervisor = orchi_begin(&task, NULL, false, "orch_process_start");
+    if (p->supervisor == orchi_rejected(ORCH_ENOMEM)) {
+        orchi_free(p->loop, p, sizeof *p);
+        return orchi_process_broken(ORCH_ENOMEM);
+    }
+    if (p->error != 0) orchi_process_close(p);
+    return p;
+}
+
+/* What is wrong with a process here and now, or 0. */
+static int orchi_process_error(const orch_process *p, const char *function) {
+    if (p == NULL) return orchi_misuse(function, ORCH_EINVAL);
+    if (p->error != 0 || p->loop == orchi_loop) return p->error;
+    return orchi_misuse(function, orchi_loop != NULL ? ORCH_ETHREAD : ORCH_ENOLOOP);
+}
+
+int orch_process_id(const orch_process *p) {
+    int error = orchi_process_error(p, "orch_process_id");
+    return error != 0 ? error : p->id;
+}
+
+static int orchi_process_fd(const orch_process *p, int i, const char *function) {
+    int error = orchi_process_error(p, function);
+    return error != 0 ? error : p->ends[i] >= 0 ? p->ends[i] : -EBADF;
+}
+
+int orch_process_stdin(const orch_process *p) {
+    return orchi_process_fd(p, 0, "orch_process_stdin");
+}
+
+int orch_process_stdout(const orch_process *p) {
+    return orchi_process_fd(p, 1, "orch_process_stdout");
+}
+
+int orch_process_stderr(const orch_process *p) {
+    return orchi_process_fd(p, 2, "orch_process_stderr");
+}
+
+int orch_process_close_stdin(orch_process *p) {
+    int fd = orchi_process_fd(p, 0, "orch_process_close_stdin");
+    if (fd < 0) return fd;
+    p->ends[0] = -1;
+    return orch_close(fd);
+}
+
+/* A then of a reference: cancelled, it lets go of the supervisor and asks it nothing. */
+orch_future *orch_process_wait(orch_process *p) {
+    int error = orchi_process_error(p, "orch_process_wait");
+    if (error != 0 && (p == NULL || p->loop != orchi_loop || orchi_loop == NULL)) {
+        return orch_settled(orch_fail(error));
+    }
+    return orch_then(orch_ref(p->supervisor), NULL, NULL, NULL);
+}
+
+int orch_process_kill(orch_process *p, int signal) {
+    int error = orchi_process_error(p, "orch_process_kill");
+    if (error != 0) return error;
+    return p->pid != 0 ? orchi_process_signal(p, signal) : -ESRCH;
+}
+
+void orch_process_free(orch_process *p) {
+    if (p == NULL || p->loop == NULL) return;
+    if (p->loop != orchi_loop) {
+        orchi_misuse("orch_process_free", orchi_loop != NULL ? ORCH_ETHREAD : ORCH_ENOLOOP);
+        return;
+    }
+    orch_future *supervisor = p->supervisor;
+    orchi_process_close(p);
+    orchi_process_leave(p);
+    orch_cancel(supervisor, 0);
+    if (orch_self() == NULL) {
+        orch_drop(supervisor);
+        return;
+    }
+    orch_shield_begin(); // others may hold it too, and a drop would not wait then
+    orch_result r = orch_await(supervisor);
+    orch_result_free(&r);
+    orch_shield_end();
+}
+
+// ---- run
+
+typedef struct orchi_capture {
+    const char *name;
+    int fd;
+    size_t limit;
+    bool truncate, truncated;
+    char *data; // from malloc, as a result may outlive the loop
+    size_t size, room;
+} orchi_capture;
+
+enum { ORCHI_CAPTURE_MORE = 4096 };
+
+/* Room for one more read and a NUL, doubled until it is above the limit by one read. */
+static bool orchi_capture_room(orchi_capture *c) {
+    if (c->room - c->size > ORCHI_CAPTURE_MORE / 2) return true;
+    size_t most = c->limit + ORCHI_CAPTURE_MORE, next = c->room * 2 + ORCHI_CAPTURE_MORE;
+    char *data = (char *)realloc(c->data, next < most ? next : most);
+    if (data == NULL) return false;
+    c->data = data;
+    c->room = next < most ? next : most;
+    return true;
+}
+
+/* A task: reads one output to its end. What is above the limit is read as well, and dropped. */
+static orch_result orchi_capture_run(void *arg) {
+    orchi_capture *c = (orchi_capture *)arg;
+    for (;;) {
+        if (!orchi_capture_room(c)) return orch_fail(ORCH_ENOMEM);
+        ptrdiff_t got = orch_read(c->fd, c->data + c->size, c->room - c->size - 1);
+        c->data[c->size] = '\0';
+        if (got <= 0) return got < 0 ? orch_fail((int)got) : orch_ok(NULL, NULL);
+        c->size += (size_t)got;
+        if (c->size > c->limit) {
+            c->size = c->limit;
+            c->truncated = true;
+            if (!c->truncate) {
+                return orch_failf(ORCH_ELIMIT, "%s is longer than %zu bytes", c->name, c->limit);
+            }
+        }
+    }
+}
+
+/* A task: writes the input. Who does not read all of it may have its reasons. */
+static orch_result orchi_feed_run(void *arg) {
+    orch_process *p = (orch_process *)arg;
+    ptrdiff_t done = orch_write(p->ends[0], p->desc.input, p->desc.input_size);
+    if (done == ORCH_ECANCELED) return orch_fail(ORCH_ECANCELED);
+    orch_process_close_stdin(p);
+    return done < 0 && done != -EPIPE ? orch_fail((int)done) : orch_ok(NULL, NULL);
+}
+
+static void orchi_output_free(void *output) {
+    orch_process_output *o = (orch_process_output *)output;
+    free(o->out);
+    free(o->err);
+    free(o);
+}
+
+/* All at the same time, as a program that waits for us to read would otherwise wait for ever. */
+static orch_result orchi_process_exchange(orch_process *p, orchi_capture *out, orchi_capture *err) {
+    orch_scope scope;
+    orch_scope_open(&scope, NULL);
+    if (p->ends[0] >= 0) orch_scope_go(&scope, orchi_feed_run, p);
+    if (out->fd >= 0) orch_scope_go(&scope, orchi_capture_run, out);
+    if (err->fd >= 0) orch_scope_go(&scope, orchi_capture_run, err);
+    return orch_scope_close(&scope);
+}
+
+/* The first error of a scope by itself: its list shows futures that end with it. */
+static orch_result orchi_first_error(orch_result r) {
+    const char *message = orch_message(&r);
+    orch_result own = message == orch_error_text(r.error) ? orch_fail(r.error)
+                                                          : orch_failf(r.error, "%s", message);
+    orch_result_free(&r);
+    return own;
+}
+
+static orch_result orchi_process_finish(orch_process *p, orchi_capture *out, orchi_capture *err) {
+    orch_result r = orchi_process_exchange(p, out, err);
+    if (r.error != 0) return orchi_first_error(r);
+    r = orch_await(orch_process_wait(p));
+    if (r.error != 0) return r;
+    orch_process_output *o = (orch_process_output *)calloc(1, sizeof *o);
+    if (o != NULL) {
+        o->status = *(const orch_exit_status *)r.value;
+        o->out = out->data != NULL ? out->data : (char *)calloc(1, 1);
+        o->err = err->data != NULL ? err->data : (char *)calloc(1, 1);
+        o->out_size = out->size;
+        o->err_size = err->size;
+        o->truncated = out->truncated || err->truncated;
+        out->data = err->data = NULL;
+    }
+    orch_result_free(&r);
+    if (o != NULL && o->out != NULL && o->err != NULL) return orch_ok(o, orchi_output_free);
+    if (o != NULL) orchi_output_free(o);
+    return orch_fail(ORCH_ENOMEM);
+}
+
+static orchi_capture orchi_capture_of(const char *name, const orch_process *p, int i) {
+    orchi_capture c;
+    memset(&c, 0, sizeof c);
+    c.name = name;
+    c.fd = p->ends[i];
+    c.limit = p->desc.limit < SIZE_MAX / 4 ? p->desc.limit : SIZE_MAX / 4;
+    c.truncate = p->desc.truncate;
+    return c;
+}
+
+orch_result orch_process_run(const orch_process_desc *given) {
+    int error = orchi_process_desc_error(given);
+    if (error == 0 && orch_self() == NULL) error = ORCH_ENOTASK;
+    if (error != 0) return orch_fail(orchi_misuse("orch_process_run", error));
+    if (orchi_must_end(orch_self())) return orch_fail(ORCH_ECANCELED);
+    orch_process_desc desc = *given;
+    if (desc.in == ORCH_STDIO_DEFAULT) desc.in = ORCH_STDIO_PIPE;
+    if (desc.out == ORCH_STDIO_DEFAULT) desc.out = ORCH_STDIO_PIPE;
+    if (desc.err == ORCH_STDIO_DEFAULT) desc.err = ORCH_STDIO_PIPE;
+    orch_process *p = orch_process_start(&desc);
+    if (orch_process_id(p) < 0) {
+        orch_result r = orchi_first_error(orch_await(orch_process_wait(p)));
+        orch_process_free(p);
+        return r;
+    }
+    orchi_capture out = orchi_capture_of("stdout", p, 1), err = orchi_capture_of("stderr", p, 2);
+    orch_result r = orchi_process_finish(p, &out, &err);
+    orch_process_free(p);
+    free(out.data);
+    free(err.data);
+    return r;
+}
+
+// ---- statuses
+
+const char *orch_exit_text(orch_exit_status status, char *buffer, size_t size) {
+    if (status.signal == 0) snprintf(buffer, size, "exited with %d", status.code);
+    else snprintf(buffer, size, "killed by signal %d (%s)", status.signal, strsignal(status.signal));
+    return buffer;
+}
+
+orch_result orch_exit_check(orch_exit_status status) {
+    char text[128];
+    if (status.signal == 0 && status.code == 0) return orch_ok(NULL, NULL);
+    int error = status.signal != 0 ? 128 + status.signal : status.code;
+    return orch_failf(error, "%s", orch_exit_text(status, text, sizeof text));
+}
+
 #ifdef __cplusplus
 } // extern "C"
 #endif
@@ -11654,6 +12381,7 @@ const orch_adaptive_desc *orch_adaptive_settings(const orch_adaptive *a) {
 #undef ORCHI_DEBUG
 #undef ORCHI_DISARMED
 #undef ORCHI_ERROR_ROW
+#undef ORCHI_FORK
 #undef ORCHI_FUNCTION
 #undef ORCHI_FUNCTION_END
 #undef ORCHI_FUNCTION_PUBLIC
@@ -11669,6 +12397,7 @@ const orch_adaptive_desc *orch_adaptive_settings(const orch_adaptive *a) {
 #undef ORCHI_NO_WINNER
 #undef ORCHI_OS_LINUX
 #undef ORCHI_OS_MACOS
+#undef ORCHI_PIDFD
 #undef ORCHI_RISCV_SAVE
 #undef ORCHI_PPOLL
 #undef ORCHI_SAVE_FLOATS
