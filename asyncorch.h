@@ -11693,6 +11693,7 @@ static ptrdiff_t orch_read(int fd, void *b, size_t n) {
 }
 static ptrdiff_t orch_write(int fd, const void *b, size_t n) {
     size_t done = 0;
+    signal(SIGPIPE, SIG_IGN);
     while (done < n) {
         ssize_t got = write(fd, (const char *)b + done, n - done);
         if (got >= 0) done += (size_t)got;
@@ -12246,15 +12247,15 @@ static orch_result orchi_capture_run(void *arg) {
     for (;;) {
         if (!orchi_capture_room(c)) return orch_fail(ORCH_ENOMEM);
         ptrdiff_t got = orch_read(c->fd, c->data + c->size, c->room - c->size - 1);
-        c->data[c->size] = '\0';
-        if (got <= 0) return got < 0 ? orch_fail((int)got) : orch_ok(NULL, NULL);
-        c->size += (size_t)got;
+        if (got > 0) c->size += (size_t)got;
         if (c->size > c->limit) {
             c->size = c->limit;
             c->truncated = true;
-            if (!c->truncate) {
-                return orch_failf(ORCH_ELIMIT, "%s is longer than %zu bytes", c->name, c->limit);
-            }
+        }
+        c->data[c->size] = '\0';
+        if (got <= 0) return got < 0 ? orch_fail((int)got) : orch_ok(NULL, NULL);
+        if (c->truncated && !c->truncate) {
+            return orch_failf(ORCH_ELIMIT, "%s is longer than %zu bytes", c->name, c->limit);
         }
     }
 }
