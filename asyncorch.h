@@ -2238,8 +2238,8 @@ enum { // what is behind a descriptor of the child, besides a descriptor of the 
     ORCH_STDIO_DEFAULT = 0,  // start: the caller's own; run: the input, and what is captured
     ORCH_STDIO_INHERIT = -1, // the caller's own
     ORCH_STDIO_NULL = -2,    // /dev/null
-    ORCH_STDIO_PIPE = -3,    // a pipe, whose other end is orch_process_stdin, ..._stdout, ..._stderr
-    ORCH_STDIO_OUT = -4      // err: where out goes
+    ORCH_STDIO_PIPE = -3, // a pipe, whose other end is orch_process_stdin, ..._stdout, ..._stderr
+    ORCH_STDIO_OUT = -4   // err: where out goes
 };
 
 typedef struct orch_process_desc {
@@ -2585,8 +2585,7 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #define ORCHI_FORK fork
 #endif
 
-#if ORCHI_OS_LINUX && defined(SYS_pidfd_open) &&                                                    \
-    !(defined(ORCH_USE_SIGCHLD) && ORCH_USE_SIGCHLD)
+#if ORCHI_OS_LINUX && defined(SYS_pidfd_open) && !(defined(ORCH_USE_SIGCHLD) && ORCH_USE_SIGCHLD)
 #define ORCHI_PIDFD 1
 #else
 #define ORCHI_PIDFD 0
@@ -13401,32 +13400,6 @@ const orch_adaptive_desc *orch_adaptive_settings(const orch_adaptive *a) {
 //     it is given up       SIGTERM to its group, the grace, SIGKILL to what is left of the group,
 //                          which keeps its number as long as its leader was not reaped; reaped
 
-// TEMPORARY, until net is merged
-static int orch_pipe(int fds[2]) { return pipe2(fds, O_CLOEXEC | O_NONBLOCK) != 0 ? -errno : 0; }
-static ptrdiff_t orch_read(int fd, void *b, size_t n) {
-    for (;;) {
-        ssize_t got = read(fd, b, n);
-        if (got >= 0 || errno != EAGAIN) return got < 0 ? -errno : got;
-        orch_result r = orch_await(orch_ready(fd, ORCH_READABLE));
-        if (r.error != 0) return r.error;
-    }
-}
-static ptrdiff_t orch_write(int fd, const void *b, size_t n) {
-    size_t done = 0;
-    signal(SIGPIPE, SIG_IGN);
-    while (done < n) {
-        ssize_t got = write(fd, (const char *)b + done, n - done);
-        if (got >= 0) done += (size_t)got;
-        else if (errno != EAGAIN) return -errno;
-        else {
-            orch_result r = orch_await(orch_ready(fd, ORCH_WRITABLE));
-            if (r.error != 0) return r.error;
-        }
-    }
-    return (ptrdiff_t)done;
-}
-// END TEMPORARY
-
 // ---- starting
 
 typedef struct orchi_spawn { // all that the child needs, made before
@@ -13669,12 +13642,17 @@ static int orchi_pidfd_open(pid_t pid) {
 }
 #endif
 
-/* How its end will be known. It may have ended already: that is looked for first. */
+/* How its end will be known. It may have ended already: that is looked for first. A SIGCHLD that
+ * every thread blocks would never come. */
 static int orchi_process_watch(orch_process *p) {
     static const int child[] = {SIGCHLD};
+    sigset_t set;
     p->pidfd = orchi_pidfd_open(p->pid);
     if (p->pidfd >= 0) return 0;
     p->end = orch_signals_new(child, 1);
+    sigemptyset(&set);
+    sigaddset(&set, SIGCHLD);
+    if (p->end->error == 0) pthread_sigmask(SIG_UNBLOCK, &set, NULL);
     return p->end->error;
 }
 
@@ -14073,7 +14051,8 @@ orch_result orch_process_run(const orch_process_desc *given) {
 
 const char *orch_exit_text(orch_exit_status status, char *buffer, size_t size) {
     if (status.signal == 0) snprintf(buffer, size, "exited with %d", status.code);
-    else snprintf(buffer, size, "killed by signal %d (%s)", status.signal, strsignal(status.signal));
+    else
+        snprintf(buffer, size, "killed by signal %d (%s)", status.signal, strsignal(status.signal));
     return buffer;
 }
 
