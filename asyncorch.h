@@ -209,8 +209,10 @@
 //                                           stay in quarantine, so that a later use is named
 //                             defined       a misuse returns the documented error
 //     ORCH_USE_UCONTEXT       not defined   define to 1 to switch with ucontext instead of assembly
+//     ORCH_USE_SIGCHLD        not defined   define to 1 to wait for children by SIGCHLD where there
+//                                           is a pidfd
 //
-// Neither changes a public struct. Run-time settings are fields of orch_loop_desc.
+// None changes a public struct. Run-time settings are fields of orch_loop_desc.
 
 // The implementation needs more of the system headers than strict ISO C shows.
 #if defined(ASYNCORCH_IMPLEMENTATION) && !defined(_GNU_SOURCE)
@@ -251,6 +253,7 @@ typedef struct orch_future orch_future;         // the read end of work in progr
 typedef struct orch_loop orch_loop;             // one per thread
 typedef struct orch_task orch_task;             // a running coroutine
 typedef struct orch_completion orch_completion; // an iteration in order of completion
+typedef struct orch_signals orch_signals;       // signals that are caught
 
 // ---- errors
 
@@ -277,12 +280,13 @@ typedef struct orch_completion orch_completion; // an iteration in order of comp
     X(ORCH_ELIMIT, -10012, "more than the limit allows")                                           \
     X(ORCH_ESCOPE, -10013, "the scope is not open here")                                           \
     X(ORCH_EHOST, -10014, "host not found")                                                        \
-    X(ORCH_ERESOLVE, -10015, "the name could not be resolved now")
+    X(ORCH_ERESOLVE, -10015, "the name could not be resolved now")                                 \
+    X(ORCH_ESIGNAL, -10016, "ended by a signal")
 
 #define ORCHI_ERROR_ENUM(name, value, text) name = (value),
 typedef enum orch_error {
     ORCH_OK = 0,
-    ORCH_ERRORS(ORCHI_ERROR_ENUM) ORCH_ERROR_LAST = -10016
+    ORCH_ERRORS(ORCHI_ERROR_ENUM) ORCH_ERROR_LAST = -10017
 } orch_error;
 #undef ORCHI_ERROR_ENUM
 
@@ -921,6 +925,7 @@ typedef struct orch_loop_desc {
     bool no_overflow_report;  // leave SIGSEGV alone: a stack overflow is not named
     orch_clock clock;         // default: CLOCK_MONOTONIC
     uint64_t seed;            // not 0: ready tasks and equal deadlines in an order drawn from it
+    bool handle_signals;      // orch_run: SIGINT and SIGTERM cancel the main task, see there
     void *context;            // for the hooks below
     uint64_t (*now)(void *context); // a clock of your own: ns, never going back; default: clock
     void (*on_unhandled)(const orch_result *r, void *context); // default: one line on stderr
@@ -1050,14 +1055,21 @@ int orch_adopt(int fd);
  * Owns: borrows arg; the result is the caller's to free. */
 orch_result orch_run(orch_task_fn main, void *arg);
 
-/* orch_run with settings.
- * Returns as orch_run; ORCH_EINVAL for an invalid desc.
+/* orch_run with settings. With handle_signals SIGINT or SIGTERM, unless it is ignored, cancels the
+ * main task (orch_cancel_reason: 128 and the signal), and its clean-up is waited for. If it then
+ * ends with any error, that becomes ORCH_ESIGNAL, index: the signal; a message of its own stays,
+ * but not that of ORCH_ECANCELED. If it ends well all the same, that counts. A second signal ends
+ * the process at once, even in the middle of a computation. Waiting for the two is no work: the
+ * loop can still be deadlocked.
+ * Returns as orch_run; ORCH_EINVAL for an invalid desc; ORCH_ESIGNAL; -EMFILE when signals cannot
+ * be caught.
  * Context: as orch_run.
  * Owns: as orch_run. */
 orch_result orch_run_with(const orch_loop_desc *desc, orch_task_fn main, void *arg);
 
-/* What main() returns: prints a rejected result's message on stderr and frees it.
- * Returns 0 or 1.
+/* What main() returns: prints a rejected result's message on stderr and frees it. ORCH_ESIGNAL
+ * without a message of its own is not printed: who sent the signal knows.
+ * Returns 0 or 1; 128 and the signal for ORCH_ESIGNAL, as a shell has it.
  * Context: any thread.
  * Owns: consumes r. */
 int orch_exit(orch_result r);
@@ -2182,6 +2194,175 @@ size_t orch_adaptive_waiting(const orch_adaptive *a);
  * Owns nothing; lives as long as the limit. */
 const orch_adaptive_desc *orch_adaptive_settings(const orch_adaptive *a);
 
+// ---- signals
+//
+// A signal as a future. While somebody waits for one, the process catches it, in whichever thread
+// it arrives, and every loop that waits gets it; when the last one has gone, it is handled as it
+// was before. Several that come before the loop looks are one, as they are for the system itself.
+// A wait counts as one for a descriptor: the loop is not deadlocked, and it uses one (two outside
+// Linux). A child made by fork is as it was before: a signal there does what it did before
+// anybody waited.
+
+/* A future of the next time that a signal comes, counted from this call: orch_int has its number.
+ * Returns the future; rejected: ORCH_EINVAL for a signal that cannot be waited for (SIGKILL,
+ * SIGSTOP, the program's own faults such as SIGSEGV and SIGABRT, those above 64), -EMFILE,
+ * ORCH_ENOMEM.
+ * Context: loop thread; does not suspend.
+ * Owns: hands over the future. */
+ORCH_NODISCARD orch_future *orch_signal(int signal);
+
+/* Begins to catch several signals. Nothing is lost between one wait and the next. One that wakes
+ * nobody waits, and different ones are told lowest number first.
+ * Returns the object, never NULL: what could not be made says why in every next, as orch_signal;
+ * ORCH_EINVAL (debug builds abort) for an empty list, ORCH_ENOLOOP.
+ * Context: loop thread; does not suspend.
+ * Owns: hands it over, for orch_signals_free; borrows signals during the call. */
+ORCH_NODISCARD orch_signals *orch_signals_new(const int *signals, size_t count);
+
+/* A future of the next of them: orch_int has its number. Cancelled, or lost in a race, it has taken
+ * none.
+ * Returns the future; ORCH_EBUSY while another one is pending; ORCH_ECLOSED when s is freed first.
+ * Context: loop thread; does not suspend.
+ * Owns: borrows s; hands over the future. */
+ORCH_NODISCARD orch_future *orch_signals_next(orch_signals *s);
+
+/* Stops catching them. Who waits gets ORCH_ECLOSED.
+ * Returns nothing.
+ * Context: loop thread; does not suspend.
+ * Owns: consumes s. NULL does nothing. */
+void orch_signals_free(orch_signals *s);
+
+// ---- processes
+//
+// A child process is an object whose life is its handle's: freeing it ends the process, and so does
+// the end of the loop; no deadline of a scope does. However it ends, it is waited for by its own
+// number: there are no zombies, and nobody else's children are touched (a program that reaps all
+// children itself, or ignores SIGCHLD, gets -ECHILD in place of a status). The child has the
+// descriptors 0, 1 and 2 and no other, also none that lacks close-on-exec; no signal is blocked;
+// what the program caught is at its default, and so are SIGPIPE and SIGCHLD; what else it ignored
+// stays ignored, as nohup wants. On a virtual clock time does not pass by itself while a child
+// runs.
+
+typedef struct orch_process orch_process;
+
+enum { // what is behind a descriptor of the child, besides a descriptor of the caller's
+    ORCH_STDIO_DEFAULT = 0,  // start: the caller's own; run: the input, and what is captured
+    ORCH_STDIO_INHERIT = -1, // the caller's own
+    ORCH_STDIO_NULL = -2,    // /dev/null
+    ORCH_STDIO_PIPE = -3, // a pipe, whose other end is orch_process_stdin, ..._stdout, ..._stderr
+    ORCH_STDIO_OUT = -4   // err: where out goes
+};
+
+typedef struct orch_process_desc {
+    const char *const *argv; // required, with a NULL at the end; without a slash argv[0] is looked
+                             // for in the caller's PATH
+    const char *const *env;  // "NAME=value", with a NULL at the end; default: the caller's
+    const char *directory;   // in which it starts, and from which a relative argv[0] is seen;
+                             // default: the caller's
+    int in, out, err;        // ORCH_STDIO_... or a descriptor, which stays the caller's
+    bool same_group;         // stay in the caller's process group, for a child that uses the
+                             // terminal; default: one of its own, which signals reach as a whole
+    uint64_t grace_ms;       // from SIGTERM to SIGKILL; default: 2000
+    bool no_grace;           // SIGKILL at once
+    // orch_process_run only:
+    const void *input; // written to its standard input
+    size_t input_size; // bytes
+    size_t limit;      // bytes kept of each output; default: 16 MiB
+    bool truncate;     // what is above the limit is dropped; default: it is an error
+} orch_process_desc;
+
+// How a process has ended: what orch_process_wait is fulfilled with.
+typedef struct orch_exit_status {
+    int code;   // what it returned, 0 to 255
+    int signal; // not 0: what killed it
+} orch_exit_status;
+
+/* Starts a program.
+ * Returns the process, never NULL: what could not be started says why in every operation: what the
+ * system said (-ENOENT, -EACCES, -ENOEXEC, -E2BIG, -EAGAIN, -EMFILE and so on; a directory's and a
+ * descriptor's error too), ORCH_ENOMEM; ORCH_EINVAL (debug builds abort) for a bad desc,
+ * ORCH_ENOLOOP.
+ * Context: loop thread; does not suspend, but the thread waits until the program was loaded, about
+ * a millisecond.
+ * Owns: hands it over, for orch_process_free, before the loop ends; borrows what desc shows during
+ * the call. Units: milliseconds. */
+ORCH_NODISCARD orch_process *orch_process_start(const orch_process_desc *desc);
+
+/* The number of a process, also when it has ended; it may then be another one's.
+ * Returns the number; why it did not start.
+ * Context: loop thread.
+ * Owns nothing. */
+int orch_process_id(const orch_process *p);
+
+/* Our end of a pipe to or from a process: non-blocking and close-on-exec.
+ * Returns the descriptor; -EBADF when there is no pipe, or when it was closed; why it did not
+ * start.
+ * Context: loop thread.
+ * Owns nothing: orch_process_free closes it. */
+int orch_process_stdin(const orch_process *p);
+int orch_process_stdout(const orch_process *p);
+int orch_process_stderr(const orch_process *p);
+
+/* Closes our end of its standard input, which is how most filters are told to end.
+ * Returns 0; -EBADF when there is no pipe; why it did not start.
+ * Context: loop thread; wakes who waits for the descriptor with ORCH_ECANCELED.
+ * Owns: closes the descriptor. */
+int orch_process_close_stdin(orch_process *p);
+
+/* A future of its end. Dropping or cancelling it does nothing to the process; there may be several.
+ * Returns the future: its value is a const orch_exit_status *. Rejected: with why it did not start,
+ * and a message; -ECHILD when somebody else has reaped it; ORCH_ENOMEM.
+ * Context: loop thread.
+ * Owns: hands over the future; the status lives as long as the result. */
+ORCH_NODISCARD orch_future *orch_process_wait(orch_process *p);
+
+/* Sends a signal to the process and its group.
+ * Returns 0; -ESRCH when it has ended; -EINVAL for no signal, -EPERM; why it did not start.
+ * Context: loop thread; does not suspend.
+ * Owns nothing. */
+int orch_process_kill(orch_process *p, int signal);
+
+/* Ends a process: SIGTERM to its group and, after grace_ms or as soon as it has ended, SIGKILL to
+ * what is left of that. In a task this returns when it has ended, also in a cancelled one. One that
+ * has ended by itself is left in peace, and so is what it started. Who waits gets the status.
+ * Returns nothing.
+ * Context: loop thread; in a task it may suspend.
+ * Owns: consumes p, closes its pipes. NULL does nothing. */
+void orch_process_free(orch_process *p);
+
+// What orch_process_run is fulfilled with. The texts have a NUL behind them, and are never NULL.
+typedef struct orch_process_output {
+    orch_exit_status status;
+    char *out, *err; // "" when not captured
+    size_t out_size, err_size;
+    bool truncated; // something was dropped
+} orch_process_output;
+
+/* Runs a program to its end, feeds it `input` and captures its outputs, all at the same time. It
+ * has ended when the program has and its captured outputs are at their end. A program that does
+ * not read its input is no failure. Cancelled, or failed in between: the program is ended as by
+ * orch_process_free.
+ * Returns a result with a const orch_process_output *, whatever the status is: orch_exit_check
+ * makes an error of it. Rejected: as orch_process_start, with a message; ORCH_ELIMIT, with a
+ * message, for an output above the limit; ORCH_ECANCELED; ORCH_ENOMEM; ORCH_ENOTASK; -errno of a
+ * pipe.
+ * Context: task only; suspends.
+ * Owns: borrows what desc shows; the result is the caller's to free. */
+ORCH_NODISCARD orch_result orch_process_run(const orch_process_desc *desc);
+
+/* A status in words: "exited with 3", "killed by signal 9 (Killed)".
+ * Returns buffer, which is cut to fit.
+ * Context: any thread.
+ * Owns nothing. Units: bytes. */
+const char *orch_exit_text(orch_exit_status status, char *buffer, size_t size);
+
+/* A status as a result, for those to whom anything but 0 is a failure.
+ * Returns success for code 0; else an error with the status in words: the code, or 128 and the
+ * signal, as a shell has it.
+ * Context: any thread.
+ * Owns: the result owns its message. */
+ORCH_NODISCARD orch_result orch_exit_check(orch_exit_status status);
+
 #ifdef __cplusplus
 } // extern "C"
 
@@ -2264,6 +2445,12 @@ static inline orch_future *orch_flight_run_with(orch_flight *f, const void *key,
 static inline orch_adaptive *orch_adaptive_new(const orch_adaptive_desc &desc) {
     return orch_adaptive_new(&desc);
 }
+static inline orch_process *orch_process_start(const orch_process_desc &desc) {
+    return orch_process_start(&desc);
+}
+static inline orch_result orch_process_run(const orch_process_desc &desc) {
+    return orch_process_run(&desc);
+}
 static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_task_desc &desc) {
     return orch_adaptive_run_with(a, &desc);
 }
@@ -2327,6 +2514,7 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -2338,11 +2526,13 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #include <sys/uio.h>
 #include <sys/un.h>
 #include <sys/utsname.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
 #if ORCHI_OS_LINUX
 #include <sys/epoll.h>
+#include <sys/eventfd.h>
 #include <sys/syscall.h>
 #endif
 #if ORCHI_OS_LINUX && defined(SYS_epoll_pwait2)
@@ -2429,6 +2619,19 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #define ORCHI_UCONTEXT 0
 #endif
 
+// ThreadSanitizer knows fork only, and macOS advises against vfork.
+#if ORCHI_OS_LINUX && !ORCHI_TSAN
+#define ORCHI_FORK vfork
+#else
+#define ORCHI_FORK fork
+#endif
+
+#if ORCHI_OS_LINUX && defined(SYS_pidfd_open) && !(defined(ORCH_USE_SIGCHLD) && ORCH_USE_SIGCHLD)
+#define ORCHI_PIDFD 1
+#else
+#define ORCHI_PIDFD 0
+#endif
+
 #ifdef NDEBUG
 #define ORCHI_DEBUG 0
 #else
@@ -2487,6 +2690,7 @@ typedef enum orchi_kind_id {
     ORCHI_TASK,
     ORCHI_TIMER,
     ORCHI_READY,
+    ORCHI_SIGNAL, // a descriptor's readiness that takes a signal
     ORCHI_COUNTS, // from here on kinds have `decided` or `ended`: an input's end is not just queued
     ORCHI_FOLLOW = ORCHI_COUNTS, // locked in to a source
     ORCHI_PROXY,                 // one consumer's registration at a shared future
@@ -2589,6 +2793,10 @@ struct orch_future {
         struct {
             int fd, events;
         } ready;
+        struct {
+            int fd, events; // as in ready
+            orch_signals *from;
+        } signal;
         struct {
             orch_completion *iteration;
         } hub;
@@ -2781,6 +2989,9 @@ struct orch_loop {
     struct orchi_visit *visits;                  // tasks for another loop
     void (*wake_open)(orch_loop *loop);          // makes what wakes a sleeping loop
     orch_future *until; // orch_run: a turn does not sleep when this has settled
+    int interrupted;    // orch_run: the signal that has cancelled it
+    uint32_t quiet;     // waits for descriptors that are no work: that of orch_run for signals
+    uint32_t children;  // processes that have not ended: a virtual clock stands still
     bool running;       // inside a turn
     orchi_timers timers;
     orchi_poller poller;
@@ -5053,13 +5264,13 @@ static bool orchi_tell(orch_loop *loop, orchi_found found, uint64_t generation) 
     loop->poller.woken |= told;
     if (orchi_meant(reader, generation, found.events, ORCH_READABLE)) {
         bool both = reader == watch->writer;
-        orchi_kinds[ORCHI_READY].fire(reader, found.events);
+        orchi_kinds[reader->kind].fire(reader, found.events);
         if (both) return true;
         told = true;
     }
     orch_future *writer = loop->poller.watches[found.fd].writer;
     if (orchi_meant(writer, generation, found.events, ORCH_WRITABLE)) {
-        orchi_kinds[ORCHI_READY].fire(writer, found.events);
+        orchi_kinds[writer->kind].fire(writer, found.events);
         told = true;
     }
     return told;
@@ -5166,7 +5377,8 @@ static int orchi_sleep(orch_loop *loop, uint64_t now, uint64_t ns) {
 static int orchi_jump(orch_loop *loop, uint64_t ns, uint64_t limit) {
     bool watched = loop->stats.watched > 0;
     loop->ticked = orchi_resumes(loop);
-    if (orchi_remotes_wait(loop)) return watched || limit > 0 ? orchi_poll(loop, limit) : 0;
+    bool outside = orchi_remotes_wait(loop) || loop->children > 0;
+    if (outside) return watched || limit > 0 ? orchi_poll(loop, limit) : 0;
     int error = watched ? orchi_poll(loop, ns == UINT64_MAX ? ns : 0) : 0;
     if (error != 0 || !orchi_ring_empty(loop) || (watched && ns == UINT64_MAX)) return error;
     loop->now = ns < UINT64_MAX - loop->now ? loop->now + ns : UINT64_MAX;
@@ -5188,8 +5400,9 @@ static int orchi_look_idle(orch_loop *loop, uint64_t limit) {
 
 /* Whether anything is left that could make work ready. */
 static bool orchi_can_wake(orch_loop *loop) {
-    return !orchi_ring_empty(loop) || loop->timers.count > 0 || loop->stats.watched > 0 ||
-           orchi_inbox_posted(loop) || orchi_remotes_wait(loop);
+    return !orchi_ring_empty(loop) || loop->timers.count > 0 ||
+           loop->stats.watched > loop->quiet || orchi_inbox_posted(loop) ||
+           orchi_remotes_wait(loop);
 }
 
 /* One turn. Returns 1 when there is more to do, 0 when nothing can wake the loop, or an error. */
@@ -5888,16 +6101,20 @@ static bool orchi_is_seen(const orch_future *f) {
 }
 
 /* One of many holders is enough, and a handle that nobody has used yet. */
-bool orch_promise_wanted(orch_promise p) {
-    if (!orch_promise_pending(p) || (p.future->flags & ORCHI_CANCEL)) return false;
-    if (!(p.future->flags & ORCHI_LISTED)) return orchi_is_seen(p.future);
+static bool orchi_is_wanted(const orch_future *f) {
+    if (f->flags & ORCHI_CANCEL) return false;
+    if (!(f->flags & ORCHI_LISTED)) return orchi_is_seen(f);
     uint32_t holders = 0;
-    const orch_future *proxy = p.future->waiter.list.first;
+    const orch_future *proxy = f->waiter.list.first;
     for (; proxy != NULL; proxy = proxy->as.follow.next) {
         if (orchi_is_seen(proxy)) return true;
         holders++;
     }
-    return holders < p.future->references;
+    return holders < f->references;
+}
+
+bool orch_promise_wanted(orch_promise p) {
+    return orch_promise_pending(p) && orchi_is_wanted(p.future);
 }
 
 bool orch_promise_describe(orch_promise p, const char *label) {
@@ -9926,6 +10143,406 @@ static void orchi_thread_leave(orch_loop *loop) {
 }
 
 // ------------------------------------------------------------------------------------------------
+// >>signal
+//
+// Signals as futures. A handler may do next to nothing, and may run in any thread, so it only sets
+// a bit in each object that wants the signal and rings its bell, a descriptor; the loop that waits
+// for the descriptor takes the bit. Invariants:
+//   - The handler reads a list that it never locks. An object that goes is unlinked, and then
+//     waited for until no handler is inside: none can ring a bell that was closed.
+//   - A bell is silenced before the bits are looked at, and rung again when some are left. So a bit
+//     that is set is never without a ringing bell, and nothing is lost between two waits.
+//   - A bit is taken in the look that found the bell, and only for a future that is wanted: what
+//     loses a race takes nothing, see orch_promise_wanted.
+//   - The first object that wants a signal installs the handler, the last puts back what was there.
+//   - A child made by fork shares the bells with its parent and must not ring them. The handler
+//     compares process numbers, and in a child does what was done before.
+// Left out: signalfd. It needs the signals blocked in every thread, and in no child.
+
+#if ORCHI_OS_LINUX
+/* One descriptor serves as both ends. */
+static int orchi_bell_open(int bell[2]) {
+    bell[0] = bell[1] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    return bell[0] < 0 ? -errno : 0;
+}
+#else
+static int orchi_bell_open(int bell[2]) {
+    if (pipe(bell) != 0) return -errno;
+    for (int i = 0; i < 2; i++) {
+        fcntl(bell[i], F_SETFD, FD_CLOEXEC);
+        fcntl(bell[i], F_SETFL, O_NONBLOCK);
+    }
+    return 0;
+}
+#endif
+
+/* Async-signal-safe. A full pipe rings already. */
+static void orchi_bell_ring(const int bell[2]) {
+    uint64_t one = 1;
+    ssize_t done = write(bell[1], &one, sizeof one);
+    (void)done;
+}
+
+static void orchi_bell_silence(const int bell[2]) {
+    uint64_t rings[16];
+    while (read(bell[0], rings, sizeof rings) == (ssize_t)sizeof rings) continue;
+}
+
+static void orchi_bell_close(const int bell[2]) {
+    close(bell[0]);
+    if (bell[1] != bell[0]) close(bell[1]);
+}
+
+enum { ORCHI_SIGNALS = 64 };
+
+struct orch_signals {
+    int error; // not 0: nothing is caught
+    orch_loop *loop;
+    orch_signals *next;          // in the list of the handler
+    orch_future *waiting;        // the one next that is pending
+    bool single;                 // of orch_signal: goes with its future
+    bool final;                  // of orch_run: the second signal is not caught
+    pid_t process;               // that made it
+    int bell[2];                 // what is waited for, what rings it
+    uint32_t wanted[2], came[2]; // a bit for each signal
+    uint32_t caught;             // how many, for `final`
+};
+
+// Of the process, as dispositions are. Static, as a handler gets no pointer.
+static struct orchi_registry {
+    orch_signals *first; // read by the handler
+    uint32_t inside;     // handlers that are reading
+    uint32_t lock;       // of those who write; held for a few instructions and system calls
+    pid_t process;
+    uint32_t users[ORCHI_SIGNALS];
+    struct sigaction previous[ORCHI_SIGNALS];
+} orchi_registry;
+
+static bool orchi_signal_in(const uint32_t set[2], int number) {
+    return (__atomic_load_n(&set[(number - 1) / 32], __ATOMIC_ACQUIRE) >> (number - 1) % 32) & 1;
+}
+
+static void orchi_signal_put(uint32_t set[2], int number) {
+    __atomic_fetch_or(&set[(number - 1) / 32], 1u << (number - 1) % 32, __ATOMIC_ACQ_REL);
+}
+
+static void orchi_signal_remove(uint32_t set[2], int number) {
+    __atomic_fetch_and(&set[(number - 1) / 32], ~(1u << (number - 1) % 32), __ATOMIC_ACQ_REL);
+}
+
+// ---- the handler
+
+/* Handles a signal as if the handler were not there: it comes again when the handler returns. */
+static void orchi_signal_pass(int number, const struct sigaction *action) {
+    sigaction(number, action, NULL);
+    raise(number);
+}
+
+/* Whether the process is to end. */
+static bool orchi_signal_note(orch_signals *s, int number) {
+    if (!orchi_signal_in(s->wanted, number)) return false;
+    orchi_signal_put(s->came, number);
+    orchi_bell_ring(s->bell);
+    return s->final && __atomic_fetch_add(&s->caught, 1, __ATOMIC_ACQ_REL) > 0;
+}
+
+static void orchi_signal_handler(int number) {
+    struct orchi_registry *registry = &orchi_registry;
+    int saved = errno;
+    if (__atomic_load_n(&registry->process, __ATOMIC_ACQUIRE) != getpid()) {
+        orchi_signal_pass(number, &registry->previous[number - 1]);
+        errno = saved;
+        return;
+    }
+    bool over = false;
+    __atomic_fetch_add(&registry->inside, 1, __ATOMIC_SEQ_CST);
+    orch_signals *s = __atomic_load_n(&registry->first, __ATOMIC_SEQ_CST);
+    for (; s != NULL; s = __atomic_load_n(&s->next, __ATOMIC_SEQ_CST)) {
+        if (orchi_signal_note(s, number)) over = true;
+    }
+    __atomic_fetch_sub(&registry->inside, 1, __ATOMIC_SEQ_CST);
+    struct sigaction standard;
+    memset(&standard, 0, sizeof standard);
+    standard.sa_handler = SIG_DFL;
+    if (over) orchi_signal_pass(number, &standard);
+    errno = saved;
+}
+
+// ---- the registry
+
+static bool orchi_signal_is_ours(const struct sigaction *action) {
+    return !(action->sa_flags & SA_SIGINFO) && action->sa_handler == orchi_signal_handler;
+}
+
+/* Puts back what was there, unless somebody has replaced the handler meanwhile. */
+static void orchi_signal_restore(int number) {
+    struct sigaction now;
+    if (sigaction(number, NULL, &now) == 0 && orchi_signal_is_ours(&now)) {
+        sigaction(number, &orchi_registry.previous[number - 1], NULL);
+    }
+}
+
+/* The first use in a child made by fork: the parent's objects are not its own. */
+static void orchi_registry_reset(void) {
+    struct orchi_registry *registry = &orchi_registry;
+    registry->first = NULL;
+    registry->inside = registry->lock = 0;
+    for (int number = 1; number <= ORCHI_SIGNALS; number++) {
+        if (registry->users[number - 1] > 0) orchi_signal_restore(number);
+        registry->users[number - 1] = 0;
+    }
+}
+
+static void orchi_registry_lock(void) {
+    pid_t here = getpid(), was = __atomic_load_n(&orchi_registry.process, __ATOMIC_ACQUIRE);
+    if (was != here && __atomic_compare_exchange_n(&orchi_registry.process, &was, here, false,
+                                                   __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+        if (was != 0) orchi_registry_reset();
+    }
+    while (__atomic_exchange_n(&orchi_registry.lock, 1, __ATOMIC_ACQUIRE)) sched_yield();
+}
+
+static void orchi_registry_unlock(void) {
+    __atomic_store_n(&orchi_registry.lock, 0, __ATOMIC_RELEASE);
+}
+
+/* The first user of a signal installs the handler. Calls that are interrupted are restarted, and
+ * the stack of a task is spared. */
+static int orchi_signal_use(int number) {
+    if (orchi_registry.users[number - 1] == 0) {
+        struct sigaction action;
+        memset(&action, 0, sizeof action);
+        action.sa_handler = orchi_signal_handler;
+        action.sa_flags = SA_RESTART | SA_ONSTACK;
+        if (sigaction(number, NULL, &orchi_registry.previous[number - 1]) != 0) return -errno;
+        if (sigaction(number, &action, NULL) != 0) return -errno;
+    }
+    orchi_registry.users[number - 1]++;
+    return 0;
+}
+
+static void orchi_signal_leave(int number) {
+    if (--orchi_registry.users[number - 1] == 0) orchi_signal_restore(number);
+}
+
+/* Gives back the signals below `end` that an object uses. */
+static void orchi_signals_leave(const orch_signals *s, int end) {
+    for (int number = 1; number < end; number++) {
+        if (orchi_signal_in(s->wanted, number)) orchi_signal_leave(number);
+    }
+}
+
+/* In the list before the handler is there, so that a signal finds it. */
+static int orchi_signals_enter(orch_signals *s) {
+    int error = 0;
+    orchi_registry_lock();
+    s->next = orchi_registry.first;
+    __atomic_store_n(&orchi_registry.first, s, __ATOMIC_SEQ_CST);
+    for (int number = 1; number <= ORCHI_SIGNALS && error == 0; number++) {
+        if (!orchi_signal_in(s->wanted, number)) continue;
+        error = orchi_signal_use(number);
+        if (error != 0) orchi_signals_leave(s, number);
+    }
+    orchi_registry_unlock();
+    return error;
+}
+
+/* Out of the list; nobody rings its bell any more when this returns. */
+static void orchi_signals_unlink(orch_signals *s) {
+    orch_signals **at = &orchi_registry.first;
+    while (*at != s) at = &(*at)->next;
+    __atomic_store_n(at, s->next, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&orchi_registry.inside, __ATOMIC_SEQ_CST) != 0) sched_yield();
+}
+
+static void orchi_signals_exit(orch_signals *s) {
+    if (s->process != getpid()) return; // a copy, in a child made by fork
+    orchi_registry_lock();
+    if (s->error == 0) orchi_signals_leave(s, ORCHI_SIGNALS + 1);
+    orchi_signals_unlink(s);
+    orchi_registry_unlock();
+}
+
+// ---- objects
+
+static const orch_signals orchi_broken_signals[] = {
+    {ORCH_ENOMEM, NULL, NULL, NULL, false, false, 0, {-1, -1}, {0, 0}, {0, 0}, 0},
+    {ORCH_ENOLOOP, NULL, NULL, NULL, false, false, 0, {-1, -1}, {0, 0}, {0, 0}, 0},
+    {ORCH_EINVAL, NULL, NULL, NULL, false, false, 0, {-1, -1}, {0, 0}, {0, 0}, 0}};
+
+/* Never written: every operation looks at the error first, and a free at the loop. */
+static orch_signals *orchi_signals_broken(int error) {
+    size_t i = error == ORCH_ENOMEM ? 0 : error == ORCH_ENOLOOP ? 1 : 2;
+    return (orch_signals *)(uintptr_t)&orchi_broken_signals[i];
+}
+
+/* A program's own faults would come again at once if a handler returned. */
+static bool orchi_signal_can_wait(int number) {
+    static const int not_these[] = {SIGKILL, SIGSTOP, SIGSEGV, SIGBUS, SIGFPE,
+                                    SIGILL,  SIGABRT, SIGTRAP, SIGSYS};
+    for (size_t i = 0; i < sizeof not_these / sizeof not_these[0]; i++) {
+        if (number == not_these[i]) return false;
+    }
+    return number >= 1 && number <= ORCHI_SIGNALS;
+}
+
+static int orchi_signals_want(orch_signals *s, const int *signals, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        if (!orchi_signal_can_wait(signals[i])) return ORCH_EINVAL;
+        orchi_signal_put(s->wanted, signals[i]);
+    }
+    return 0;
+}
+
+/* A bell, and a place in the list; or neither. */
+static int orchi_signals_open(orch_signals *s) {
+    int error = orchi_bell_open(s->bell);
+    if (error != 0) return error;
+    s->error = error = orchi_signals_enter(s);
+    if (error == 0) return 0;
+    orchi_signals_exit(s);
+    orchi_bell_close(s->bell);
+    return error;
+}
+
+/* Some fields are the caller's to set before it opens it. */
+static orch_signals *orchi_signals_make(orch_loop *loop) {
+    orch_signals *s = (orch_signals *)orchi_allocate(loop, sizeof *s);
+    if (s == NULL) return orchi_signals_broken(ORCH_ENOMEM);
+    memset(s, 0, sizeof *s);
+    s->loop = loop;
+    s->process = getpid();
+    return s;
+}
+
+orch_signals *orch_signals_new(const int *signals, size_t count) {
+    int error = orchi_loop == NULL ? ORCH_ENOLOOP : signals == NULL || count == 0 ? ORCH_EINVAL : 0;
+    if (error != 0) return orchi_signals_broken(orchi_misuse("orch_signals_new", error));
+    orch_signals *s = orchi_signals_make(orchi_loop);
+    if (s->error != 0) return s;
+    s->error = orchi_signals_want(s, signals, count);
+    if (s->error == 0) s->error = orchi_signals_open(s);
+    return s;
+}
+
+/* What is wrong with an object here and now, or 0. */
+static int orchi_signals_error(const orch_signals *s, const char *function) {
+    if (s == NULL) return orchi_misuse(function, ORCH_EINVAL);
+    if (s->error != 0 || s->loop == orchi_loop) return s->error;
+    return orchi_misuse(function, orchi_loop != NULL ? ORCH_ETHREAD : ORCH_ENOLOOP);
+}
+
+static void orchi_signals_dispose(orch_signals *s) {
+    if (s->error == 0) {
+        orchi_signals_exit(s);
+        orchi_bell_close(s->bell);
+    }
+    orchi_free(s->loop, s, sizeof *s);
+}
+
+/* Takes the lowest signal that came, or 0. */
+static int orchi_signals_take(orch_signals *s) {
+    int taken = 0;
+    orchi_bell_silence(s->bell);
+    for (int number = 1; number <= ORCHI_SIGNALS; number++) {
+        if (!orchi_signal_in(s->came, number)) continue;
+        if (taken != 0) {
+            orchi_bell_ring(s->bell);
+            break;
+        }
+        taken = number;
+        orchi_signal_remove(s->came, number);
+    }
+    return taken;
+}
+
+// ---- futures
+
+static orch_future *orchi_signals_wait(orch_signals *s) {
+    orch_loop *loop = s->loop;
+    int error = orchi_watch_reserve(loop, s->bell[0]);
+    orch_future *f = error == 0 ? orchi_slot_new(loop, ORCHI_SIGNAL) : NULL;
+    if (f == NULL) return orch_settled(orch_fail(error != 0 ? error : ORCH_ENOMEM));
+    f->as.signal.fd = s->bell[0];
+    f->as.signal.events = ORCH_READABLE;
+    f->as.signal.from = s;
+    error = orchi_watch_start(loop, f);
+    if (error != 0) orchi_reject(loop, f, error);
+    else s->waiting = f;
+    return f;
+}
+
+/* What every end of a wait does: the object of orch_signal goes with it. */
+static void orchi_signal_settle(orch_future *f, orch_result r) {
+    orch_loop *loop = orchi_loop_of(f);
+    orch_signals *s = f->as.signal.from;
+    orchi_unwatch(loop, f);
+    s->waiting = NULL;
+    if (s->single) orchi_signals_dispose(s);
+    orchi_settle(loop, f, &r);
+}
+
+/* A bell without a bit was rung before the last look. A wait that nobody wants any more is about to
+ * be cancelled. */
+static void orchi_signal_fire(orch_future *f, int events) {
+    bool bad = (events & ORCHI_BAD_FD) != 0, wanted = orchi_is_wanted(f);
+    int number = wanted && !bad ? orchi_signals_take(f->as.signal.from) : 0;
+    if (number != 0) orchi_signal_settle(f, orch_ok_int(number));
+    else if (bad || !wanted) orchi_signal_settle(f, orch_fail(bad ? -EBADF : ORCH_ECANCELED));
+}
+
+static orch_future *orchi_signal_cancel(orch_future *f, int reason) {
+    (void)reason;
+    f->flags |= ORCHI_CANCEL;
+    orchi_signal_settle(f, orch_fail(ORCH_ECANCELED));
+    return NULL;
+}
+
+orch_future *orch_signals_next(orch_signals *s) {
+    int error = orchi_signals_error(s, "orch_signals_next");
+    if (error == 0 && s->waiting != NULL) error = ORCH_EBUSY;
+    return error == 0 ? orchi_signals_wait(s) : orch_settled(orch_fail(error));
+}
+
+void orch_signals_free(orch_signals *s) {
+    if (s == NULL || s->loop == NULL) return;
+    if (s->loop != orchi_loop) {
+        orchi_misuse("orch_signals_free", ORCH_ETHREAD);
+        return;
+    }
+    if (s->waiting != NULL) orchi_signal_settle(s->waiting, orch_fail(ORCH_ECLOSED));
+    orchi_signals_dispose(s);
+}
+
+orch_future *orch_signal(int signal) {
+    if (orchi_loop == NULL) return orchi_rejected(orchi_misuse("orch_signal", ORCH_ENOLOOP));
+    orch_signals *s = orch_signals_new(&signal, 1);
+    orch_future *f = s->error == 0 ? orchi_signals_wait(s) : orch_settled(orch_fail(s->error));
+    if (s->error == 0 && s->waiting == f) s->single = true;
+    else orch_signals_free(s);
+    return f;
+}
+
+// ---- what orch_run does
+
+/* Catches what ends programs, but not what was ignored: nohup, and shells for their background
+ * jobs, ignore it for a reason. */
+static orch_signals *orchi_signals_final(orch_loop *loop) {
+    static const int numbers[] = {SIGINT, SIGTERM};
+    orch_signals *s = orchi_signals_make(loop);
+    if (s->error != 0) return s;
+    for (size_t i = 0; i < 2; i++) {
+        struct sigaction now;
+        if (sigaction(numbers[i], NULL, &now) == 0 && now.sa_handler != SIG_IGN) {
+            orchi_signal_put(s->wanted, numbers[i]);
+        }
+    }
+    s->final = true;
+    s->error = orchi_signals_open(s);
+    return s;
+}
+
+// ------------------------------------------------------------------------------------------------
 // >>run
 //
 // The life of a loop: made, run, closed. orch_run is a loop, a main task, and everything cleaned
@@ -10032,6 +10649,8 @@ static void orchi_discard_visit(orch_future *f, void *context) {
         orchi_free(loop, c, orchi_completion_bytes(c->count));
     } else if (f->kind == ORCHI_SCOPE) {
         orchi_scope_free_members(loop, f->as.scope.own);
+    } else if (f->kind == ORCHI_SIGNAL && f->as.signal.from->single) {
+        orchi_signals_dispose(f->as.signal.from);
     }
 }
 
@@ -10187,6 +10806,41 @@ int orch_loop_free(orch_loop *loop) {
 
 // ---- orch_run
 
+/* What a signal does to main. */
+static void orchi_run_interrupted(orch_result *in, void *context) {
+    orch_loop *loop = (orch_loop *)context;
+    loop->quiet = 0;
+    if (in->error != 0 || loop->until == NULL || orchi_settled(loop->until)) return;
+    loop->interrupted = (int)orch_int(in);
+    orch_cancel(loop->until, 128 + loop->interrupted);
+}
+
+/* Waits for the two, which is no work. Not an error: there is nothing to wait for. */
+static int orchi_run_catch(orch_loop *loop, orch_signals **caught) {
+    *caught = NULL;
+    if (!loop->desc.handle_signals) return 0;
+    *caught = orchi_signals_final(loop);
+    if ((*caught)->error != 0) return (*caught)->error;
+    orch_future *next = orch_signals_next(*caught);
+    if (orchi_settled(next)) {
+        int error = next->as.result.error;
+        orch_drop(next);
+        return error;
+    }
+    loop->quiet = 1;
+    orch_on(next, orchi_run_interrupted, loop);
+    return 0;
+}
+
+/* What a main task that was cancelled by a signal and failed has come to. */
+static orch_result orchi_run_signalled(const orch_loop *loop, orch_result r) {
+    if (loop->interrupted == 0 || r.error == 0) return r;
+    if (r.error == ORCH_ECANCELED) orch_result_free(&r);
+    r.error = ORCH_ESIGNAL;
+    r.index = (unsigned)loop->interrupted;
+    return r;
+}
+
 /* Runs until main has ended; a deadlock that exposing shields does not resolve is an error. */
 static int orchi_run_main(orch_loop *loop, orch_future *main) {
     loop->until = main;
@@ -10247,32 +10901,45 @@ static orch_result orchi_run_outcome(orch_loop *loop, orch_result r) {
     return r;
 }
 
-orch_result orch_run_with(const orch_loop_desc *desc, orch_task_fn main, void *arg) {
-    orch_loop *loop = NULL;
-    int error = main == NULL ? ORCH_EINVAL : orchi_loop_make(desc, &loop);
-    if (error == ORCH_ENOMEM) return orch_fail(error);
-    if (error != 0) return orch_fail(orchi_misuse("orch_run", error));
+/* The main task of a loop, and then the rest. */
+static orch_result orchi_run_all(orch_loop *loop, orch_task_fn main, void *arg) {
     orch_task_desc task = {"main", main, arg, 0, NULL, 0};
     orch_future *f = orch_go_with(&task);
-    error = orchi_run_main(loop, f);
+    int error = orchi_run_main(loop, f);
     loop->until = NULL;
     orch_result r = orch_fail(error);
     if (error == 0) r = orchi_take_result(f);
     else orchi_release(f);
-    if (error == 0 && r.error != 0) orchi_report_seed(loop);
+    r = orchi_run_signalled(loop, r);
+    if (error == 0 && r.error != 0 && r.error != ORCH_ESIGNAL) orchi_report_seed(loop);
     orchi_inbox_ending(loop, true);
     orchi_run_rest(loop);
     orchi_inbox_close(loop);
     if (!orchi_ring_empty(loop)) orchi_run_rest(loop);
     orchi_thread_leave(loop);
+    return r;
+}
+
+orch_result orch_run_with(const orch_loop_desc *desc, orch_task_fn main, void *arg) {
+    orch_loop *loop = NULL;
+    orch_signals *caught = NULL;
+    int error = main == NULL ? ORCH_EINVAL : orchi_loop_make(desc, &loop);
+    if (error == ORCH_ENOMEM) return orch_fail(error);
+    if (error != 0) return orch_fail(orchi_misuse("orch_run", error));
+    error = orchi_run_catch(loop, &caught);
+    orch_result r = error == 0 ? orchi_run_all(loop, main, arg) : orch_fail(error);
+    orch_signals_free(caught);
     return orchi_run_outcome(loop, r);
 }
 
 orch_result orch_run(orch_task_fn main, void *arg) { return orch_run_with(NULL, main, arg); }
 
 int orch_exit(orch_result r) {
-    int code = r.error != 0;
-    if (code != 0) fprintf(stderr, "%s\n", orch_message(&r));
+    bool by_signal = r.error == ORCH_ESIGNAL;
+    int code = by_signal ? 128 + (int)r.index : r.error != 0;
+    const char *message = orch_message(&r);
+    bool quiet = by_signal && message == orch_error_text(ORCH_ESIGNAL);
+    if (code != 0 && !quiet) fprintf(stderr, "%s\n", message);
     orch_result_free(&r);
     return code;
 }
@@ -10303,6 +10970,9 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
      NULL, NULL},
     {"readiness", orchi_done_run, orchi_ready_cancel, //
      NULL, NULL, NULL, orchi_ready_fire,              //
+     NULL, NULL},
+    {"signal", orchi_done_run, orchi_signal_cancel, //
+     NULL, NULL, NULL, orchi_signal_fire,           //
      NULL, NULL},
     {"follower", orchi_follow_run, orchi_follow_cancel,       //
      orchi_follow_decided, NULL, orchi_follow_retarget, NULL, //
@@ -14505,6 +15175,695 @@ const orch_adaptive_desc *orch_adaptive_settings(const orch_adaptive *a) {
     return orchi_gate_usable(a, "orch_adaptive_settings") ? &a->desc : NULL;
 }
 
+// ------------------------------------------------------------------------------------------------
+// >>process
+//
+// Child processes. Each has a supervisor: a task that starts it, waits for its end, and reaps it.
+// Invariants:
+//   - Who gives a process up cancels its supervisor, and so does the end of the loop. The
+//     supervisor then ends the process behind a shield. So all that cancellation promises holds for
+//     processes as well: nobody goes on, and no loop ends, before they have ended.
+//   - Only the supervisor reaps, and only its own child, by its number. Until then the number, and
+//     that of its group, cannot be another's, and signals may be sent to it.
+//   - A process is started by vfork and exec, so that it costs the same however large the program
+//     is. Until the exec the child shares our memory: it calls only what a signal handler may, with
+//     all signals blocked, and writes nowhere but on its own frames.
+//   - What the child cannot do it reports through a pipe that the exec closes: so a program that is
+//     not there is an error of the start, and not an exit code.
+// Left out: a shell (argv may be sh, -c and a command), passing on more descriptors than three, and
+// ending children when this process is killed by SIGKILL, which nobody but the system could do.
+
+// A child from its start to its end:
+//
+//     orch_process_start   pipes; the supervisor starts: vfork, exec in the child, what it reported
+//     the supervisor       waits for the pidfd, or (other systems, old Linux) for SIGCHLD
+//     it ends              reaped; the status settles the supervisor, and with it who waits
+//     it is given up       SIGTERM to its group, the grace, SIGKILL to what is left of the group,
+//                          which keeps its number as long as its leader was not reaped; reaped
+
+// ---- starting
+
+typedef struct orchi_spawn { // all that the child needs, made before
+    const orch_process_desc *desc;
+    char *paths; // what to try to execute, each with a NUL at its end, and one more
+    int from[3]; // what becomes its 0, 1 and 2; -1: stays as it is
+    int report;  // the pipe's write end
+    int limit;   // descriptors are below
+    sigset_t none;
+} orchi_spawn;
+
+/* What the program caught would be called in its memory. What is ignored is inherited by the exec:
+ * SIGPIPE and SIGCHLD are for this program only. */
+static void orchi_child_signals(const orchi_spawn *spawn) {
+    struct sigaction standard;
+    memset(&standard, 0, sizeof standard);
+    standard.sa_handler = SIG_DFL;
+    for (int number = 1; number < NSIG; number++) {
+        struct sigaction now;
+        if (sigaction(number, NULL, &now) != 0 || now.sa_handler == SIG_DFL) continue;
+        bool stays = now.sa_handler == SIG_IGN && number != SIGPIPE && number != SIGCHLD;
+        if (!stays) sigaction(number, &standard, NULL);
+    }
+    sigprocmask(SIG_SETMASK, &spawn->none, NULL);
+}
+
+/* Those that are in the way of 0, 1 and 2 are moved first. */
+static int orchi_child_stdio(const orchi_spawn *spawn) {
+    int from[3];
+    for (int i = 0; i < 3; i++) {
+        bool low = spawn->from[i] >= 0 && spawn->from[i] < 3;
+        from[i] = low ? fcntl(spawn->from[i], F_DUPFD_CLOEXEC, 3) : spawn->from[i];
+        if (low && from[i] < 0) return -errno;
+    }
+    for (int i = 0; i < 3; i++) {
+        if (from[i] >= 0 && dup2(from[i], i) < 0) return -errno;
+    }
+    bool joined = spawn->desc->err == ORCH_STDIO_OUT;
+    return joined && dup2(1, 2) < 0 ? -errno : 0;
+}
+
+static void orchi_child_close_each(int limit) {
+    for (int fd = 3; fd < limit; fd++) fcntl(fd, F_SETFD, FD_CLOEXEC);
+}
+
+#if ORCHI_OS_LINUX && defined(SYS_close_range)
+/* The exec closes them, not we: the report is one of them. */
+static void orchi_child_close(int limit) {
+    const unsigned by_exec = 4; // CLOSE_RANGE_CLOEXEC, since 5.11
+    if (syscall(SYS_close_range, 3u, ~0u, by_exec) != 0) orchi_child_close_each(limit);
+}
+#else
+static void orchi_child_close(int limit) { orchi_child_close_each(limit); }
+#endif
+
+/* Goes on as execvp does when a file is not there; what may not be executed is an error only when
+ * nothing else is found. */
+static int orchi_child_exec(const orchi_spawn *spawn) {
+    char *const *argv = (char *const *)(uintptr_t)spawn->desc->argv;
+    char *const *env = (char *const *)(uintptr_t)spawn->desc->env;
+    int error = -ENOENT;
+    for (const char *path = spawn->paths; *path != '\0'; path += strlen(path) + 1) {
+        execve(path, argv, env != NULL ? env : environ);
+        bool next = errno == ENOENT || errno == ENOTDIR || errno == EACCES || errno == ENAMETOOLONG;
+        if (!next) return -errno;
+        if (errno == EACCES) error = -EACCES;
+    }
+    return error;
+}
+
+static int orchi_child_run(const orchi_spawn *spawn) {
+    const orch_process_desc *desc = spawn->desc;
+    if (!desc->same_group && setpgid(0, 0) != 0) return -errno;
+    int error = orchi_child_stdio(spawn);
+    if (error != 0) return error;
+    if (desc->directory != NULL && chdir(desc->directory) != 0) return -errno;
+    orchi_child_close(spawn->limit);
+    orchi_child_signals(spawn);
+    return orchi_child_exec(spawn);
+}
+
+/* The child never leaves this function: its frame must be there until the exec. */
+ORCHI_NO_INLINE static pid_t orchi_spawn_fork(const orchi_spawn *spawn) {
+    pid_t pid = ORCHI_FORK();
+    if (pid != 0) return pid;
+    int error = orchi_child_run(spawn);
+    ssize_t done = write(spawn->report, &error, sizeof error);
+    _exit(done == (ssize_t)sizeof error ? 127 : 126);
+}
+
+/* No signal arrives in the child while it shares our memory. Returns its number, or an error. */
+static int orchi_spawn_start(orchi_spawn *spawn) {
+    sigset_t all, before;
+    sigfillset(&all);
+    sigemptyset(&spawn->none);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pid_t pid = orchi_spawn_fork(spawn);
+    int error = pid < 0 ? -errno : 0;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return error != 0 ? error : (int)pid;
+}
+
+/* Waits for one child. */
+static int orchi_reap(pid_t pid, int *status) {
+    pid_t got;
+    do got = waitpid(pid, status, 0);
+    while (got < 0 && errno == EINTR);
+    return got < 0 ? -errno : 0;
+}
+
+/* What the child could not do; 0 when the exec has closed the pipe. */
+static int orchi_spawn_report(int fd) {
+    int error = 0;
+    ssize_t got;
+    do got = read(fd, &error, sizeof error);
+    while (got < 0 && errno == EINTR);
+    return got == (ssize_t)sizeof error ? error : 0;
+}
+
+/* A blocking pipe, away from 0, 1 and 2, which the child fills. */
+static int orchi_spawn_pipe(int ends[2]) {
+    int error = orch_pipe(ends);
+    if (error != 0) return error;
+    for (int i = 0; i < 2; i++) {
+        int high = fcntl(ends[i], F_DUPFD_CLOEXEC, 3);
+        if (high < 0) error = -errno;
+        close(ends[i]);
+        ends[i] = high;
+        if (high >= 0) fcntl(high, F_SETFL, 0);
+    }
+    if (error != 0 && ends[0] >= 0) close(ends[0]);
+    if (error != 0 && ends[1] >= 0) close(ends[1]);
+    return error;
+}
+
+/* Starts the child. Returns its number, or why it does not run. */
+static int orchi_spawn_run(orchi_spawn *spawn) {
+    int report[2], status;
+    int pid = orchi_spawn_pipe(report);
+    if (pid < 0) return pid;
+    spawn->report = report[1];
+    pid = orchi_spawn_start(spawn);
+    close(report[1]);
+    int error = pid > 0 ? orchi_spawn_report(report[0]) : 0;
+    close(report[0]);
+    if (error == 0) return pid;
+    orchi_reap(pid, &status);
+    return error;
+}
+
+/* The places where a program may be, in the order of PATH, in which an empty one is here. */
+static char *orchi_spawn_paths(const char *file) {
+    const char *path = strchr(file, '/') != NULL || *file == '\0' ? "" : getenv("PATH");
+    if (path == NULL) path = "/bin:/usr/bin";
+    size_t places = 1, length = strlen(file);
+    for (const char *at = path; *at != '\0'; at++) places += *at == ':';
+    char *paths = (char *)malloc(strlen(path) + places * (length + 3) + 1), *to = paths;
+    if (paths == NULL) return NULL;
+    for (size_t i = 0; i < places; i++) {
+        size_t part = strcspn(path, ":");
+        memcpy(to, path, part);
+        to += part;
+        if (part > 0) *to++ = '/';
+        memcpy(to, file, length + 1);
+        to += length + 1;
+        path += part + 1;
+    }
+    *to = '\0';
+    return paths;
+}
+
+// ---- its descriptors
+
+struct orch_process {
+    int error; // not 0: it did not start
+    orch_loop *loop;
+    uint32_t users;    // the handle, the supervisor
+    pid_t pid;         // not reaped; 0: none
+    int id;            // the same, for ever
+    int pidfd;         // -1: none
+    orch_signals *end; // SIGCHLD, where there is no pidfd
+    int ends[3];       // ours, of its pipes; -1: none
+    orch_future *supervisor;
+    orch_exit_status *status; // made before the start, so that its end needs no memory
+    orch_process_desc desc;   // its numbers
+};
+
+/* The child's end blocks, as programs expect. Returns it, or an error. */
+static int orchi_stdio_pipe(int i, int *ours) {
+    int ends[2], theirs = i == 0 ? 0 : 1;
+    int error = orch_pipe(ends);
+    if (error != 0) return error;
+    fcntl(ends[theirs], F_SETFL, 0);
+    *ours = ends[1 - theirs];
+    return ends[theirs];
+}
+
+/* What becomes a descriptor of the child: -1 for none. */
+static int orchi_stdio_open(int choice, int i, int *ours, int *opened) {
+    *opened = -1;
+    if (choice > 0) return choice;
+    if (choice != ORCH_STDIO_NULL && choice != ORCH_STDIO_PIPE) return -1;
+    int fd = choice == ORCH_STDIO_PIPE ? orchi_stdio_pipe(i, ours)
+                                       : open("/dev/null", O_RDWR | O_CLOEXEC);
+    if (fd == -1) return -errno - 1; // so that no error is -1
+    if (fd < 0) return fd - 1;
+    return *opened = fd;
+}
+
+static void orchi_process_close(orch_process *p) {
+    for (int i = 0; i < 3; i++) {
+        if (p->ends[i] >= 0) orch_close(p->ends[i]);
+        p->ends[i] = -1;
+    }
+}
+
+/* Starts it with its descriptors in place. Returns its number, or why it does not run. */
+static int orchi_process_spawn(orch_process *p, orchi_spawn *spawn) {
+    int choices[3] = {p->desc.in, p->desc.out, p->desc.err}, opened[3] = {-1, -1, -1}, error = 0;
+    for (int i = 0; i < 3 && error == 0; i++) {
+        spawn->from[i] = orchi_stdio_open(choices[i], i, &p->ends[i], &opened[i]);
+        if (spawn->from[i] < -1) error = spawn->from[i] + 1;
+    }
+    int pid = error == 0 ? orchi_spawn_run(spawn) : error;
+    for (int i = 0; i < 3; i++) {
+        if (opened[i] >= 0) close(opened[i]);
+    }
+    return pid;
+}
+
+// ---- its end
+
+#if ORCHI_PIDFD
+/* Close-on-exec, and readable when the process has ended. */
+static int orchi_pidfd_open(pid_t pid) { return (int)syscall(SYS_pidfd_open, pid, 0); }
+#else
+static int orchi_pidfd_open(pid_t pid) {
+    (void)pid;
+    return -1;
+}
+#endif
+
+/* How its end will be known. It may have ended already: that is looked for first. A SIGCHLD that
+ * every thread blocks would never come. */
+static int orchi_process_watch(orch_process *p) {
+    static const int child[] = {SIGCHLD};
+    sigset_t set;
+    p->pidfd = orchi_pidfd_open(p->pid);
+    if (p->pidfd >= 0) return 0;
+    p->end = orch_signals_new(child, 1);
+    sigemptyset(&set);
+    sigaddset(&set, SIGCHLD);
+    if (p->end->error == 0) pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+    return p->end->error;
+}
+
+/* Whether it has ended: 1, 0 or an error. It stays a zombie, whose number and group nobody else can
+ * have. */
+static int orchi_process_over(const orch_process *p) {
+    siginfo_t info;
+    memset(&info, 0, sizeof info);
+    int done = waitid(P_PID, (id_t)p->pid, &info, WEXITED | WNOHANG | WNOWAIT);
+    return done != 0 ? -errno : info.si_pid != 0;
+}
+
+/* Waits until it has ended, or for so long. */
+static int orchi_process_until(orch_process *p, uint64_t ms) {
+    uint64_t start = orch_now();
+    for (;;) {
+        int over = orchi_process_over(p);
+        if (over != 0) return over < 0 ? over : 0;
+        uint64_t passed = orch_now() - start;
+        if (passed >= ms) return ORCH_ETIMEDOUT;
+        orch_future *news =
+            p->pidfd >= 0 ? orch_ready(p->pidfd, ORCH_READABLE) : orch_signals_next(p->end);
+        orch_result r = orch_await(ms == UINT64_MAX ? news : orch_timeout(news, ms - passed));
+        int error = r.error;
+        orch_result_free(&r);
+        if (error != 0) return error;
+    }
+}
+
+/* To the group, of which it is the leader: what it has started is in it. */
+static int orchi_process_signal(const orch_process *p, int number) {
+    return kill(p->desc.same_group ? p->pid : -p->pid, number) == 0 ? 0 : -errno;
+}
+
+/* It has ended, or cannot be waited for any longer: then it is killed, and reaped here and now. */
+static int orchi_process_reap(orch_process *p, int error) {
+    int status = 0;
+    if (error == -ECHILD) return error; // its number may be another's
+    if (error != 0) orchi_process_signal(p, SIGKILL);
+    int reaped = orchi_reap(p->pid, &status);
+    if (error == 0) error = reaped;
+    if (reaped != 0) return error;
+    p->status->code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
+    p->status->signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
+    return error;
+}
+
+/* Ends it. SIGCONT, as one that is stopped would not see SIGTERM. On a virtual clock the grace
+ * passes at once when nothing else can happen, as otherwise it never would. */
+static int orchi_process_end(orch_process *p) {
+    bool gentle = !p->desc.no_grace && orchi_process_over(p) >= 0;
+    if (gentle) {
+        orchi_process_signal(p, SIGTERM);
+        orchi_process_signal(p, SIGCONT);
+        p->loop->children--;
+        int error = orchi_process_until(p, p->desc.grace_ms);
+        p->loop->children++;
+        if (error == -ECHILD) return error;
+    }
+    orchi_process_signal(p, SIGKILL);
+    return orchi_process_until(p, UINT64_MAX);
+}
+
+// ---- the supervisor
+
+static void orchi_process_leave(orch_process *p) {
+    if (--p->users == 0) orchi_free(p->loop, p, sizeof *p);
+}
+
+/* From the start to the end. A refused wait, for whatever reason, ends the process. */
+static int orchi_process_live(orch_process *p) {
+    p->loop->children++;
+    int error = orchi_process_watch(p);
+    if (error == 0) error = orchi_process_until(p, UINT64_MAX);
+    if (error == ORCH_ECANCELED) {
+        orch_shield_begin();
+        error = orchi_process_end(p);
+        orch_shield_end();
+    }
+    error = orchi_process_reap(p, error);
+    p->pid = 0;
+    p->loop->children--;
+    if (p->pidfd >= 0) orch_close(p->pidfd);
+    orch_signals_free(p->end);
+    return error;
+}
+
+/* The start: until the first wait desc is the caller's. */
+static int orchi_process_begin(orch_process *p, const orch_process_desc *desc) {
+    orchi_spawn spawn;
+    memset(&spawn, 0, sizeof spawn);
+    long limit = sysconf(_SC_OPEN_MAX);
+    spawn.desc = desc;
+    spawn.limit = limit > 0 && limit < INT_MAX ? (int)limit : 65536;
+    spawn.paths = orchi_spawn_paths(desc->argv[0]);
+    p->status = (orch_exit_status *)calloc(1, sizeof *p->status);
+    bool memory = spawn.paths != NULL && p->status != NULL;
+    int pid = memory ? orchi_process_spawn(p, &spawn) : ORCH_ENOMEM;
+    free(spawn.paths);
+    if (pid < 0) return pid;
+    p->id = p->pid = pid;
+    return 0;
+}
+
+typedef struct orchi_birth { // on the caller's stack: read before the supervisor first waits
+    orch_process *process;
+    const orch_process_desc *desc;
+} orchi_birth;
+
+static orch_result orchi_process_supervise(void *arg) {
+    orchi_birth birth = *(orchi_birth *)arg;
+    orch_process *p = birth.process;
+    orch_result r;
+    int error = p->error = orchi_process_begin(p, birth.desc);
+    if (error != 0) {
+        const char *what = birth.desc->argv[0];
+        r = orch_failf(error, "cannot start %s: %s", what, orch_error_text(error));
+    } else {
+        error = orchi_process_live(p);
+        r = error == 0 ? orch_ok(p->status, free) : orch_fail(error);
+    }
+    if (error != 0) free(p->status);
+    orchi_process_leave(p);
+    return r;
+}
+
+// ---- the object
+
+#define ORCHI_BROKEN(error)                                                                        \
+    {                                                                                              \
+        error, NULL, 0, 0, error, -1, NULL, {-1, -1, -1}, NULL, NULL, {                            \
+            NULL, NULL, NULL, 0, 0, 0, false, 0, false, NULL, 0, 0, false                          \
+        }                                                                                          \
+    }
+static const orch_process orchi_broken_processes[] = {
+    ORCHI_BROKEN(ORCH_ENOMEM), ORCHI_BROKEN(ORCH_ENOLOOP), ORCHI_BROKEN(ORCH_EINVAL)};
+#undef ORCHI_BROKEN
+
+/* Never written: every operation looks at the error first, and a free at the loop. */
+static orch_process *orchi_process_broken(int error) {
+    size_t i = error == ORCH_ENOMEM ? 0 : error == ORCH_ENOLOOP ? 1 : 2;
+    return (orch_process *)(uintptr_t)&orchi_broken_processes[i];
+}
+
+/* The only place where defaults are filled in. */
+static orch_process_desc orchi_process_defaults(const orch_process_desc *given) {
+    orch_process_desc desc = *given;
+    if (desc.in == ORCH_STDIO_DEFAULT) desc.in = ORCH_STDIO_INHERIT;
+    if (desc.out == ORCH_STDIO_DEFAULT) desc.out = ORCH_STDIO_INHERIT;
+    if (desc.err == ORCH_STDIO_DEFAULT) desc.err = ORCH_STDIO_INHERIT;
+    if (desc.grace_ms == 0) desc.grace_ms = 2000;
+    if (desc.limit == 0) desc.limit = (size_t)16 << 20;
+    return desc;
+}
+
+static int orchi_process_desc_error(const orch_process_desc *desc) {
+    if (orchi_loop == NULL) return ORCH_ENOLOOP;
+    if (desc == NULL || desc->argv == NULL || desc->argv[0] == NULL) return ORCH_EINVAL;
+    bool valid = desc->in >= ORCH_STDIO_PIPE && desc->out >= ORCH_STDIO_PIPE &&
+                 desc->err >= ORCH_STDIO_OUT && (desc->input != NULL || desc->input_size == 0);
+    return valid ? 0 : ORCH_EINVAL;
+}
+
+static orch_process *orchi_process_new(orch_loop *loop, const orch_process_desc *desc) {
+    orch_process *p = (orch_process *)orchi_allocate(loop, sizeof *p);
+    if (p == NULL) return NULL;
+    memset(p, 0, sizeof *p);
+    p->loop = loop;
+    p->users = 2;
+    p->pidfd = p->ends[0] = p->ends[1] = p->ends[2] = -1;
+    p->desc = *desc;
+    return p;
+}
+
+orch_process *orch_process_start(const orch_process_desc *given) {
+    int error = orchi_process_desc_error(given);
+    if (error != 0) return orchi_process_broken(orchi_misuse("orch_process_start", error));
+    orch_process_desc desc = orchi_process_defaults(given);
+    orch_process *p = orchi_process_new(orchi_loop, &desc);
+    if (p == NULL) return orchi_process_broken(ORCH_ENOMEM);
+    orchi_birth birth = {p, &desc};
+    orch_task_desc task = {"process", orchi_process_supervise, &birth, 0, NULL, 0};
+    p->supervisor = orchi_begin(&task, NULL, false, "orch_process_start");
+    if (p->supervisor == orchi_rejected(ORCH_ENOMEM)) {
+        orchi_free(p->loop, p, sizeof *p);
+        return orchi_process_broken(ORCH_ENOMEM);
+    }
+    if (p->error != 0) orchi_process_close(p);
+    return p;
+}
+
+/* What is wrong with a process here and now, or 0. */
+static int orchi_process_error(const orch_process *p, const char *function) {
+    if (p == NULL) return orchi_misuse(function, ORCH_EINVAL);
+    if (p->error != 0 || p->loop == orchi_loop) return p->error;
+    return orchi_misuse(function, orchi_loop != NULL ? ORCH_ETHREAD : ORCH_ENOLOOP);
+}
+
+int orch_process_id(const orch_process *p) {
+    int error = orchi_process_error(p, "orch_process_id");
+    return error != 0 ? error : p->id;
+}
+
+static int orchi_process_fd(const orch_process *p, int i, const char *function) {
+    int error = orchi_process_error(p, function);
+    return error != 0 ? error : p->ends[i] >= 0 ? p->ends[i] : -EBADF;
+}
+
+int orch_process_stdin(const orch_process *p) {
+    return orchi_process_fd(p, 0, "orch_process_stdin");
+}
+
+int orch_process_stdout(const orch_process *p) {
+    return orchi_process_fd(p, 1, "orch_process_stdout");
+}
+
+int orch_process_stderr(const orch_process *p) {
+    return orchi_process_fd(p, 2, "orch_process_stderr");
+}
+
+int orch_process_close_stdin(orch_process *p) {
+    int fd = orchi_process_fd(p, 0, "orch_process_close_stdin");
+    if (fd < 0) return fd;
+    p->ends[0] = -1;
+    return orch_close(fd);
+}
+
+/* A then of a reference: cancelled, it lets go of the supervisor and asks it nothing. */
+orch_future *orch_process_wait(orch_process *p) {
+    int error = orchi_process_error(p, "orch_process_wait");
+    if (error != 0 && (p == NULL || p->loop != orchi_loop || orchi_loop == NULL)) {
+        return orch_settled(orch_fail(error));
+    }
+    return orch_then(orch_ref(p->supervisor), NULL, NULL, NULL);
+}
+
+int orch_process_kill(orch_process *p, int signal) {
+    int error = orchi_process_error(p, "orch_process_kill");
+    if (error != 0) return error;
+    return p->pid != 0 ? orchi_process_signal(p, signal) : -ESRCH;
+}
+
+void orch_process_free(orch_process *p) {
+    if (p == NULL || p->loop == NULL) return;
+    if (p->loop != orchi_loop) {
+        orchi_misuse("orch_process_free", orchi_loop != NULL ? ORCH_ETHREAD : ORCH_ENOLOOP);
+        return;
+    }
+    orch_future *supervisor = p->supervisor;
+    orchi_process_close(p);
+    orchi_process_leave(p);
+    orch_cancel(supervisor, 0);
+    if (orch_self() == NULL) {
+        orch_drop(supervisor);
+        return;
+    }
+    orch_shield_begin(); // others may hold it too, and a drop would not wait then
+    orch_result r = orch_await(supervisor);
+    orch_result_free(&r);
+    orch_shield_end();
+}
+
+// ---- run
+
+typedef struct orchi_capture {
+    const char *name;
+    int fd;
+    size_t limit;
+    bool truncate, truncated;
+    char *data; // from malloc, as a result may outlive the loop
+    size_t size, room;
+} orchi_capture;
+
+enum { ORCHI_CAPTURE_MORE = 4096 };
+
+/* Room for one more read and a NUL, doubled until it is above the limit by one read. */
+static bool orchi_capture_room(orchi_capture *c) {
+    if (c->room - c->size > ORCHI_CAPTURE_MORE / 2) return true;
+    size_t most = c->limit + ORCHI_CAPTURE_MORE, next = c->room * 2 + ORCHI_CAPTURE_MORE;
+    char *data = (char *)realloc(c->data, next < most ? next : most);
+    if (data == NULL) return false;
+    c->data = data;
+    c->room = next < most ? next : most;
+    return true;
+}
+
+/* A task: reads one output to its end. What is above the limit is read as well, and dropped. */
+static orch_result orchi_capture_run(void *arg) {
+    orchi_capture *c = (orchi_capture *)arg;
+    for (;;) {
+        if (!orchi_capture_room(c)) return orch_fail(ORCH_ENOMEM);
+        ptrdiff_t got = orch_read(c->fd, c->data + c->size, c->room - c->size - 1);
+        if (got > 0) c->size += (size_t)got;
+        if (c->size > c->limit) {
+            c->size = c->limit;
+            c->truncated = true;
+        }
+        c->data[c->size] = '\0';
+        if (got <= 0) return got < 0 ? orch_fail((int)got) : orch_ok(NULL, NULL);
+        if (c->truncated && !c->truncate) {
+            return orch_failf(ORCH_ELIMIT, "%s is longer than %zu bytes", c->name, c->limit);
+        }
+    }
+}
+
+/* A task: writes the input. Who does not read all of it may have its reasons. */
+static orch_result orchi_feed_run(void *arg) {
+    orch_process *p = (orch_process *)arg;
+    ptrdiff_t done = orch_write(p->ends[0], p->desc.input, p->desc.input_size);
+    if (done == ORCH_ECANCELED) return orch_fail(ORCH_ECANCELED);
+    orch_process_close_stdin(p);
+    return done < 0 && done != -EPIPE ? orch_fail((int)done) : orch_ok(NULL, NULL);
+}
+
+static void orchi_output_free(void *output) {
+    orch_process_output *o = (orch_process_output *)output;
+    free(o->out);
+    free(o->err);
+    free(o);
+}
+
+/* All at the same time, as a program that waits for us to read would otherwise wait for ever. */
+static orch_result orchi_process_exchange(orch_process *p, orchi_capture *out, orchi_capture *err) {
+    orch_scope scope;
+    orch_scope_open(&scope, NULL);
+    if (p->ends[0] >= 0) orch_scope_go(&scope, orchi_feed_run, p);
+    if (out->fd >= 0) orch_scope_go(&scope, orchi_capture_run, out);
+    if (err->fd >= 0) orch_scope_go(&scope, orchi_capture_run, err);
+    return orch_scope_close(&scope);
+}
+
+/* The first error of a scope by itself: its list shows futures that end with it. */
+static orch_result orchi_first_error(orch_result r) {
+    const char *message = orch_message(&r);
+    orch_result own = message == orch_error_text(r.error) ? orch_fail(r.error)
+                                                          : orch_failf(r.error, "%s", message);
+    orch_result_free(&r);
+    return own;
+}
+
+static orch_result orchi_process_finish(orch_process *p, orchi_capture *out, orchi_capture *err) {
+    orch_result r = orchi_process_exchange(p, out, err);
+    if (r.error != 0) return orchi_first_error(r);
+    r = orch_await(orch_process_wait(p));
+    if (r.error != 0) return r;
+    orch_process_output *o = (orch_process_output *)calloc(1, sizeof *o);
+    if (o != NULL) {
+        o->status = *(const orch_exit_status *)r.value;
+        o->out = out->data != NULL ? out->data : (char *)calloc(1, 1);
+        o->err = err->data != NULL ? err->data : (char *)calloc(1, 1);
+        o->out_size = out->size;
+        o->err_size = err->size;
+        o->truncated = out->truncated || err->truncated;
+        out->data = err->data = NULL;
+    }
+    orch_result_free(&r);
+    if (o != NULL && o->out != NULL && o->err != NULL) return orch_ok(o, orchi_output_free);
+    if (o != NULL) orchi_output_free(o);
+    return orch_fail(ORCH_ENOMEM);
+}
+
+static orchi_capture orchi_capture_of(const char *name, const orch_process *p, int i) {
+    orchi_capture c;
+    memset(&c, 0, sizeof c);
+    c.name = name;
+    c.fd = p->ends[i];
+    c.limit = p->desc.limit < SIZE_MAX / 4 ? p->desc.limit : SIZE_MAX / 4;
+    c.truncate = p->desc.truncate;
+    return c;
+}
+
+orch_result orch_process_run(const orch_process_desc *given) {
+    int error = orchi_process_desc_error(given);
+    if (error == 0 && orch_self() == NULL) error = ORCH_ENOTASK;
+    if (error != 0) return orch_fail(orchi_misuse("orch_process_run", error));
+    if (orchi_must_end(orch_self())) return orch_fail(ORCH_ECANCELED);
+    orch_process_desc desc = *given;
+    if (desc.in == ORCH_STDIO_DEFAULT) desc.in = ORCH_STDIO_PIPE;
+    if (desc.out == ORCH_STDIO_DEFAULT) desc.out = ORCH_STDIO_PIPE;
+    if (desc.err == ORCH_STDIO_DEFAULT) desc.err = ORCH_STDIO_PIPE;
+    orch_process *p = orch_process_start(&desc);
+    if (orch_process_id(p) < 0) {
+        orch_result r = orchi_first_error(orch_await(orch_process_wait(p)));
+        orch_process_free(p);
+        return r;
+    }
+    orchi_capture out = orchi_capture_of("stdout", p, 1), err = orchi_capture_of("stderr", p, 2);
+    orch_result r = orchi_process_finish(p, &out, &err);
+    orch_process_free(p);
+    free(out.data);
+    free(err.data);
+    return r;
+}
+
+// ---- statuses
+
+const char *orch_exit_text(orch_exit_status status, char *buffer, size_t size) {
+    if (status.signal == 0) snprintf(buffer, size, "exited with %d", status.code);
+    else
+        snprintf(buffer, size, "killed by signal %d (%s)", status.signal, strsignal(status.signal));
+    return buffer;
+}
+
+orch_result orch_exit_check(orch_exit_status status) {
+    char text[128];
+    if (status.signal == 0 && status.code == 0) return orch_ok(NULL, NULL);
+    int error = status.signal != 0 ? 128 + status.signal : status.code;
+    return orch_failf(error, "%s", orch_exit_text(status, text, sizeof text));
+}
+
 #ifdef __cplusplus
 } // extern "C"
 #endif
@@ -14523,6 +15882,7 @@ const orch_adaptive_desc *orch_adaptive_settings(const orch_adaptive *a) {
 #undef ORCHI_DEBUG
 #undef ORCHI_DISARMED
 #undef ORCHI_ERROR_ROW
+#undef ORCHI_FORK
 #undef ORCHI_FUNCTION
 #undef ORCHI_FUNCTION_END
 #undef ORCHI_FUNCTION_PUBLIC
@@ -14542,6 +15902,7 @@ const orch_adaptive_desc *orch_adaptive_settings(const orch_adaptive *a) {
 #undef ORCHI_NO_WINNER
 #undef ORCHI_OS_LINUX
 #undef ORCHI_OS_MACOS
+#undef ORCHI_PIDFD
 #undef ORCHI_RISCV_SAVE
 #undef ORCHI_PPOLL
 #undef ORCHI_SAVE_FLOATS
