@@ -5400,9 +5400,8 @@ static int orchi_look_idle(orch_loop *loop, uint64_t limit) {
 
 /* Whether anything is left that could make work ready. */
 static bool orchi_can_wake(orch_loop *loop) {
-    return !orchi_ring_empty(loop) || loop->timers.count > 0 ||
-           loop->stats.watched > loop->quiet || orchi_inbox_posted(loop) ||
-           orchi_remotes_wait(loop);
+    return !orchi_ring_empty(loop) || loop->timers.count > 0 || loop->stats.watched > loop->quiet ||
+           orchi_inbox_posted(loop) || orchi_remotes_wait(loop);
 }
 
 /* One turn. Returns 1 when there is more to do, 0 when nothing can wake the loop, or an error. */
@@ -8653,6 +8652,18 @@ int orch_close(int fd) {
     return close(fd) == 0 || errno == EINTR ? 0 : -errno;
 }
 
+/* A descriptor that wakes the loop from its sleep, until it is closed with orch_close: whenever it
+ * is readable, loop->on_wake is called, after the look and outside the poller. It is nobody's wait:
+ * with nothing else to wait for the loop ends, or is deadlocked. */
+static inline int orchi_wake_watch(orch_loop *loop, int fd) {
+    int error = orchi_watch_own(loop, fd);
+    if (error != 0) return error;
+    loop->poller.watches[fd].hints |= ORCHI_WAKE;
+    error = loop->poller.ops->update(loop, fd, false);
+    if (error != 0) loop->poller.watches[fd].hints = 0;
+    return error;
+}
+
 // ---- calls
 //
 // A call of a task is an attempt: a function that makes the system call and returns what came of
@@ -10177,7 +10188,7 @@ static int orchi_bell_open(int bell[2]) {
 #endif
 
 /* Async-signal-safe. A full pipe rings already. */
-static void orchi_bell_ring(const int bell[2]) {
+static void orchi_signal_ring(const int bell[2]) {
     uint64_t one = 1;
     ssize_t done = write(bell[1], &one, sizeof one);
     (void)done;
@@ -10189,7 +10200,7 @@ static void orchi_bell_silence(const int bell[2]) {
 }
 
 static void orchi_bell_close(const int bell[2]) {
-    close(bell[0]);
+    orch_close(bell[0]); // the loop has waited for it
     if (bell[1] != bell[0]) close(bell[1]);
 }
 
@@ -10242,7 +10253,7 @@ static void orchi_signal_pass(int number, const struct sigaction *action) {
 static bool orchi_signal_note(orch_signals *s, int number) {
     if (!orchi_signal_in(s->wanted, number)) return false;
     orchi_signal_put(s->came, number);
-    orchi_bell_ring(s->bell);
+    orchi_signal_ring(s->bell);
     return s->final && __atomic_fetch_add(&s->caught, 1, __ATOMIC_ACQ_REL) > 0;
 }
 
@@ -10447,7 +10458,7 @@ static int orchi_signals_take(orch_signals *s) {
     for (int number = 1; number <= ORCHI_SIGNALS; number++) {
         if (!orchi_signal_in(s->came, number)) continue;
         if (taken != 0) {
-            orchi_bell_ring(s->bell);
+            orchi_signal_ring(s->bell);
             break;
         }
         taken = number;
@@ -10473,10 +10484,10 @@ static orch_future *orchi_signals_wait(orch_signals *s) {
 }
 
 /* What every end of a wait does: the object of orch_signal goes with it. */
-static void orchi_signal_settle(orch_future *f, orch_result r) {
+static void orchi_signal_settle(orch_future *f, orch_result r, bool exact) {
     orch_loop *loop = orchi_loop_of(f);
     orch_signals *s = f->as.signal.from;
-    orchi_unwatch(loop, f);
+    orchi_unwatch(loop, f, exact);
     s->waiting = NULL;
     if (s->single) orchi_signals_dispose(s);
     orchi_settle(loop, f, &r);
@@ -10487,14 +10498,15 @@ static void orchi_signal_settle(orch_future *f, orch_result r) {
 static void orchi_signal_fire(orch_future *f, int events) {
     bool bad = (events & ORCHI_BAD_FD) != 0, wanted = orchi_is_wanted(f);
     int number = wanted && !bad ? orchi_signals_take(f->as.signal.from) : 0;
-    if (number != 0) orchi_signal_settle(f, orch_ok_int(number));
-    else if (bad || !wanted) orchi_signal_settle(f, orch_fail(bad ? -EBADF : ORCH_ECANCELED));
+    if (number != 0) orchi_signal_settle(f, orch_ok_int(number), false);
+    else if (bad || !wanted)
+        orchi_signal_settle(f, orch_fail(bad ? -EBADF : ORCH_ECANCELED), false);
 }
 
 static orch_future *orchi_signal_cancel(orch_future *f, int reason) {
     (void)reason;
     f->flags |= ORCHI_CANCEL;
-    orchi_signal_settle(f, orch_fail(ORCH_ECANCELED));
+    orchi_signal_settle(f, orch_fail(ORCH_ECANCELED), true);
     return NULL;
 }
 
@@ -10510,7 +10522,7 @@ void orch_signals_free(orch_signals *s) {
         orchi_misuse("orch_signals_free", ORCH_ETHREAD);
         return;
     }
-    if (s->waiting != NULL) orchi_signal_settle(s->waiting, orch_fail(ORCH_ECLOSED));
+    if (s->waiting != NULL) orchi_signal_settle(s->waiting, orch_fail(ORCH_ECLOSED), true);
     orchi_signals_dispose(s);
 }
 
