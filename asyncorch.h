@@ -3919,19 +3919,29 @@ static int orchi_kqueue_update(orch_loop *loop, int fd, bool exact) {
     return error;
 }
 
+/* The two directions of a descriptor come one by one, and are put together as one event: the upper
+ * half of `armed` has what has come of it. */
+static void orchi_kqueue_note(orchi_poller *p, const struct kevent *event) {
+    int fd = (int)event->ident;
+    int direction = event->filter == EVFILT_READ ? ORCH_READABLE : ORCH_WRITABLE;
+    orchi_watch *watch = &p->watches[fd];
+    if (!(watch->hints & ORCHI_OWN)) watch->armed &= (uint8_t)~direction;
+    if (watch->armed >> 4 == 0) orchi_found_add(p, fd, 0);
+    watch->armed |= (uint8_t)(direction << 4);
+}
+
 static int orchi_kqueue_wait(orch_loop *loop, uint64_t ns) {
     orchi_poller *p = &loop->poller;
     struct timespec timeout = {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)};
     struct kevent *events = (struct kevent *)p->events;
     uint32_t most = p->event_capacity < p->found_capacity ? p->event_capacity : p->found_capacity;
-    int found = kevent(p->queue, NULL, 0, events, (int)most, ns == UINT64_MAX ? NULL : &timeout);
-    if (found < 0) return errno == EINTR ? 0 : -errno;
-    for (int i = 0; i < found; i++) {
-        int fd = (int)events[i].ident;
-        int direction = events[i].filter == EVFILT_READ ? ORCH_READABLE : ORCH_WRITABLE;
-        orchi_watch *watch = &p->watches[fd];
-        if (!(watch->hints & ORCHI_OWN)) watch->armed &= (uint8_t)~direction;
-        orchi_found_add(p, fd, direction);
+    int count = kevent(p->queue, NULL, 0, events, (int)most, ns == UINT64_MAX ? NULL : &timeout);
+    if (count < 0) return errno == EINTR ? 0 : -errno;
+    for (int i = 0; i < count; i++) orchi_kqueue_note(p, &events[i]);
+    for (uint32_t i = 0; i < p->found_count; i++) {
+        orchi_watch *watch = &p->watches[p->found[i].fd];
+        p->found[i].events = watch->armed >> 4;
+        watch->armed &= 15;
     }
     return 0;
 }
