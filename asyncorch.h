@@ -983,6 +983,49 @@ int orch_loop_step(orch_loop *loop, uint64_t ms);
  * Owns: borrows loop. */
 void orch_loop_stop(orch_loop *loop);
 
+// Guest mode: another poll loop does the waiting. Each time round it asks for orch_loop_pollfds and
+// orch_loop_timeout, waits, and calls orch_loop_dispatch:
+//
+//     int count = orch_loop_pollfds(loop, fds, capacity);
+//     poll(fds, (nfds_t)count, (int)orch_loop_timeout(loop));      // and whatever else the host has
+//     orch_loop_dispatch(loop, fds, (size_t)count);
+//
+// There is no report of a deadlock then, since the host may settle what is waited for.
+
+struct pollfd;
+
+/* What the loop waits for, as poll(2) takes it. A loop that moves itself is pinned to poll by this;
+ * one that is pinned to epoll or kqueue waits for one descriptor only.
+ * Returns how many there are; the first `capacity` of them are in fds. ORCH_EINVAL for NULL, or
+ * fds NULL with a capacity; ORCH_ENESTED inside a task or callback; an -errno of the move.
+ * Context: loop thread.
+ * Owns: borrows loop and fds. */
+int orch_loop_pollfds(orch_loop *loop, struct pollfd *fds, size_t capacity);
+
+/* How long the host may wait. Timers that were armed since the last dispatch count from this call.
+ * Returns the time until orch_loop_dispatch is to be called: 0 at once; UINT64_MAX only when a
+ * descriptor is ready. 0 for NULL or another thread's loop.
+ * Context: loop thread.
+ * Owns: borrows loop. Units: milliseconds. */
+uint64_t orch_loop_timeout(orch_loop *loop);
+
+/* Takes what the host's poll has found (revents), fires due timers and runs one round of what is
+ * ready. It does not sleep. What was closed, or waited for, after orch_loop_pollfds does not get the
+ * event of a descriptor that had its number then.
+ * Returns 1 when there is more to do, 0 when nothing can wake the loop any more; ORCH_ENESTED inside
+ * a task or callback; ORCH_EINVAL for NULL, fds NULL with a count, or a virtual clock; an -errno of
+ * the poller.
+ * Context: loop thread.
+ * Owns: borrows loop and fds. */
+int orch_loop_dispatch(orch_loop *loop, const struct pollfd *fds, size_t count);
+
+/* The descriptor of a loop that is pinned to epoll or kqueue, for a host that wants just one: when
+ * it is readable, orch_loop_dispatch(loop, NULL, 0) is due.
+ * Returns the descriptor; -ENOTSUP for another poller; ORCH_EINVAL for NULL.
+ * Context: loop thread.
+ * Owns: borrows loop, which keeps the descriptor. */
+int orch_loop_fd(const orch_loop *loop);
+
 /* This thread's loop.
  * Returns the loop, or NULL.
  * Context: any thread.
@@ -3001,6 +3044,7 @@ struct orch_loop {
     uint32_t stack_log;               // the default size
     void *alternate;                  // signal stack
     uint64_t looked;                  // when the poller was last asked
+    uint64_t offered;                 // guest mode: what was made since then has not been offered
     uint64_t look_cost;               // ns
     uint64_t now;                     // ns, of a virtual clock
     uint64_t ticked;                  // resumes when a virtual clock was last moved
@@ -4506,19 +4550,29 @@ static int orchi_kqueue_update(orch_loop *loop, int fd, bool exact) {
     return error;
 }
 
+/* The two directions of a descriptor come one by one, and are put together as one event: the upper
+ * half of `armed` has what has come of it. */
+static void orchi_kqueue_note(orchi_poller *p, const struct kevent *event) {
+    int fd = (int)event->ident;
+    int direction = event->filter == EVFILT_READ ? ORCH_READABLE : ORCH_WRITABLE;
+    orchi_watch *watch = &p->watches[fd];
+    if (!(watch->hints & ORCHI_OWN)) watch->armed &= (uint8_t)~direction;
+    if (watch->armed >> 4 == 0) orchi_found_add(p, fd, 0);
+    watch->armed |= (uint8_t)(direction << 4);
+}
+
 static int orchi_kqueue_wait(orch_loop *loop, uint64_t ns) {
     orchi_poller *p = &loop->poller;
     struct timespec timeout = {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)};
     struct kevent *events = (struct kevent *)p->events;
     uint32_t most = p->event_capacity < p->found_capacity ? p->event_capacity : p->found_capacity;
-    int found = kevent(p->queue, NULL, 0, events, (int)most, ns == UINT64_MAX ? NULL : &timeout);
-    if (found < 0) return errno == EINTR ? 0 : -errno;
-    for (int i = 0; i < found; i++) {
-        int fd = (int)events[i].ident;
-        int direction = events[i].filter == EVFILT_READ ? ORCH_READABLE : ORCH_WRITABLE;
-        orchi_watch *watch = &p->watches[fd];
-        if (!(watch->hints & ORCHI_OWN)) watch->armed &= (uint8_t)~direction;
-        orchi_found_add(p, fd, direction);
+    int count = kevent(p->queue, NULL, 0, events, (int)most, ns == UINT64_MAX ? NULL : &timeout);
+    if (count < 0) return errno == EINTR ? 0 : -errno;
+    for (int i = 0; i < count; i++) orchi_kqueue_note(p, &events[i]);
+    for (uint32_t i = 0; i < p->found_count; i++) {
+        orchi_watch *watch = &p->watches[p->found[i].fd];
+        p->found[i].events = watch->armed >> 4;
+        watch->armed &= 15;
     }
     return 0;
 }
@@ -5305,6 +5359,13 @@ static void orchi_tell_all(orch_loop *loop, uint64_t generation, bool idle) {
     p->found_count = 0;
 }
 
+/* The loop's own descriptor was among what was found. */
+static void orchi_wake(orch_loop *loop) {
+    if (!loop->poller.woken) return;
+    loop->poller.woken = false;
+    loop->on_wake(loop);
+}
+
 /* The only place where the loop makes a system call. What was found is told afterwards. */
 static int orchi_poll(orch_loop *loop, uint64_t ns) {
     orchi_poller *p = &loop->poller;
@@ -5321,10 +5382,7 @@ static int orchi_poll(orch_loop *loop, uint64_t ns) {
     p->looks++;
     if (ORCHI_UNLIKELY(p->looked_at >= p->trial)) orchi_poller_judge(loop);
     orchi_tell_all(loop, loop->generation, idle); // what a move found
-    if (p->woken) {
-        p->woken = false;
-        loop->on_wake(loop);
-    }
+    orchi_wake(loop);
     if (sleeps) orchi_inbox_take(loop);
     return error;
 }
@@ -5385,12 +5443,16 @@ static int orchi_jump(orch_loop *loop, uint64_t ns, uint64_t limit) {
     return 0;
 }
 
-/* A look with nothing ready: sleeps until an event, the next deadline, or the limit. */
-static int orchi_look_idle(orch_loop *loop, uint64_t limit) {
-    uint64_t now = orchi_now(loop);
+/* Stamps what was armed, and says how long the next timer is off. */
+static uint64_t orchi_until_timer(orch_loop *loop, uint64_t now) {
     orchi_timers_stamp(loop, now);
     uint64_t next = loop->timers.count > 0 ? loop->timers.entries[0].deadline : UINT64_MAX;
-    uint64_t sleep = next == UINT64_MAX ? UINT64_MAX : next > now ? next - now : 0;
+    return next == UINT64_MAX ? UINT64_MAX : next > now ? next - now : 0;
+}
+
+/* A look with nothing ready: sleeps until an event, the next deadline, or the limit. */
+static int orchi_look_idle(orch_loop *loop, uint64_t limit) {
+    uint64_t now = orchi_now(loop), sleep = orchi_until_timer(loop, now);
     if (sleep > limit) sleep = limit;
     bool jumps = loop->desc.clock == ORCH_CLOCK_VIRTUAL;
     int error = jumps ? orchi_jump(loop, sleep, limit) : orchi_sleep(loop, now, sleep);
@@ -5507,6 +5569,80 @@ int orch_loop_run(orch_loop *loop) {
     while (more == 1 && !loop->stopping);
     if (more != 0 || loop->stopping) return more < 0 ? more : 0;
     return orchi_blocked(loop) > 0 ? orchi_deadlock(loop) : 0;
+}
+
+// ---- guest mode
+
+int orch_loop_fd(const orch_loop *loop) {
+    if (loop == NULL) return orchi_misuse("orch_loop_fd", ORCH_EINVAL);
+    bool one = loop->poller.pinned && loop->poller.ops != &orchi_poll_ops;
+    return one ? loop->poller.queue : -ENOTSUP;
+}
+
+/* From now on poll, as what the host waits for has to stay the same. */
+static int orchi_pin(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    int error =
+        p->pinned || p->ops == &orchi_poll_ops ? 0 : orchi_poller_move(loop, &orchi_poll_ops);
+    if (error != 0) return error;
+    p->pinned = true;
+    orchi_tell_all(loop, loop->generation, false);
+    return 0;
+}
+
+int orch_loop_pollfds(orch_loop *loop, struct pollfd *fds, size_t capacity) {
+    int error = orchi_loop_check(loop, "orch_loop_pollfds");
+    if (error != 0) return error;
+    if (fds == NULL && capacity > 0) return orchi_misuse("orch_loop_pollfds", ORCH_EINVAL);
+    error = orchi_pin(loop);
+    if (error != 0) return error;
+    loop->offered = loop->generation;
+    struct pollfd one = {loop->poller.queue, POLLIN, 0};
+    bool all = loop->poller.ops == &orchi_poll_ops;
+    size_t count = all ? loop->poller.count : 1;
+    const struct pollfd *from = all ? loop->poller.fds : &one;
+    for (size_t i = 0; i < count && i < capacity; i++) fds[i] = from[i];
+    return (int)count;
+}
+
+uint64_t orch_loop_timeout(orch_loop *loop) {
+    if (orchi_loop_check(loop, "orch_loop_timeout") != 0) return 0;
+    if (!orchi_ring_empty(loop)) return 0;
+    uint64_t now = orchi_now(loop), ns = orchi_until_timer(loop, now);
+    return ns == UINT64_MAX ? ns : ns / 1000000u + (ns % 1000000u != 0);
+}
+
+/* What the host has found, as a look would have. It may ask about descriptors that nobody waits for
+ * any more. */
+static int orchi_guest_look(orch_loop *loop, const struct pollfd *fds, size_t count) {
+    orchi_poller *p = &loop->poller;
+    if (p->ops != &orchi_poll_ops) return orchi_poll(loop, 0);
+    if (!orchi_found_reserve(loop, count)) return ORCH_ENOMEM;
+    for (size_t i = 0; i < count; i++) {
+        bool known = fds[i].fd >= 0 && (size_t)fds[i].fd < p->watch_count;
+        if (known && fds[i].revents != 0)
+            orchi_found_add(p, fds[i].fd, orchi_poll_events(fds[i].revents));
+    }
+    orchi_tell_all(loop, loop->offered, false);
+    orchi_wake(loop);
+    return 0;
+}
+
+int orch_loop_dispatch(orch_loop *loop, const struct pollfd *fds, size_t count) {
+    int error = orchi_loop_check(loop, "orch_loop_dispatch");
+    if (error != 0) return error;
+    bool valid = (fds != NULL || count == 0) && loop->desc.clock != ORCH_CLOCK_VIRTUAL;
+    if (!valid) return orchi_misuse("orch_loop_dispatch", ORCH_EINVAL);
+    loop->running = true;
+    loop->stats.turns++;
+    error = orchi_guest_look(loop, fds, count);
+    uint64_t now = orchi_now(loop);
+    orchi_timers_stamp(loop, now);
+    orchi_timers_fire(loop, now);
+    if (loop->desc.seed != 0) orchi_shuffle(loop);
+    orchi_round(loop);
+    loop->running = false;
+    return error != 0 ? error : orchi_can_wake(loop);
 }
 
 void orch_loop_stop(orch_loop *loop) {
