@@ -1486,6 +1486,78 @@ typedef struct orch_udp_desc {
  * Owns: hands the descriptor over, for orch_close. */
 ORCH_NODISCARD int orch_udp(const orch_udp_desc *desc);
 
+// ---- files
+//
+// A file is always ready, and its disk is slow all the same: these calls run in ORCH_LANE_FILE, in
+// the order in which they were made only as far as each is waited for. Cancelled, they return at
+// once; what a thread has begun goes on without the caller, on memory of its own. So a cancelled
+// write or save may or may not happen, and a cancelled read never touches the buffer. A descriptor is
+// duplicated for the call, so that it may be closed after a cancelled one (closing the duplicate
+// gives up fcntl's record locks, as closing always does). Where a block
+// says nothing else, they return 0 or the -errno of the system's call, ORCH_ECANCELED, ORCH_ENOMEM,
+// ORCH_ENOTASK outside a task, and, where debug builds abort, ORCH_EINVAL for NULL.
+
+typedef struct orch_buffer {
+    char *data; // a NUL stands behind the last byte
+    size_t size;
+} orch_buffer;
+
+typedef struct orch_file_info {
+    uint64_t size;       // bytes
+    int64_t modified_ns; // since 1970
+    unsigned mode;       // permissions: the low 12 bits of st_mode
+    bool is_file, is_directory;
+} orch_file_info;
+
+/* Opens a file, with O_CLOEXEC besides the flags. mode is for O_CREAT.
+ * Returns the descriptor, or as above.
+ * Context: task only; suspends.
+ * Owns: hands over the descriptor. One that a cancelled call opened is closed. */
+int orch_file_open(const char *path, int flags, int mode);
+
+/* Reads, or writes, all of `size` bytes at an offset; the descriptor's own position stays. A read
+ * returns less only at the end of the file. What is copied goes in pieces of 1 MiB, between which a
+ * cancelled task stops.
+ * Returns the bytes read, or written; or as above, when some may have been.
+ * Context: task only; suspends.
+ * Owns: borrows the descriptor and the memory during the call. Units: bytes. */
+ptrdiff_t orch_file_read(int fd, void *buffer, size_t size, uint64_t offset);
+ptrdiff_t orch_file_write(int fd, const void *data, size_t size, uint64_t offset);
+
+/* Waits until what was written is on the disk; cuts a file, or extends it with zeros.
+ * Returns as above.
+ * Context: task only; suspends.
+ * Owns: borrows the descriptor. Units: bytes. */
+int orch_file_sync(int fd);
+int orch_file_truncate(int fd, uint64_t size);
+
+/* What there is to know about a path, links followed.
+ * Returns as above; *info is written with 0 only.
+ * Context: task only; suspends.
+ * Owns: borrows path and info during the call. */
+int orch_file_stat(const char *path, orch_file_info *info);
+
+/* Renames a file, in place of one that has the new name; removes a file or an empty directory.
+ * Returns as above.
+ * Context: task only; suspends.
+ * Owns: borrows the paths during the call. */
+int orch_file_rename(const char *from, const char *to);
+int orch_file_remove(const char *path);
+
+/* Reads a whole file, of any kind that can be read to an end.
+ * Returns the result: its value is an orch_buffer, owned by the result, which orch_take and free
+ * work for as well. Else an error as above, with the path in its message.
+ * Context: task only; suspends.
+ * Owns: borrows path during the call; hands over the result. */
+orch_result orch_file_load(const char *path);
+
+/* Writes a whole file: into a new one beside it, which takes its place (and its permissions) when
+ * it is on the disk. So others see the old one or the new one, whole, also after a crash.
+ * Returns as above.
+ * Context: task only; suspends.
+ * Owns: copies the data. Units: bytes. */
+int orch_file_save(const char *path, const void *data, size_t size);
+
 // ---- coordination
 //
 // What tasks share: a semaphore, an event, a channel, a topic. Waiters are served strictly in the
@@ -11965,6 +12037,375 @@ int orch_connect(const char *host, const char *service) {
 }
 
 // ------------------------------------------------------------------------------------------------
+// >>file
+//
+// Files, for tasks: each call is a piece of offloaded work on memory of its own. Invariants:
+//   - An operation has copies of all that it needs, and room for what it brings. The thread has it
+//     while it works, then the result; whoever frees the result frees it, so that a call that was
+//     cancelled leaves nothing behind, not even a descriptor.
+//   - The caller's memory is read before the work begins, and written after it has come back, by
+//     the caller: never while the caller may be gone.
+// Left out: io_uring, which does this without a thread, but only on Linux and not in every
+// container; and a call for every system call there is: orch_offload runs the others.
+
+typedef struct orchi_file {
+    int (*fn)(struct orchi_file *op); // on the thread: 0, or -errno
+    int error;
+    int fd, flags, mode;
+    bool opened; // fd is its own
+    bool moved;  // the result owns it
+    uint64_t offset;
+    size_t size, done;   // bytes, of `bytes`
+    orch_file_info info; // brought
+    orch_buffer *loaded; // brought
+    char *path, *to;     // behind it, as is
+    char *bytes;
+} orchi_file;
+
+enum { ORCHI_FILE_PIECE = 1 << 20, ORCHI_FILE_FIRST = 4096, ORCHI_FILE_TRIES = 100 };
+
+#if ORCHI_OS_MACOS
+#define ORCHI_MODIFIED(st) ((st).st_mtimespec)
+#else
+#define ORCHI_MODIFIED(st) ((st).st_mtim)
+#endif
+
+// ---- on the thread
+
+/* A call that a signal interrupted is made again; a pool thread gets none, but others may. */
+static ssize_t orchi_file_some(const orchi_file *op, bool writes, char *at, size_t size) {
+    off_t offset = (off_t)(op->offset + op->done);
+    ssize_t n = -1;
+    do n = writes ? pwrite(op->fd, at, size, offset) : pread(op->fd, at, size, offset);
+    while (n < 0 && errno == EINTR);
+    return n;
+}
+
+static int orchi_file_move(orchi_file *op, bool writes) {
+    while (op->done < op->size) {
+        ssize_t n = orchi_file_some(op, writes, op->bytes + op->done, op->size - op->done);
+        if (n < 0) return -errno;
+        if (n == 0) return writes ? -EIO : 0;
+        op->done += (size_t)n;
+    }
+    return 0;
+}
+
+static int orchi_file_do_read(orchi_file *op) { return orchi_file_move(op, false); }
+static int orchi_file_do_write(orchi_file *op) { return orchi_file_move(op, true); }
+static int orchi_file_do_sync(orchi_file *op) { return fsync(op->fd) == 0 ? 0 : -errno; }
+static int orchi_file_do_remove(orchi_file *op) { return remove(op->path) == 0 ? 0 : -errno; }
+static int orchi_file_do_rename(orchi_file *op) {
+    return rename(op->path, op->to) == 0 ? 0 : -errno;
+}
+static int orchi_file_do_truncate(orchi_file *op) {
+    return ftruncate(op->fd, (off_t)op->offset) == 0 ? 0 : -errno;
+}
+
+static int orchi_file_do_open(orchi_file *op) {
+    do op->fd = open(op->path, op->flags | O_CLOEXEC, op->mode);
+    while (op->fd < 0 && errno == EINTR);
+    op->opened = op->fd >= 0;
+    return op->opened ? 0 : -errno;
+}
+
+static int orchi_file_do_stat(orchi_file *op) {
+    struct stat st;
+    if (stat(op->path, &st) != 0) return -errno;
+    op->info.size = (uint64_t)st.st_size;
+    op->info.modified_ns =
+        (int64_t)ORCHI_MODIFIED(st).tv_sec * 1000000000 + (int64_t)ORCHI_MODIFIED(st).tv_nsec;
+    op->info.mode = (unsigned)st.st_mode & 07777u;
+    op->info.is_file = S_ISREG(st.st_mode);
+    op->info.is_directory = S_ISDIR(st.st_mode);
+    return 0;
+}
+
+/* Room for so many bytes and the NUL, in the block that the result will show. */
+static bool orchi_file_reserve(orchi_file *op, size_t size) {
+    void *grown = realloc(op->loaded, sizeof(orch_buffer) + size + 1);
+    if (grown == NULL) return false;
+    op->loaded = (orch_buffer *)grown;
+    op->loaded->data = (char *)(op->loaded + 1);
+    return true;
+}
+
+/* To the end, whatever the size was said to be: it may grow meanwhile, and /proc says 0. */
+static int orchi_file_read_all(orchi_file *op, size_t room) {
+    for (;;) {
+        if (op->done == room) room *= 2;
+        if (!orchi_file_reserve(op, room)) return ORCH_ENOMEM;
+        ssize_t n = read(op->fd, op->loaded->data + op->done, room - op->done);
+        if (n == 0) break;
+        if (n < 0 && errno != EINTR) return -errno;
+        if (n > 0) op->done += (size_t)n;
+    }
+    op->loaded->size = op->done;
+    op->loaded->data[op->done] = '\0';
+    return 0;
+}
+
+static int orchi_file_do_load(orchi_file *op) {
+    struct stat st;
+    op->flags = O_RDONLY;
+    int error = orchi_file_do_open(op);
+    if (error != 0) return error;
+    if (fstat(op->fd, &st) != 0) return -errno;
+    bool known = st.st_size > 0 && (uint64_t)st.st_size < SIZE_MAX / 4;
+    return orchi_file_read_all(op, known ? (size_t)st.st_size + 1 : 0u + ORCHI_FILE_FIRST);
+}
+
+/* The new file, under a name that nobody has. */
+static int orchi_file_beside(orchi_file *op, const char *path, char *name, size_t size) {
+    unsigned long long seed = orchi_clock() ^ (uintptr_t)op;
+    for (int i = 0; i < ORCHI_FILE_TRIES; i++) {
+        snprintf(name, size, "%s.%llx.tmp", path, seed + (unsigned)i);
+        op->fd = open(name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        op->opened = op->fd >= 0;
+        if (op->opened) return 0;
+        if (errno != EEXIST) break;
+    }
+    return -errno;
+}
+
+/* Written, with the permissions of what it replaces, on the disk, closed, renamed: or not at all. */
+static int orchi_file_replace(orchi_file *op, const char *path, char *name, size_t size) {
+    struct stat st;
+    int error = orchi_file_beside(op, path, name, size);
+    if (error != 0) return error;
+    error = orchi_file_do_write(op);
+    if (error == 0 && stat(path, &st) == 0) {
+        error = fchmod(op->fd, st.st_mode & 07777) == 0 ? 0 : -errno;
+    }
+    if (error == 0) error = orchi_file_do_sync(op);
+    op->opened = false;
+    if (close(op->fd) != 0 && error == 0) error = -errno;
+    if (error == 0 && rename(name, path) != 0) error = -errno;
+    if (error != 0) unlink(name);
+    return error;
+}
+
+/* A link stays one: what it leads to is replaced. */
+static int orchi_file_do_save(orchi_file *op) {
+    char *real = realpath(op->path, NULL);
+    const char *path = real != NULL ? real : op->path;
+    size_t size = strlen(path) + 32;
+    char *name = (char *)malloc(size);
+    int error = name != NULL ? orchi_file_replace(op, path, name, size) : ORCH_ENOMEM;
+    free(name);
+    free(real); // the C library's
+    return error;
+}
+
+// ---- around it
+
+static void orchi_file_free(void *memory) {
+    orchi_file *op = (orchi_file *)memory;
+    if (op->opened) close(op->fd);
+    free(op->loaded);
+    free(op);
+}
+
+static void orchi_file_release(void *memory) {
+    if (!((orchi_file *)memory)->moved) orchi_file_free(memory);
+}
+
+static orch_result orchi_file_job(void *memory) {
+    orchi_file *op = (orchi_file *)memory;
+    op->error = op->fn(op);
+    op->moved = true;
+    return orch_ok(op, orchi_file_free);
+}
+
+/* Up to two paths, and room for bytes. NULL: out of memory. */
+static orchi_file *orchi_file_new(int (*fn)(orchi_file *op), const char *path, const char *to,
+                                  size_t size) {
+    size_t path_bytes = path != NULL ? strlen(path) + 1 : 0;
+    size_t to_bytes = to != NULL ? strlen(to) + 1 : 0, head = sizeof(orchi_file);
+    if (size > SIZE_MAX / 2) return NULL;
+    orchi_file *op = (orchi_file *)malloc(head + path_bytes + to_bytes + size);
+    if (op == NULL) return NULL;
+    memset(op, 0, head);
+    op->fn = fn;
+    op->fd = -1;
+    op->size = size;
+    op->path = (char *)(op + 1);
+    op->to = op->path + path_bytes;
+    op->bytes = op->to + to_bytes;
+    if (path_bytes > 0) memcpy(op->path, path, path_bytes);
+    if (to_bytes > 0) memcpy(op->to, to, to_bytes);
+    return op;
+}
+
+/* On a descriptor of its own: when the call was cancelled the caller may close his, and the number
+ * may be another file's before the thread writes. Returns 0, or an error, and op is gone. */
+static int orchi_file_dup(orchi_file **op, int fd) {
+    if (*op == NULL) return ORCH_ENOMEM;
+    (*op)->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    (*op)->opened = (*op)->fd >= 0;
+    if ((*op)->opened) return 0;
+    int error = -errno;
+    orchi_file_free(*op);
+    *op = NULL;
+    return error;
+}
+
+/* A task may begin it. A cancelled one does not, as nobody would know whether it happened. */
+static int orchi_file_error(bool valid, const char *function) {
+    int error = 0;
+    orch_task *task = orchi_here_task(function, &error);
+    if (task == NULL) return error;
+    if (!valid) return orchi_misuse(function, ORCH_EINVAL);
+    return orchi_must_end(task) ? orchi_refuse(orchi_loop, task) : 0;
+}
+
+/* Runs it on a thread; consumes it. With 0 the result has it. */
+static int orchi_file_run(orchi_file *op, orch_result *r) {
+    *r = orch_fail(ORCH_ENOMEM);
+    if (op == NULL) return ORCH_ENOMEM;
+    orch_offload_desc desc = {"file", orchi_file_job, op, 0, orchi_file_release, ORCH_LANE_FILE};
+    *r = orch_await(orch_offload_with(&desc));
+    int error = r->error != 0 ? r->error : ((const orchi_file *)r->value)->error;
+    if (error != 0) orch_result_free(r);
+    return error;
+}
+
+/* The same where nothing is brought. */
+static int orchi_file_only(orchi_file *op) {
+    orch_result r;
+    int error = orchi_file_run(op, &r);
+    if (error == 0) orch_result_free(&r);
+    return error;
+}
+
+int orch_file_open(const char *path, int flags, int mode) {
+    int error = orchi_file_error(path != NULL, "orch_file_open");
+    if (error != 0) return error;
+    orch_result r;
+    orchi_file *op = orchi_file_new(orchi_file_do_open, path, NULL, 0);
+    if (op != NULL) op->flags = flags;
+    if (op != NULL) op->mode = mode;
+    error = orchi_file_run(op, &r);
+    if (error != 0) return error;
+    op = (orchi_file *)r.value;
+    int fd = op->fd;
+    op->opened = false; // it is the caller's now
+    orch_result_free(&r);
+    return fd;
+}
+
+/* One piece, in or out. Returns how much, or the error. */
+static ptrdiff_t orchi_file_piece(int fd, char *in, const char *out, size_t size, uint64_t offset) {
+    orch_result r;
+    if ((uint64_t)(off_t)offset != offset || (off_t)offset < 0) return -EOVERFLOW;
+    orchi_file *op =
+        orchi_file_new(out != NULL ? orchi_file_do_write : orchi_file_do_read, NULL, NULL, size);
+    int error = orchi_file_dup(&op, fd);
+    if (error != 0) return error;
+    op->offset = offset;
+    if (out != NULL) memcpy(op->bytes, out, size);
+    error = orchi_file_run(op, &r);
+    if (error != 0) return error;
+    op = (orchi_file *)r.value;
+    size_t done = op->done;
+    if (in != NULL) memcpy(in, op->bytes, done);
+    orch_result_free(&r);
+    return (ptrdiff_t)done;
+}
+
+ptrdiff_t orch_file_read(int fd, void *buffer, size_t size, uint64_t offset) {
+    bool valid = (buffer != NULL || size == 0) && size <= PTRDIFF_MAX;
+    for (size_t done = 0;;) {
+        if (done == size && done > 0) return (ptrdiff_t)done;
+        int error = orchi_file_error(valid, "orch_file_read");
+        if (error != 0 || size == 0) return error;
+        size_t piece = size - done < ORCHI_FILE_PIECE ? size - done : 0u + ORCHI_FILE_PIECE;
+        ptrdiff_t n = orchi_file_piece(fd, (char *)buffer + done, NULL, piece, offset + done);
+        if (n < 0) return n;
+        done += (size_t)n;
+        if ((size_t)n < piece) return (ptrdiff_t)done;
+    }
+}
+
+ptrdiff_t orch_file_write(int fd, const void *data, size_t size, uint64_t offset) {
+    bool valid = (data != NULL || size == 0) && size <= PTRDIFF_MAX;
+    for (size_t done = 0;;) {
+        if (done == size && done > 0) return (ptrdiff_t)done;
+        int error = orchi_file_error(valid, "orch_file_write");
+        if (error != 0 || size == 0) return error;
+        size_t piece = size - done < ORCHI_FILE_PIECE ? size - done : 0u + ORCHI_FILE_PIECE;
+        ptrdiff_t n = orchi_file_piece(fd, NULL, (const char *)data + done, piece, offset + done);
+        if (n < 0) return n;
+        done += (size_t)n;
+    }
+}
+
+int orch_file_sync(int fd) {
+    int error = orchi_file_error(true, "orch_file_sync");
+    if (error != 0) return error;
+    orchi_file *op = orchi_file_new(orchi_file_do_sync, NULL, NULL, 0);
+    error = orchi_file_dup(&op, fd);
+    return error != 0 ? error : orchi_file_only(op);
+}
+
+int orch_file_truncate(int fd, uint64_t size) {
+    int error = orchi_file_error(true, "orch_file_truncate");
+    if (error != 0) return error;
+    if ((uint64_t)(off_t)size != size || (off_t)size < 0) return -EOVERFLOW;
+    orchi_file *op = orchi_file_new(orchi_file_do_truncate, NULL, NULL, 0);
+    error = orchi_file_dup(&op, fd);
+    if (error != 0) return error;
+    op->offset = size;
+    return orchi_file_only(op);
+}
+
+int orch_file_stat(const char *path, orch_file_info *info) {
+    int error = orchi_file_error(path != NULL && info != NULL, "orch_file_stat");
+    if (error != 0) return error;
+    orch_result r;
+    error = orchi_file_run(orchi_file_new(orchi_file_do_stat, path, NULL, 0), &r);
+    if (error != 0) return error;
+    *info = ((const orchi_file *)r.value)->info;
+    orch_result_free(&r);
+    return 0;
+}
+
+int orch_file_rename(const char *from, const char *to) {
+    int error = orchi_file_error(from != NULL && to != NULL, "orch_file_rename");
+    if (error != 0) return error;
+    return orchi_file_only(orchi_file_new(orchi_file_do_rename, from, to, 0));
+}
+
+int orch_file_remove(const char *path) {
+    int error = orchi_file_error(path != NULL, "orch_file_remove");
+    return error != 0 ? error
+                      : orchi_file_only(orchi_file_new(orchi_file_do_remove, path, NULL, 0));
+}
+
+orch_result orch_file_load(const char *path) {
+    int error = orchi_file_error(path != NULL, "orch_file_load");
+    if (error != 0) return orch_fail(error);
+    orch_result r;
+    error = orchi_file_run(orchi_file_new(orchi_file_do_load, path, NULL, 0), &r);
+    if (error == ORCH_ENOMEM || error == ORCH_ECANCELED) return orch_fail(error);
+    if (error != 0) return orch_failf(error, "%s: %s", path, orch_error_text(error));
+    orchi_file *op = (orchi_file *)r.value;
+    orch_buffer *loaded = op->loaded;
+    op->loaded = NULL;
+    orch_result_free(&r);
+    return orch_ok(loaded, free);
+}
+
+int orch_file_save(const char *path, const void *data, size_t size) {
+    bool valid = path != NULL && (data != NULL || size == 0);
+    int error = orchi_file_error(valid, "orch_file_save");
+    if (error != 0) return error;
+    orchi_file *op = orchi_file_new(orchi_file_do_save, path, NULL, size);
+    if (op != NULL && size > 0) memcpy(op->bytes, data, size);
+    return orchi_file_only(op);
+}
+
+// ------------------------------------------------------------------------------------------------
 // >>coordination
 //
 // Semaphore, event, channel and topic, on the public API and >>base. Invariants:
@@ -16046,6 +16487,7 @@ orch_result orch_exit_check(orch_exit_status status) {
 #undef ORCHI_LOAD_FLOATS
 #undef ORCHI_MINCORE
 #undef ORCHI_NOSIGNAL
+#undef ORCHI_MODIFIED
 #undef ORCHI_NO_INLINE
 #undef ORCHI_NO_WINNER
 #undef ORCHI_OS_LINUX
