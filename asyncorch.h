@@ -934,15 +934,18 @@ typedef struct orch_loop_desc {
 } orch_loop_desc;
 
 typedef struct orch_loop_stats {
-    size_t futures;   // slots in use (futures, tasks, registrations)
-    size_t tasks;     // tasks that have not ended
-    size_t stacks;    // stacks made
-    size_t timers;    // timers armed
-    size_t watched;   // descriptors waited for
-    uint64_t turns;   // turns run
-    uint64_t polls;   // system calls that looked for descriptors or slept
-    uint64_t resumes; // tasks resumed and callbacks run
-    orch_guard guard; // the weakest guard in force
+    size_t futures;     // slots in use (futures, tasks, registrations)
+    size_t tasks;       // tasks that have not ended
+    size_t stacks;      // stacks made
+    size_t timers;      // timers armed
+    size_t watched;     // descriptors waited for
+    uint64_t turns;     // turns run
+    uint64_t polls;     // system calls that looked for descriptors or slept
+    uint64_t resumes;   // tasks resumed and callbacks run
+    uint64_t wakes;     // times another thread woke it from its sleep
+    orch_guard guard;   // the weakest guard in force
+    orch_poller poller; // the poller in force
+    uint64_t moves;     // changes from one poller to another
 } orch_loop_stats;
 
 /* Makes this thread's loop.
@@ -1035,6 +1038,14 @@ ORCH_NODISCARD orch_future *orch_ready(int fd, int events);
  * Context: loop thread, or any without a loop. Does not suspend.
  * Owns: consumes fd. */
 int orch_close(int fd);
+
+/* Promises that a descriptor will be closed with orch_close and by nothing else. Its waits then cost
+ * no system call while the loop uses epoll or kqueue; without the promise one each, as the number
+ * may have got a new owner. What the library makes itself (orch_accept, orch_pipe, ...) needs none.
+ * Returns 0; -EBADF for a bad descriptor; ORCH_ENOMEM; ORCH_ENOLOOP without a loop.
+ * Context: loop thread. Does not suspend.
+ * Owns: borrows fd until orch_close. */
+int orch_adopt(int fd);
 
 /* Makes a loop, runs one main task on it, and when that ends cancels and awaits the rest and frees
  * the loop.
@@ -2478,6 +2489,13 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #define ORCHI_PPOLL 0
 #endif
 
+#if ORCHI_OS_MACOS || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) ||       \
+    defined(__DragonFly__) || defined(ORCH_USE_KQUEUE)
+#define ORCHI_KQUEUE 1
+#else
+#define ORCHI_KQUEUE 0
+#endif
+
 #if defined(_WIN32)
 #error "asyncorch.h: Windows is not supported yet (it needs Fibers and WSAPoll)"
 #endif
@@ -2513,8 +2531,20 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #include <unistd.h>
 
 #if ORCHI_OS_LINUX
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
 #include <sys/syscall.h>
+#endif
+#if ORCHI_OS_LINUX && defined(SYS_epoll_pwait2)
+#define ORCHI_EPOLL_PWAIT2 SYS_epoll_pwait2
+#else
+#define ORCHI_EPOLL_PWAIT2 -1 // ENOSYS
+#endif
+#if ORCHI_KQUEUE
+#include <sys/types.h>
+
+#include <sys/event.h>
+#include <sys/stat.h>
 #endif
 
 #if defined(__has_include)
@@ -2542,6 +2572,17 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #include <sanitizer/tsan_interface.h>
 #else
 #define ORCHI_TSAN 0
+#endif
+
+#if ORCHI_OS_LINUX
+#include <sys/eventfd.h>
+#endif
+
+#if ORCHI_OS_MACOS // has only those with a name
+#define ORCHI_SEMAPHORES 0
+#else
+#define ORCHI_SEMAPHORES 1
+#include <semaphore.h>
 #endif
 
 #if ORCHI_HAS_INCLUDE(<execinfo.h>)
@@ -2661,6 +2702,7 @@ typedef enum orchi_kind_id {
     ORCHI_DONE,     // settled
     ORCHI_ON,       // settled, with an orch_on callback to run
     ORCHI_EXTRA,    // not a future: 48 bytes of memory for a layer
+    ORCHI_MAIL,     // not a future: what other threads have sent, see >>inbox
     ORCHI_KINDS
 } orchi_kind_id;
 
@@ -2853,31 +2895,53 @@ typedef struct orchi_timers { // entries[0 .. stamped) is a heap; the rest was a
     uint64_t sequence;
 } orchi_timers;
 
-typedef struct orchi_watch { // who waits for a descriptor
-    orch_future *reader, *writer;
-    uint32_t position;   // in the poll array, plus one
-    uint32_t generation; // how often the number changed its owner
-    uint16_t bits;       // what is known of the descriptor: orchi_watch_bit
+enum orchi_hint {               // uint16_t, of a descriptor
+    ORCHI_DRY = ORCH_READABLE,  // the last read took all there was: wait before the next
+    ORCHI_FULL = ORCH_WRITABLE, // the last write filled it
+    ORCHI_OWN = 4,              // it will be closed by orch_close and not otherwise
+    ORCHI_WAKE = 8,             // of the loop itself: its event calls loop->on_wake
+    ORCHI_IN_READ = 16,         // a call that had to wait is in this direction
+    ORCHI_IN_WRITE = 32,
+    ORCHI_NO_SOCKET = 64,
+    ORCHI_PIPE = 128,
+    ORCHI_SLOW = 256, // is blocking: each piece is waited for
+    ORCHI_DATAGRAMS = 512,
+    ORCHI_QUIET = 1024 // a socket that raises no SIGPIPE
+};
+
+enum { ORCHI_REGISTERED = 4 }; // orchi_watch.armed: the poller knows the descriptor
+
+typedef struct orchi_watch {      // a descriptor, by its number
+    orch_future *reader, *writer; // who waits; both directions may have the same one
+    uint32_t position;            // poll: in the array, plus one
+    uint16_t generation;          // goes up when the number gets, or may get, a new owner
+    uint16_t hints;               // an event clears those of its direction
+    uint8_t armed;                // not poll: the events that are looked for, ORCHI_REGISTERED
 } orchi_watch;
 
-enum orchi_watch_bit {
-    ORCHI_DRY = ORCH_READABLE,  // the last read came short: wait first
-    ORCHI_FULL = ORCH_WRITABLE, // the same for writes
-    ORCHI_IN_READ = 4,          // a call that had to wait is in this direction
-    ORCHI_IN_WRITE = 8,
-    ORCHI_NO_SOCKET = 16,
-    ORCHI_PIPE = 32,
-    ORCHI_SLOW = 64, // is blocking: each piece is waited for
-    ORCHI_DATAGRAMS = 128,
-    ORCHI_QUIET = 256 // a socket that raises no SIGPIPE
-};
+typedef struct orchi_found { // a descriptor that a look found ready
+    int fd, events;
+} orchi_found;
 
 typedef struct orchi_poller {
     const struct orchi_poller_ops *ops;
     orchi_watch *watches; // by descriptor
     size_t watch_count;
+    uint32_t count;     // descriptors that the poller looks at
+    orchi_found *found; // by the last look
+    uint32_t found_count, found_capacity;
     struct pollfd *fds; // poll(2)
-    uint32_t count, capacity;
+    uint32_t capacity;
+    int queue;    // epoll, kqueue: the descriptor of the set
+    void *events; // epoll, kqueue: where a look puts what it finds
+    uint32_t event_capacity;
+    pid_t owner;              // the process that made the set, which a child shares
+    bool woken;               // on_wake is to be called
+    bool stale;               // events come for a descriptor that is gone: see orchi_poller_renew
+    bool pinned;              // it does not move
+    uint32_t looks;           // since it was last judged
+    uint64_t looked_at, came; // descriptors in these looks, and those found ready
+    uint64_t trial;           // how many make the next judgement
 } orchi_poller;
 
 typedef struct orchi_context { // a point of execution that was left and can be entered again
@@ -2918,6 +2982,12 @@ struct orch_loop {
     size_t slots;              // in all pages
     struct orchi_trash *trash; // what this context is freeing, see orchi_retire
     bool stopping;
+    struct orchi_inbox *inbox;
+    struct orchi_letter *letters, *letters_last; // taken, and to be opened
+    orch_future mail;                            // stands for them in the ready ring
+    struct orch_remote *remotes;                 // that are out
+    struct orchi_visit *visits;                  // tasks for another loop
+    void (*wake_open)(orch_loop *loop);          // makes what wakes a sleeping loop
     orch_future *until; // orch_run: a turn does not sleep when this has settled
     int interrupted;    // orch_run: the signal that has cancelled it
     uint32_t quiet;     // waits for descriptors that are no work: that of orch_run for signals
@@ -2928,16 +2998,17 @@ struct orch_loop {
     orchi_context main;
     struct orchi_stack_map *maps;
     orchi_stack_pool pools[ORCHI_STACK_POOLS];
-    uint32_t stack_log;             // the default size
-    void *alternate;                // signal stack
-    uint64_t looked;                // when the poller was last asked
-    uint64_t look_cost;             // ns
-    uint64_t now;                   // ns, of a virtual clock
-    uint64_t ticked;                // resumes when a virtual clock was last moved
-    uint64_t random;                // state of the generator
-    uint64_t trimmed;               // when idle stacks were last given back
-    void (*join)(orch_future *f);   // cancels, and in a task waits for the end; set by >>task
-    void (*close)(orch_loop *loop); // frees a loop that was kept for a result; set by >>run
+    uint32_t stack_log;               // the default size
+    void *alternate;                  // signal stack
+    uint64_t looked;                  // when the poller was last asked
+    uint64_t look_cost;               // ns
+    uint64_t now;                     // ns, of a virtual clock
+    uint64_t ticked;                  // resumes when a virtual clock was last moved
+    uint64_t random;                  // state of the generator
+    uint64_t trimmed;                 // when idle stacks were last given back
+    void (*join)(orch_future *f);     // cancels, and in a task waits for the end; set by >>task
+    void (*on_wake)(orch_loop *loop); // see orchi_wake_watch
+    void (*close)(orch_loop *loop);   // frees a loop that was kept for a result; set by >>run
     struct {
         void *(*fn)(void *arg);
         void *arg;
@@ -3182,7 +3253,8 @@ static void orchi_unpoison_range(void *p, size_t n) {
 static orchi_region *orchi_region_new(orch_loop *loop) {
     size_t count = loop->regions == NULL ? 16 : loop->regions->count * 2;
     if (count > 256) count = 256;
-    if (!orchi_ring_reserve(loop, loop->slots + count * ORCHI_PAGE_SLOTS)) return NULL;
+    size_t slots = loop->slots + count * ORCHI_PAGE_SLOTS;
+    if (!orchi_ring_reserve(loop, slots + 1)) return NULL; // and `mail`
     size_t bytes = sizeof(orchi_region) + (count + 1) * ORCHI_PAGE;
     orchi_region *region = (orchi_region *)orchi_allocate(loop, bytes);
     if (region == NULL) return NULL;
@@ -3193,7 +3265,7 @@ static orchi_region *orchi_region_new(orch_loop *loop) {
     region->bytes = bytes;
     region->next = loop->regions;
     loop->regions = region;
-    loop->slots += count * ORCHI_PAGE_SLOTS;
+    loop->slots = slots;
     return region;
 }
 
@@ -4065,28 +4137,57 @@ static bool orchi_canary_lives(const orchi_stack *stack) {
 //
 // One contract for every way to ask the system which descriptors are ready:
 //   open, close   make and free what the poller needs
-//   update        from now on wait for `events` of a descriptor; 0: forget it; an error code or 0
-//   wait          sleep for at most `ns` (UINT64_MAX: without limit) and pass each descriptor that
-//   has
-//                 events to `ready`; an interruption by a signal counts as nothing ready
+//   update        look for the events that a descriptor is waited for (see orchi_wanted); `exact`:
+//                 and for no others. An error code, 0, or ORCHI_ALWAYS
+//   wait          sleep for at most `ns` (UINT64_MAX: without limit) and leave what is ready in
+//                 `found`; an interruption by a signal counts as nothing ready
 // Events are ORCH_READABLE and ORCH_WRITABLE, and ORCHI_BAD_FD for a descriptor that is none.
-// Readiness is level-triggered; whoever does not wait any more has said so by update. `ready` only
-// queues: nothing of the user's runs inside wait. poll(2) is the reference: arming costs no system
-// call.
+// Readiness is level-triggered. Nothing of the user's runs inside wait: what was found is told to
+// the waiters after it, see orchi_poll. poll(2) is the reference: arming costs no system call.
 
-enum { ORCHI_BAD_FD = 4 };
+enum { ORCHI_ALWAYS = 1 }; // update: the system cannot look for it, as a file is always ready
+enum { ORCHI_BAD_FD = 4, ORCHI_BOTH = ORCH_READABLE | ORCH_WRITABLE };
 
 // Left out: edge-triggered readiness. It saves an update for each wait, but one byte left unread
 // would hang a connection, and poll(2) has no such thing. Left out as well: a descriptor's own
 // object. The table of watches, by number, is all the state there is, and it dies with the loop.
 
 typedef struct orchi_poller_ops {
-    const char *name;
+    orch_poller id;
     int (*open)(orch_loop *loop);
     void (*close)(orch_loop *loop);
-    int (*update)(orch_loop *loop, int fd, int events);
-    int (*wait)(orch_loop *loop, uint64_t ns, void (*ready)(orch_loop *loop, int fd, int events));
+    int (*update)(orch_loop *loop, int fd, bool exact);
+    int (*wait)(orch_loop *loop, uint64_t ns);
 } orchi_poller_ops;
+
+/* What a descriptor is waited for, in all. */
+static int orchi_wanted(const orchi_watch *watch) {
+    return (watch->reader != NULL || (watch->hints & ORCHI_WAKE) ? ORCH_READABLE : 0) |
+           (watch->writer != NULL ? ORCH_WRITABLE : 0);
+}
+
+/* Makes room for what a look may find. */
+static bool orchi_found_reserve(orch_loop *loop, size_t wanted) {
+    orchi_poller *p = &loop->poller;
+    void *found = p->found;
+    if (ORCHI_LIKELY(wanted <= p->found_capacity)) return true;
+    if (!orchi_grow(loop, &found, &p->found_capacity, wanted, sizeof *p->found)) return false;
+    p->found = (orchi_found *)found;
+    return true;
+}
+
+/* Nothing is armed in a set that is closed. */
+static inline void orchi_watches_disarm(orchi_poller *p) {
+    for (size_t i = 0; i < p->watch_count; i++) p->watches[i].armed = 0;
+}
+
+static void orchi_found_add(orchi_poller *p, int fd, int events) {
+    orchi_found *found = &p->found[p->found_count++];
+    found->fd = fd;
+    found->events = events;
+}
+
+// ---- poll(2)
 
 #if ORCHI_PPOLL
 static int orchi_poll_call(struct pollfd *fds, nfds_t count, uint64_t ns) {
@@ -4101,12 +4202,16 @@ static int orchi_poll_call(struct pollfd *fds, nfds_t count, uint64_t ns) {
 #endif
 
 static int orchi_poll_open(orch_loop *loop) {
-    loop->poller.fds = NULL;
+    (void)loop; // the array is made when it is needed
     return 0;
 }
 
 static void orchi_poll_close(orch_loop *loop) {
-    orchi_free(loop, loop->poller.fds, loop->poller.capacity * sizeof *loop->poller.fds);
+    orchi_poller *p = &loop->poller;
+    orchi_free(loop, p->fds, p->capacity * sizeof *p->fds);
+    p->fds = NULL;
+    p->capacity = 0;
+    for (size_t i = 0; i < p->watch_count; i++) p->watches[i].position = 0;
 }
 
 /* The last entry takes the place of the one that goes. */
@@ -4117,23 +4222,30 @@ static void orchi_poll_remove(orchi_poller *p, orchi_watch *watch) {
     watch->position = 0;
 }
 
-/* Arming and disarming touch only the array: no system call. */
-static int orchi_poll_update(orch_loop *loop, int fd, int events) {
+/* A new entry, at the end. */
+static bool orchi_poll_add(orch_loop *loop, int fd, orchi_watch *watch) {
+    orchi_poller *p = &loop->poller;
+    void *fds = p->fds;
+    if (!orchi_found_reserve(loop, p->count + 1u)) return false;
+    if (!orchi_grow(loop, &fds, &p->capacity, p->count + 1u, sizeof *p->fds)) return false;
+    p->fds = (struct pollfd *)fds;
+    p->fds[p->count].fd = fd;
+    p->fds[p->count].revents = 0;
+    watch->position = ++p->count;
+    return true;
+}
+
+/* Arming and disarming touch only the array, so they are always exact. */
+static int orchi_poll_update(orch_loop *loop, int fd, bool exact) {
     orchi_poller *p = &loop->poller;
     orchi_watch *watch = &p->watches[fd];
+    int events = orchi_wanted(watch);
+    (void)exact;
     if (events == 0) {
         if (watch->position != 0) orchi_poll_remove(p, watch);
         return 0;
     }
-    if (watch->position == 0) {
-        void *fds = p->fds;
-        if (!orchi_grow(loop, &fds, &p->capacity, p->count + 1u, sizeof *p->fds))
-            return ORCH_ENOMEM;
-        p->fds = (struct pollfd *)fds;
-        p->fds[p->count].fd = fd;
-        p->fds[p->count].revents = 0;
-        watch->position = ++p->count;
-    }
+    if (watch->position == 0 && !orchi_poll_add(loop, fd, watch)) return ORCH_ENOMEM;
     p->fds[watch->position - 1].events =
         (short)((events & ORCH_READABLE ? POLLIN : 0) | (events & ORCH_WRITABLE ? POLLOUT : 0));
     return 0;
@@ -4142,29 +4254,383 @@ static int orchi_poll_update(orch_loop *loop, int fd, int events) {
 /* Errors and hang-ups wake both directions, since either call would report them at once. */
 static int orchi_poll_events(short revents) {
     if (revents & POLLNVAL) return ORCHI_BAD_FD;
-    int both = revents & (POLLERR | POLLHUP) ? ORCH_READABLE | ORCH_WRITABLE : 0;
+    int both = revents & (POLLERR | POLLHUP) ? ORCHI_BOTH : 0;
     return both | (revents & (POLLIN | POLLPRI) ? ORCH_READABLE : 0) |
            (revents & POLLOUT ? ORCH_WRITABLE : 0);
 }
 
-/* From the end, because whoever is ready is removed and the last one takes its place. */
-static int orchi_poll_wait(orch_loop *loop, uint64_t ns,
-                           void (*ready)(orch_loop *loop, int fd, int events)) {
+/* The array is read to the last one that has something. */
+static int orchi_poll_wait(orch_loop *loop, uint64_t ns) {
     orchi_poller *p = &loop->poller;
     int found = orchi_poll_call(p->fds, p->count, ns);
     if (found < 0) return errno == EINTR ? 0 : -errno;
-    for (uint32_t i = p->count; i-- > 0 && found > 0;) {
-        short revents = p->fds[i].revents;
-        if (revents == 0) continue;
+    for (const struct pollfd *at = p->fds; found > 0; at++) {
+        if (at->revents == 0) continue;
         found--;
-        p->fds[i].revents = 0;
-        ready(loop, p->fds[i].fd, orchi_poll_events(revents));
+        orchi_found_add(p, at->fd, orchi_poll_events(at->revents));
     }
     return 0;
 }
 
-static const orchi_poller_ops orchi_poll_ops = {"poll", orchi_poll_open, orchi_poll_close,
+static const orchi_poller_ops orchi_poll_ops = {ORCH_POLLER_POLL, orchi_poll_open, orchi_poll_close,
                                                 orchi_poll_update, orchi_poll_wait};
+
+// ---- epoll
+//
+// An interest that is changed costs a system call, so it is changed as seldom as can be:
+//
+//     own descriptors      stay armed after an event. The next wait costs nothing, as long as it is
+//                          for the same direction. An event that nobody waits for disarms them when
+//                          the loop has nothing else to do; while it has, the waiter's turn may not
+//                          have come yet
+//     others               may be closed by anybody at any time (a client library's sockets), and
+//                          the kernel forgets them then without a word. So each wait arms them
+//                          anew, for one event: a descriptor that is new is noticed by that
+//
+// The kernel's entry belongs to the open file and not to the number: it lives on with a duplicate
+// after the number was closed. orch_close takes it out first. Where somebody else closed it, the
+// event of an entry of an earlier generation is dropped, and the entry taken out by making a new
+// set, since no number leads to it any more. What cannot be saved: a wait for a descriptor that
+// somebody else closes stays until it is cancelled, where poll(2) would report -EBADF; and an own
+// descriptor closed with close() whose number then goes to one that is not own.
+
+#if ORCHI_OS_LINUX
+
+enum { ORCHI_EPOLL_OWN = 1 << 16 }; // in an event's data, above the generation
+
+/* Makes room for one more, both for the kernel's events and for what is made of them. */
+static bool orchi_epoll_reserve(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    size_t wanted = p->count + 1u;
+    return orchi_found_reserve(loop, wanted) &&
+           orchi_grow(loop, &p->events, &p->event_capacity, wanted, sizeof(struct epoll_event));
+}
+
+static void orchi_epoll_close(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    if (p->queue >= 0) close(p->queue); // in a child its own copy
+    orchi_free(loop, p->events, p->event_capacity * sizeof(struct epoll_event));
+    p->events = NULL;
+    p->event_capacity = 0;
+    orchi_watches_disarm(p);
+}
+
+static int orchi_epoll_open(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    p->owner = getpid();
+    p->queue = epoll_create1(EPOLL_CLOEXEC);
+    int error = p->queue < 0 ? -errno : orchi_epoll_reserve(loop) ? 0 : ORCH_ENOMEM;
+    if (error != 0) orchi_epoll_close(loop);
+    return error;
+}
+
+static int orchi_epoll_control(orchi_poller *p, int operation, int fd, int events) {
+    const orchi_watch *watch = &p->watches[fd];
+    bool own = (watch->hints & ORCHI_OWN) != 0;
+    struct epoll_event event;
+    memset(&event, 0, sizeof event);
+    if (events & ORCH_READABLE) event.events |= EPOLLIN;
+    if (events & ORCH_WRITABLE) event.events |= EPOLLOUT;
+    if (!own) event.events |= EPOLLONESHOT;
+    uint64_t high = watch->generation | (own ? (uint64_t)ORCHI_EPOLL_OWN : 0);
+    event.data.u64 = high << 32 | (uint32_t)fd;
+    return epoll_ctl(p->queue, operation, fd, &event) == 0 ? 0 : -errno;
+}
+
+/* Adds an entry or changes it. One that should be there and is not was of a file that somebody has
+ * closed: the number has a new owner. One that is there and should not came back with dup2. */
+static int orchi_epoll_set(orchi_poller *p, int fd, int events) {
+    orchi_watch *watch = &p->watches[fd];
+    bool known = (watch->armed & ORCHI_REGISTERED) != 0;
+    int error = orchi_epoll_control(p, known ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, events);
+    if (error == -ENOENT) {
+        watch->generation++;
+        error = orchi_epoll_control(p, EPOLL_CTL_ADD, fd, events);
+    } else if (error == -EEXIST) {
+        error = orchi_epoll_control(p, EPOLL_CTL_MOD, fd, events);
+    }
+    if (error != 0) return error == -EPERM ? ORCHI_ALWAYS : error;
+    p->count += !known;
+    watch->armed = (uint8_t)(events | ORCHI_REGISTERED);
+    return 0;
+}
+
+/* When that fails, the number was closed before, and perhaps used again: an event that comes all the
+ * same is of an earlier generation. */
+static int orchi_epoll_remove(orchi_poller *p, int fd) {
+    orchi_watch *watch = &p->watches[fd];
+    if (epoll_ctl(p->queue, EPOLL_CTL_DEL, fd, NULL) != 0) watch->generation++;
+    watch->armed = 0;
+    p->count--;
+    return 0;
+}
+
+/* A child of fork shares the set with its parent, and must not take anything out of it. */
+static int orchi_epoll_update(orch_loop *loop, int fd, bool exact) {
+    orchi_poller *p = &loop->poller;
+    int armed = p->watches[fd].armed, events = orchi_wanted(&p->watches[fd]);
+    if (exact && armed == (events != 0 ? events | ORCHI_REGISTERED : 0)) return 0;
+    if (!exact && (events & ~armed) == 0) return 0;
+    if (exact && getpid() != p->owner) return 0;
+    if (events == 0) return orchi_epoll_remove(p, fd);
+    return orchi_epoll_reserve(loop) ? orchi_epoll_set(p, fd, events) : ORCH_ENOMEM;
+}
+
+/* To the nanosecond where the kernel can (Linux 5.11), else rounded up. */
+static int orchi_epoll_call(const orchi_poller *p, uint64_t ns) {
+    struct epoll_event *events = (struct epoll_event *)p->events;
+    int most = (int)(p->event_capacity < p->found_capacity ? p->event_capacity : p->found_capacity);
+    if (ns == 0 || ns == UINT64_MAX) return epoll_wait(p->queue, events, most, ns == 0 ? 0 : -1);
+    int64_t timeout[2] = {(int64_t)(ns / 1000000000u), (int64_t)(ns % 1000000000u)};
+    long found = syscall(ORCHI_EPOLL_PWAIT2, p->queue, events, most, timeout, NULL, (size_t)0);
+    if (found >= 0 || errno != ENOSYS) return (int)found;
+    uint64_t ms = (ns - 1) / 1000000u + 1;
+    return epoll_wait(p->queue, events, most, ms > INT_MAX ? INT_MAX : (int)ms);
+}
+
+/* What is not own has been disarmed by its event. */
+static void orchi_epoll_note(orchi_poller *p, const struct epoll_event *event) {
+    uint64_t data = event->data.u64;
+    int fd = (int)(uint32_t)data;
+    orchi_watch *watch = &p->watches[fd];
+    if (watch->generation != (uint16_t)(data >> 32) || watch->armed == 0) {
+        p->stale |= (data >> 32 & ORCHI_EPOLL_OWN) != 0; // it would come again and again
+        return;
+    }
+    if (!(watch->hints & ORCHI_OWN)) watch->armed = ORCHI_REGISTERED;
+    int events = event->events & (EPOLLERR | EPOLLHUP) ? ORCHI_BOTH : 0;
+    if (event->events & EPOLLIN) events |= ORCH_READABLE;
+    if (event->events & EPOLLOUT) events |= ORCH_WRITABLE;
+    orchi_found_add(p, fd, events);
+}
+
+static int orchi_epoll_wait(orch_loop *loop, uint64_t ns) {
+    orchi_poller *p = &loop->poller;
+    int found = orchi_epoll_call(p, ns);
+    if (found < 0) return errno == EINTR ? 0 : -errno;
+    const struct epoll_event *events = (const struct epoll_event *)p->events;
+    for (int i = 0; i < found; i++) orchi_epoll_note(p, &events[i]);
+    return 0;
+}
+
+static const orchi_poller_ops orchi_epoll_ops = {
+    ORCH_POLLER_EPOLL, orchi_epoll_open, orchi_epoll_close, orchi_epoll_update, orchi_epoll_wait};
+#endif
+
+// ---- kqueue
+//
+// As with epoll, own descriptors stay armed and others are armed for one event. An entry belongs to
+// the number and goes when that is closed, so nothing stale is left. A child of fork does not have
+// the set at all: the number may be somebody else's there.
+
+#if ORCHI_KQUEUE
+
+/* A descriptor can have two entries, each with an event of its own. */
+static bool orchi_kqueue_reserve(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    size_t wanted = 2 * (p->count + 1u);
+    return orchi_found_reserve(loop, wanted) &&
+           orchi_grow(loop, &p->events, &p->event_capacity, wanted, sizeof(struct kevent));
+}
+
+static void orchi_kqueue_close(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    if (p->queue >= 0 && p->owner == getpid()) close(p->queue);
+    orchi_free(loop, p->events, p->event_capacity * sizeof(struct kevent));
+    p->events = NULL;
+    p->event_capacity = 0;
+    orchi_watches_disarm(p);
+}
+
+static int orchi_kqueue_open(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    p->owner = getpid();
+    p->queue = kqueue();
+    int error = p->queue < 0 ? -errno : orchi_kqueue_reserve(loop) ? 0 : ORCH_ENOMEM;
+    if (error != 0) orchi_kqueue_close(loop);
+    else fcntl(p->queue, F_SETFD, FD_CLOEXEC);
+    return error;
+}
+
+static int orchi_kqueue_change(orchi_poller *p, int fd, int direction, uint16_t flags) {
+    struct kevent change;
+    memset(&change, 0, sizeof change);
+    change.ident = (uintptr_t)fd;
+    change.filter = direction == ORCH_READABLE ? EVFILT_READ : EVFILT_WRITE;
+    change.flags = flags;
+    return kevent(p->queue, &change, 1, NULL, 0, NULL) == 0 ? 0 : -errno;
+}
+
+/* A file is always ready for poll(2), but for kqueue not at its end. The other errors: what kqueue
+ * does not know (devices), and a pipe that nobody reads. */
+static int orchi_kqueue_refused(int error) {
+    return error == -EINVAL || error == -EPERM || error == -ENODEV || error == -EPIPE ? ORCHI_ALWAYS
+                                                                                      : error;
+}
+
+static int orchi_kqueue_arm(orchi_poller *p, int fd, int direction) {
+    orchi_watch *watch = &p->watches[fd];
+    struct stat about;
+    if (fstat(fd, &about) != 0) return -errno;
+    if (S_ISREG(about.st_mode) || S_ISDIR(about.st_mode)) return ORCHI_ALWAYS;
+    int error = orchi_kqueue_change(p, fd, direction,
+                                    watch->hints & ORCHI_OWN ? EV_ADD : EV_ADD | EV_ONESHOT);
+    if (error != 0) return orchi_kqueue_refused(error);
+    p->count += watch->armed == 0;
+    watch->armed |= (uint8_t)(direction | ORCHI_REGISTERED);
+    return 0;
+}
+
+/* Of a number that was closed meanwhile there is nothing left to delete. */
+static void orchi_kqueue_disarm(orchi_poller *p, int fd, int direction) {
+    orchi_watch *watch = &p->watches[fd];
+    orchi_kqueue_change(p, fd, direction, EV_DELETE);
+    watch->armed &= (uint8_t)~direction;
+}
+
+static int orchi_kqueue_update(orch_loop *loop, int fd, bool exact) {
+    orchi_poller *p = &loop->poller;
+    orchi_watch *watch = &p->watches[fd];
+    int events = orchi_wanted(watch), error = 0;
+    int more = events & ~watch->armed, fewer = exact ? watch->armed & ORCHI_BOTH & ~events : 0;
+    if (more != 0 && !orchi_kqueue_reserve(loop)) return ORCH_ENOMEM;
+    if (fewer != 0 && getpid() != p->owner) return 0;
+    if (fewer & ORCH_READABLE) orchi_kqueue_disarm(p, fd, ORCH_READABLE);
+    if (fewer & ORCH_WRITABLE) orchi_kqueue_disarm(p, fd, ORCH_WRITABLE);
+    if (more & ORCH_READABLE) error = orchi_kqueue_arm(p, fd, ORCH_READABLE);
+    if ((more & ORCH_WRITABLE) && error == 0) error = orchi_kqueue_arm(p, fd, ORCH_WRITABLE);
+    if (exact && watch->armed == ORCHI_REGISTERED && events == 0) {
+        watch->armed = 0;
+        p->count--;
+    }
+    return error;
+}
+
+static int orchi_kqueue_wait(orch_loop *loop, uint64_t ns) {
+    orchi_poller *p = &loop->poller;
+    struct timespec timeout = {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)};
+    struct kevent *events = (struct kevent *)p->events;
+    uint32_t most = p->event_capacity < p->found_capacity ? p->event_capacity : p->found_capacity;
+    int found = kevent(p->queue, NULL, 0, events, (int)most, ns == UINT64_MAX ? NULL : &timeout);
+    if (found < 0) return errno == EINTR ? 0 : -errno;
+    for (int i = 0; i < found; i++) {
+        int fd = (int)events[i].ident;
+        int direction = events[i].filter == EVFILT_READ ? ORCH_READABLE : ORCH_WRITABLE;
+        orchi_watch *watch = &p->watches[fd];
+        if (!(watch->hints & ORCHI_OWN)) watch->armed &= (uint8_t)~direction;
+        orchi_found_add(p, fd, direction);
+    }
+    return 0;
+}
+
+static const orchi_poller_ops orchi_kqueue_ops = {ORCH_POLLER_KQUEUE, orchi_kqueue_open,
+                                                  orchi_kqueue_close, orchi_kqueue_update,
+                                                  orchi_kqueue_wait};
+#endif
+
+// ---- which one
+
+#if ORCHI_OS_LINUX && ORCHI_KQUEUE // an emulation, for tests
+#define ORCHI_NATIVE (&orchi_epoll_ops)
+static const orchi_poller_ops *const orchi_pollers[] = {&orchi_poll_ops, &orchi_epoll_ops,
+                                                        &orchi_kqueue_ops};
+#elif ORCHI_OS_LINUX
+#define ORCHI_NATIVE (&orchi_epoll_ops)
+static const orchi_poller_ops *const orchi_pollers[] = {&orchi_poll_ops, &orchi_epoll_ops};
+#elif ORCHI_KQUEUE
+#define ORCHI_NATIVE (&orchi_kqueue_ops)
+static const orchi_poller_ops *const orchi_pollers[] = {&orchi_poll_ops, &orchi_kqueue_ops};
+#else
+#define ORCHI_NATIVE (&orchi_poll_ops)
+static const orchi_poller_ops *const orchi_pollers[] = {&orchi_poll_ops};
+#endif
+
+/* The poller that was asked for; the default begins as poll. NULL when the system has it not. */
+static const orchi_poller_ops *orchi_poller_find(orch_poller asked) {
+    if (asked == ORCH_POLLER_DEFAULT) return &orchi_poll_ops;
+    for (size_t i = 0; i < sizeof orchi_pollers / sizeof orchi_pollers[0]; i++) {
+        if (orchi_pollers[i]->id == asked) return orchi_pollers[i];
+    }
+    return NULL;
+}
+
+/* Hands a descriptor that is waited for to a poller. What it cannot look for is found at once. */
+static int orchi_poller_take(orch_loop *loop, const orchi_poller_ops *to, int fd) {
+    orchi_poller *p = &loop->poller;
+    int events = orchi_wanted(&p->watches[fd]);
+    if (events == 0) return 0;
+    int error = to->update(loop, fd, false);
+    if (error != ORCHI_ALWAYS && error != -EBADF) return error;
+    if (!orchi_found_reserve(loop, p->found_count + 1u)) return ORCH_ENOMEM;
+    orchi_found_add(p, fd, error == ORCHI_ALWAYS ? events : ORCHI_BAD_FD);
+    return 0;
+}
+
+/* Moves every wait to another poller. Readiness is a level, so nothing is lost between the two, and
+ * nothing repeated: what was found before has been told. If it fails, all is as it was. */
+static int orchi_poller_move(orch_loop *loop, const orchi_poller_ops *to) {
+    orchi_poller *p = &loop->poller;
+    const orchi_poller_ops *from = p->ops;
+    uint32_t count = p->count;
+    int error = to->open(loop);
+    if (error != 0) return error;
+    p->count = p->found_count = 0;
+    for (size_t fd = 0; fd < p->watch_count && error == 0; fd++) {
+        error = orchi_poller_take(loop, to, (int)fd);
+    }
+    if (error == 0) from->close(loop);
+    else to->close(loop);
+    if (error == 0) p->ops = to;
+    else p->count = count;
+    if (error != 0) p->found_count = 0;
+    return error;
+}
+
+/* Entries of files that no number leads to any more can only be left behind with their set. */
+ORCHI_COLD static void orchi_poller_renew(orch_loop *loop) {
+    const orchi_poller_ops *ops = loop->poller.ops;
+    loop->poller.stale = false;
+    if (orchi_poller_move(loop, &orchi_poll_ops) == 0) orchi_poller_move(loop, ops);
+}
+
+// When to move. A look of poll(2) costs something for each descriptor it looks at, one of epoll for
+// each it finds, and more. So what counts is how many of those looked at are found: where they are
+// few, epoll is faster by any factor; where a busy server's looks find a good part of them ready,
+// poll is by a fifth. Between the two bounds, 1 in 32 and 1 in 8, it stays as it is, and below 64
+// descriptors it does not matter. epoll finds again what has been told and not yet been served, so
+// that a backlog counts there, as it should.
+//
+// It is judged after looks at 65,536 descriptors in all, and 16 looks at least; after twice as much
+// with each move, and an eighth less each time it stays. A load that changes faster than that is not worth following. Left out: trying both and
+// measuring, which costs moves to find out what the counts say.
+
+enum { ORCHI_TRIAL = 1 << 16, ORCHI_TRIAL_MOST = 1 << 26, ORCHI_TRIAL_LOOKS = 16 };
+
+/* Which poller fits what the last looks came to. */
+static const orchi_poller_ops *orchi_poller_better(const orchi_poller *p) {
+    if (p->ops != &orchi_poll_ops) {
+        bool few = p->looked_at < (uint64_t)p->looks * 32;
+        return few || p->came * 8 > p->looked_at ? &orchi_poll_ops : p->ops;
+    }
+    bool many = p->looked_at > (uint64_t)p->looks * 64;
+    return many && p->came * 32 < p->looked_at ? ORCHI_NATIVE : p->ops;
+}
+
+/* Judges, and moves. Where that fails, it is tried again later. */
+ORCHI_COLD static void orchi_poller_judge(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    if (p->pinned || p->looks < ORCHI_TRIAL_LOOKS) return;
+    const orchi_poller_ops *better = orchi_poller_better(p);
+    uint64_t less = p->trial - p->trial / 8;
+    if (better == p->ops) {
+        p->trial = less > ORCHI_TRIAL ? less : ORCHI_TRIAL;
+    } else {
+        if (p->trial < ORCHI_TRIAL_MOST) p->trial *= 2;
+        loop->stats.moves += orchi_poller_move(loop, better) == 0;
+    }
+    p->looks = 0;
+    p->looked_at = p->came = 0;
+}
 
 // ------------------------------------------------------------------------------------------------
 // >>timer
@@ -4314,6 +4780,409 @@ static void orchi_timers_fire(orch_loop *loop, uint64_t now) {
 }
 
 // ------------------------------------------------------------------------------------------------
+// >>inbox
+//
+// What other threads leave for a loop: letters, each with a function that opens it on the loop's
+// thread. Invariants:
+//   - An inbox comes from malloc and is counted, as those who hold one outlive the loop. Everything
+//     in it is guarded by its mutex; the list of all inboxes by one for the process, which is taken
+//     first.
+//   - A letter has its memory before it is put in: putting cannot fail, but for a loop that is
+//     gone.
+//   - The loop takes all letters at once and opens them from the ready ring, in which `mail` stands
+//     for them: in their order, and in turn with what else is ready.
+//   - A sleeping loop is woken through a descriptor, once: whoever finds it asleep and not woken
+//     yet writes. A loop that never sleeps has none.
+//   - After closing nothing is put in any more. What was put in before has been opened.
+// Left out: a list without locks. Two uncontended locks a sleep cost less than a tenth of it, and
+// every tool can check them. Only `posted` is read without: a hint that saves a busy loop the lock.
+
+typedef struct orchi_letter {
+    struct orchi_letter *next;
+    void (*open)(orch_loop *loop, struct orchi_letter *letter); // and free it
+    bool in;                                                    // it was put in
+} orchi_letter;
+
+typedef struct orchi_inbox {
+    pthread_mutex_t mutex;
+    orch_loop *loop;          // its name: others do not look into it
+    struct orchi_inbox *next; // of all loops
+    uint32_t holders;
+    bool ending;      // only answers are put in: nothing new
+    bool closed;      // nothing is
+    bool asleep;      // the loop sleeps, or is about to
+    bool woken;       // and a wake-up is on its way
+    int posted;       // atomic: there are letters
+    int ends[2];      // to read and to write; -1: none was needed yet
+    uint32_t writers; // that wake the loop just now
+    bool left;        // the loop has gone
+    uint64_t wakes;
+    orchi_letter *first, *last;
+} orchi_inbox;
+
+struct orch_remote {
+    orchi_letter letter;  // first
+    orchi_inbox *inbox;   // held
+    orch_promise promise; // for the loop's thread
+    orch_result result;
+    orch_remote **place; // what points to it in the loop's list; NULL: it is out
+    orch_remote *next;
+    bool lent; // to a thread of this file's: after a fork it does not come back
+};
+
+// The only state of the process, with the pool's in >>thread, and what a signal handler needs.
+static struct {
+    pthread_mutex_t mutex;
+    orchi_inbox *inboxes; // of all loops
+    orchi_inbox *spare;   // of none
+    bool forks;           // the handlers are installed
+} orchi_shared = {PTHREAD_MUTEX_INITIALIZER, NULL, NULL, false};
+
+// A post from thread 2 to the loop of thread 1, which has nothing to do:
+//
+//     1  orchi_doze        no letter: asleep; makes the descriptor the first time
+//     1  the poller        sleeps
+//     2  orch_post         a letter; the loop is asleep, so it is woken: one write
+//     2  orch_post         a second letter; it was woken: no write
+//     1  the poller        the descriptor is ready: one read
+//     1  orchi_inbox_take  awake; both letters; `mail` is queued
+//     1  the round         opens both: two callbacks
+
+// ---- the wake-up
+
+#if ORCHI_OS_LINUX
+static bool orchi_wake_pair(int *ends) {
+    ends[0] = ends[1] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    return ends[0] >= 0;
+}
+static void orchi_wake_close_pair(const int *ends) { close(ends[0]); }
+#else
+static bool orchi_wake_pair(int *ends) {
+    if (pipe(ends) != 0) return false;
+    for (int i = 0; i < 2; i++) {
+        fcntl(ends[i], F_SETFD, FD_CLOEXEC);
+        fcntl(ends[i], F_SETFL, O_NONBLOCK);
+    }
+    return true;
+}
+static void orchi_wake_close_pair(const int *ends) {
+    close(ends[0]);
+    close(ends[1]);
+}
+#endif
+
+/* The loop was woken: eight bytes of an eventfd, or as many wake-ups of a pipe. */
+static void orchi_wake_drain(orch_loop *loop) {
+    uint64_t count;
+    if (read(loop->inbox->ends[0], &count, sizeof count) < 0) return;
+}
+
+/* The last that uses the descriptor closes it: the loop when it goes, or who just wakes it. */
+static void orchi_wake_close(orchi_inbox *inbox) {
+    if (!inbox->left || inbox->writers > 0 || inbox->ends[0] < 0) return;
+    orchi_wake_close_pair(inbox->ends);
+    inbox->ends[0] = inbox->ends[1] = -1;
+}
+
+/* The last holder keeps it for the next loop: a mutex that another thread has just unlocked is not
+ * destroyed, as that thread may still be at it. There are as many as there ever were loops at a
+ * time, and remotes without one. */
+static void orchi_inbox_release(orchi_inbox *inbox) {
+    pthread_mutex_lock(&inbox->mutex);
+    bool last = --inbox->holders == 0;
+    pthread_mutex_unlock(&inbox->mutex);
+    if (!last) return;
+    pthread_mutex_lock(&orchi_shared.mutex);
+    inbox->next = orchi_shared.spare;
+    orchi_shared.spare = inbox;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+}
+
+/* Without the lock: the loop may run at once on another processor, and would have to wait for it. A
+ * full pipe is as good as one more byte. */
+static void orchi_wake(orchi_inbox *inbox, int end) {
+    uint64_t one = 1;
+    bool written = end >= 0 && write(end, &one, sizeof one) > 0;
+    (void)written;
+    pthread_mutex_lock(&inbox->mutex);
+    inbox->writers--;
+    orchi_wake_close(inbox);
+    pthread_mutex_unlock(&inbox->mutex);
+    orchi_inbox_release(inbox);
+}
+
+// ---- putting letters in
+
+/* The inbox is locked, and is not when this returns. `fresh`: asks for something new. False when the
+ * loop does not take it (any more); the letter is the caller's then. */
+static bool orchi_inbox_put_locked(orchi_inbox *inbox, orchi_letter *letter, bool fresh) {
+    bool open = !inbox->closed && !(fresh && inbox->ending),
+         wakes = open && inbox->asleep && !inbox->woken;
+    int end = inbox->ends[1];
+    if (open) {
+        letter->next = NULL;
+        letter->in = true;
+        if (inbox->first != NULL) inbox->last->next = letter;
+        else inbox->first = letter;
+        inbox->last = letter;
+        __atomic_store_n(&inbox->posted, 1, __ATOMIC_RELAXED);
+    }
+    if (wakes) {
+        inbox->woken = true;
+        inbox->wakes++;
+        inbox->writers++;
+        inbox->holders++;
+    }
+    pthread_mutex_unlock(&inbox->mutex);
+    if (wakes) orchi_wake(inbox, end);
+    return open;
+}
+
+static bool orchi_inbox_put(orchi_inbox *inbox, orchi_letter *letter) {
+    pthread_mutex_lock(&inbox->mutex);
+    return orchi_inbox_put_locked(inbox, letter, false);
+}
+
+/* The inbox of a loop, locked; NULL when there is no such loop (any more). */
+static orchi_inbox *orchi_inbox_find(const orch_loop *loop) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_inbox *inbox = orchi_shared.inboxes;
+    while (inbox != NULL && inbox->loop != loop) inbox = inbox->next;
+    if (inbox != NULL) pthread_mutex_lock(&inbox->mutex);
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    return inbox;
+}
+
+static orchi_inbox *orchi_inbox_hold(orchi_inbox *inbox) {
+    pthread_mutex_lock(&inbox->mutex);
+    inbox->holders++;
+    pthread_mutex_unlock(&inbox->mutex);
+    return inbox;
+}
+
+// ---- what the loop does
+
+/* Whether there may be letters. */
+static inline bool orchi_inbox_posted(const orch_loop *loop) {
+    return __atomic_load_n(&loop->inbox->posted, __ATOMIC_RELAXED) != 0;
+}
+
+/* Takes all letters, awake from now on, and queues what opens them. */
+ORCHI_NO_INLINE static void orchi_inbox_take(orch_loop *loop) {
+    orchi_inbox *inbox = loop->inbox;
+    pthread_mutex_lock(&inbox->mutex);
+    orchi_letter *first = inbox->first, *last = inbox->last;
+    inbox->first = inbox->last = NULL;
+    inbox->asleep = inbox->woken = false;
+    __atomic_store_n(&inbox->posted, 0, __ATOMIC_RELAXED);
+    pthread_mutex_unlock(&inbox->mutex);
+    if (first == NULL) return;
+    if (loop->letters != NULL) loop->letters_last->next = first;
+    else loop->letters = first;
+    loop->letters_last = last;
+    orchi_push(loop, &loop->mail);
+}
+
+static uint64_t orchi_inbox_wakes(const orch_loop *loop) {
+    pthread_mutex_lock(&loop->inbox->mutex);
+    uint64_t wakes = loop->inbox->wakes;
+    pthread_mutex_unlock(&loop->inbox->mutex);
+    return wakes;
+}
+
+enum { ORCHI_NAP_NS = 10000000 };
+
+/* Before a sleep: says that there is somebody to wake. Returns how long it may be, which is 0 when
+ * a letter has come. */
+static uint64_t orchi_doze(orch_loop *loop, uint64_t ns) {
+    orchi_inbox *inbox = loop->inbox;
+    if (ORCHI_UNLIKELY(inbox->ends[0] < 0)) loop->wake_open(loop);
+    pthread_mutex_lock(&inbox->mutex);
+    inbox->asleep = inbox->first == NULL;
+    bool asleep = inbox->asleep;
+    pthread_mutex_unlock(&inbox->mutex);
+    if (!asleep) return 0;
+    return inbox->ends[0] >= 0 || ns < ORCHI_NAP_NS ? ns : ORCHI_NAP_NS;
+}
+
+/* Opens letters from the ready ring; the rest when its turn comes again. It has no page that would
+ * name its loop, which is this thread's. */
+static void orchi_mail_run(orch_future *mail) {
+    orch_loop *loop = orchi_loop;
+    for (int n = 0; n < ORCHI_BUDGET && loop->letters != NULL; n++) {
+        orchi_letter *letter = loop->letters;
+        loop->letters = letter->next;
+        loop->budget--;
+        letter->open(loop, letter);
+    }
+    if (loop->letters != NULL) orchi_push(loop, mail);
+}
+
+// ---- remotes
+//
+// A loop knows its remotes, as it must not call itself deadlocked while one can bring something.
+// One whose promise has settled brings nothing: it is taken out when it is met.
+
+static void orchi_remote_out(orch_remote *remote) {
+    if (remote->place == NULL) return;
+    *remote->place = remote->next;
+    if (remote->next != NULL) remote->next->place = remote->place;
+    remote->place = NULL;
+}
+
+static void orchi_remote_in(orch_loop *loop, orch_remote *remote) {
+    remote->next = loop->remotes;
+    remote->place = &loop->remotes;
+    if (remote->next != NULL) remote->next->place = &remote->next;
+    loop->remotes = remote;
+}
+
+/* Whether a thread can still settle something here. Each that cannot is met once. */
+static bool orchi_remotes_wait(orch_loop *loop) {
+    orch_remote *remote = loop->remotes;
+    while (remote != NULL) {
+        const orch_future *f = remote->promise.future;
+        if (f->generation == remote->promise.generation && f->kind == ORCHI_PROMISE) return true;
+        orchi_remote_out(remote);
+        remote = loop->remotes;
+    }
+    return false;
+}
+
+// ---- the life of an inbox
+
+// Around a fork all inboxes and the list of them are locked, so that the child finds them whole.
+// There, no other thread is left: their loops are gone. Its own loop has to make a descriptor of its
+// own before it sleeps, as this one is the parent's too.
+
+static void orchi_fork_prepare(void) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    for (orchi_inbox *i = orchi_shared.inboxes; i != NULL; i = i->next) {
+        pthread_mutex_lock(&i->mutex);
+    }
+}
+
+static void orchi_fork_parent(void) {
+    for (orchi_inbox *i = orchi_shared.inboxes; i != NULL; i = i->next) {
+        pthread_mutex_unlock(&i->mutex);
+    }
+    pthread_mutex_unlock(&orchi_shared.mutex);
+}
+
+static void orchi_wake_unwatch(orch_loop *loop, int fd) {
+    loop->poller.watches[fd].hints = 0;
+    if (loop->poller.ops == &orchi_poll_ops) orchi_poll_update(loop, fd, true);
+}
+
+static void orchi_wake_forget(orchi_inbox *inbox) {
+    if (inbox->ends[0] < 0) return;
+    orchi_wake_close_pair(inbox->ends);
+    if (inbox->loop == orchi_loop) orchi_wake_unwatch(orchi_loop, inbox->ends[0]);
+    inbox->ends[0] = inbox->ends[1] = -1;
+    inbox->asleep = inbox->woken = false;
+    inbox->writers = 0;
+}
+
+static void orchi_fork_child(void) {
+    orchi_inbox *all = orchi_shared.inboxes;
+    orchi_shared.inboxes = NULL;
+    for (orchi_inbox *i = all, *next; i != NULL; i = next) {
+        next = i->next;
+        i->next = NULL;
+        i->closed = i->closed || i->loop != orchi_loop;
+        if (i->loop == orchi_loop) orchi_shared.inboxes = i;
+        orchi_wake_forget(i);
+        pthread_mutex_unlock(&i->mutex);
+    }
+    pthread_mutex_unlock(&orchi_shared.mutex);
+}
+
+/* helgrind takes a relaxed read for a race: it is told to leave the flag alone (its client request
+ * ARANGE_MAKE_UNTRACKED). */
+enum { ORCHI_HELGRIND_UNTRACKED = 0x48470127 };
+
+static orchi_inbox *orchi_inbox_make(void) {
+    orchi_inbox *inbox = (orchi_inbox *)calloc(1, sizeof *inbox);
+    if (inbox == NULL) return NULL;
+    pthread_mutex_init(&inbox->mutex, NULL);
+    uintptr_t request[6] = {
+        ORCHI_HELGRIND_UNTRACKED, (uintptr_t)&inbox->posted, sizeof inbox->posted, 0, 0, 0};
+    orchi_valgrind_request(request);
+    return inbox;
+}
+
+/* One that was used before, or a new one. */
+static orchi_inbox *orchi_inbox_take_spare(void) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_inbox *inbox = orchi_shared.spare;
+    if (inbox != NULL) orchi_shared.spare = inbox->next;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    return inbox != NULL ? inbox : orchi_inbox_make();
+}
+
+static void orchi_inbox_init(orchi_inbox *inbox, orch_loop *loop) {
+    pthread_mutex_lock(&inbox->mutex);
+    inbox->loop = loop;
+    inbox->holders = 1;
+    inbox->ending = inbox->closed = inbox->left = false;
+    inbox->asleep = inbox->woken = false;
+    inbox->ends[0] = inbox->ends[1] = -1;
+    inbox->wakes = 0;
+    pthread_mutex_unlock(&inbox->mutex);
+}
+
+/* Makes a loop's inbox and enters it into the list. */
+static int orchi_inbox_new(orch_loop *loop) {
+    orchi_inbox *inbox = orchi_inbox_take_spare();
+    if (inbox == NULL) return ORCH_ENOMEM;
+    orchi_inbox_init(inbox, loop);
+    loop->inbox = inbox;
+    loop->mail.kind = ORCHI_MAIL;
+    loop->on_wake = orchi_wake_drain;
+    pthread_mutex_lock(&orchi_shared.mutex);
+    if (!orchi_shared.forks) {
+        orchi_shared.forks =
+            pthread_atfork(orchi_fork_prepare, orchi_fork_parent, orchi_fork_child) == 0;
+    }
+    inbox->next = orchi_shared.inboxes;
+    orchi_shared.inboxes = inbox;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    return 0;
+}
+
+/* The loop is about to end, or lives on after all. */
+static void orchi_inbox_ending(orch_loop *loop, bool ending) {
+    pthread_mutex_lock(&loop->inbox->mutex);
+    loop->inbox->ending = ending;
+    loop->inbox->closed = false;
+    pthread_mutex_unlock(&loop->inbox->mutex);
+}
+
+/* From now on nothing is put in. What was put in before is taken. */
+static void orchi_inbox_close(orch_loop *loop) {
+    pthread_mutex_lock(&loop->inbox->mutex);
+    loop->inbox->closed = true;
+    pthread_mutex_unlock(&loop->inbox->mutex);
+    orchi_inbox_take(loop);
+}
+
+/* The loop goes. Whether it was the last one. */
+static bool orchi_inbox_leave(orch_loop *loop) {
+    orchi_inbox *inbox = loop->inbox, **at = &orchi_shared.inboxes;
+    pthread_mutex_lock(&orchi_shared.mutex);
+    while (*at != inbox) at = &(*at)->next;
+    *at = inbox->next;
+    bool last = orchi_shared.inboxes == NULL;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    pthread_mutex_lock(&inbox->mutex);
+    inbox->left = true;
+    orchi_wake_close(inbox);
+    pthread_mutex_unlock(&inbox->mutex);
+    orchi_inbox_release(inbox);
+    return last;
+}
+
+// ------------------------------------------------------------------------------------------------
 // >>loop
 //
 // A turn is a round of ready work, then a look: stamp new timers, ask the poller, fire what is due.
@@ -4369,40 +5238,95 @@ static void orchi_round(orch_loop *loop) {
     loop->budget = loop->round = ORCHI_BUDGET;
 }
 
-/* What a descriptor is waited for, in all. */
-static int orchi_watch_events(const orchi_watch *watch) {
-    return (watch->reader != NULL ? ORCH_READABLE : 0) |
-           (watch->writer != NULL ? ORCH_WRITABLE : 0);
-}
-
-/* Takes a waiting future out of the table. */
-static void orchi_unwatch(orch_loop *loop, orch_future *f) {
+/* Takes a waiting future out of the table. `exact`: without an event, so the poller is to stop. */
+static void orchi_unwatch(orch_loop *loop, orch_future *f, bool exact) {
     int fd = f->as.ready.fd;
     orchi_watch *watch = &loop->poller.watches[fd];
     if (watch->reader == f) watch->reader = NULL;
     if (watch->writer == f) watch->writer = NULL;
     loop->stats.watched--;
-    loop->poller.ops->update(loop, fd, orchi_watch_events(watch));
+    loop->poller.ops->update(loop, fd, exact);
 }
 
-/* What the poller calls: tells the waiters of a descriptor. */
-static void orchi_fd_ready(orch_loop *loop, int fd, int events) {
-    orchi_watch *watch = &loop->poller.watches[fd];
+/* Whether an event is for this waiter. One that was made after the look waits for the next: the
+ * descriptor may have been closed, and its number used again, by a rejection's hook. */
+static bool orchi_meant(const orch_future *f, uint64_t generation, int events, int direction) {
+    return f != NULL && f->generation < generation && (events & (direction | ORCHI_BAD_FD));
+}
+
+/* Tells the waiters of a descriptor that was found ready. The table is read again after each, as a
+ * rejection's hook may have changed it. */
+static bool orchi_tell(orch_loop *loop, orchi_found found, uint64_t generation) {
+    orchi_watch *watch = &loop->poller.watches[found.fd];
     orch_future *reader = watch->reader;
-    bool both = reader == watch->writer;
-    if (reader != NULL && (both || (events & (ORCH_READABLE | ORCHI_BAD_FD)))) {
-        orchi_kinds[reader->kind].fire(reader, events);
+    bool told = (watch->hints & ORCHI_WAKE) != 0;
+    watch->hints &= (uint16_t) ~(found.events & ORCHI_BOTH);
+    loop->poller.woken |= told;
+    if (orchi_meant(reader, generation, found.events, ORCH_READABLE)) {
+        bool both = reader == watch->writer;
+        orchi_kinds[reader->kind].fire(reader, found.events);
+        if (both) return true;
+        told = true;
     }
-    watch = &loop->poller.watches[fd]; // a rejection's hook may have changed it
-    if (watch->writer != NULL && !both && (events & (ORCH_WRITABLE | ORCHI_BAD_FD))) {
-        orchi_kinds[ORCHI_READY].fire(watch->writer, events);
+    orch_future *writer = loop->poller.watches[found.fd].writer;
+    if (orchi_meant(writer, generation, found.events, ORCH_WRITABLE)) {
+        orchi_kinds[writer->kind].fire(writer, found.events);
+        told = true;
+    }
+    return told;
+}
+
+/* A loop with a seed draws the order of what was found. Sorted first, as every poller finds it in
+ * another order. */
+static int orchi_found_compare(const void *a, const void *b) {
+    return ((const orchi_found *)a)->fd - ((const orchi_found *)b)->fd;
+}
+
+ORCHI_COLD static void orchi_found_shuffle(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    qsort(p->found, p->found_count, sizeof *p->found, orchi_found_compare);
+    for (uint32_t i = p->found_count; i > 1; i--) {
+        uint32_t drawn = (uint32_t)(orchi_random(loop) % i);
+        orchi_found last = p->found[i - 1];
+        p->found[i - 1] = p->found[drawn];
+        p->found[drawn] = last;
     }
 }
 
-/* The only place where the loop makes a system call. */
+/* Tells all that was found. What nobody waits for is disarmed, so that it comes once; but while
+ * there is other work, it may be that the turn of who was told has not come yet. */
+static void orchi_tell_all(orch_loop *loop, uint64_t generation, bool idle) {
+    orchi_poller *p = &loop->poller;
+    if (ORCHI_UNLIKELY(loop->desc.seed != 0)) orchi_found_shuffle(loop);
+    for (uint32_t i = 0; i < p->found_count; i++) {
+        bool told = orchi_tell(loop, p->found[i], generation);
+        if (!told && idle) p->ops->update(loop, p->found[i].fd, true);
+    }
+    p->found_count = 0;
+}
+
+/* The only place where the loop makes a system call. What was found is told afterwards. */
 static int orchi_poll(orch_loop *loop, uint64_t ns) {
+    orchi_poller *p = &loop->poller;
+    bool idle = orchi_ring_empty(loop);
+    uint64_t generation = loop->generation;
+    bool sleeps = ns > 0;
+    if (sleeps) ns = orchi_doze(loop, ns);
     loop->stats.polls++;
-    return loop->poller.ops->wait(loop, ns, orchi_fd_ready);
+    p->looked_at += p->count;
+    int error = p->ops->wait(loop, ns);
+    p->came += p->found_count;
+    orchi_tell_all(loop, generation, idle);
+    if (ORCHI_UNLIKELY(p->stale)) orchi_poller_renew(loop);
+    p->looks++;
+    if (ORCHI_UNLIKELY(p->looked_at >= p->trial)) orchi_poller_judge(loop);
+    orchi_tell_all(loop, loop->generation, idle); // what a move found
+    if (p->woken) {
+        p->woken = false;
+        loop->on_wake(loop);
+    }
+    if (sleeps) orchi_inbox_take(loop);
+    return error;
 }
 
 /* What a look costs. It may at most double from one to the next, as one that was interrupted by
@@ -4426,11 +5350,11 @@ static void orchi_tick(orch_loop *loop) {
 /* A look while work is ready: not sooner than ten times its cost after the last one. */
 static int orchi_look_busy(orch_loop *loop) {
     orchi_tick(loop);
-    if (loop->timers.count == 0 && loop->poller.count == 0) return 0;
+    if (loop->timers.count == 0 && loop->stats.watched == 0) return 0;
     uint64_t now = orchi_now(loop);
     orchi_timers_stamp(loop, now);
     int error = 0;
-    if (loop->poller.count > 0 && now - loop->looked >= 10 * loop->look_cost) {
+    if (loop->stats.watched > 0 && now - loop->looked >= 10 * loop->look_cost) {
         error = orchi_poll(loop, 0);
         loop->looked = orchi_now(loop);
         loop->look_cost = orchi_look_cost(loop, loop->looked - now);
@@ -4443,15 +5367,18 @@ static int orchi_look_busy(orch_loop *loop) {
 static int orchi_sleep(orch_loop *loop, uint64_t now, uint64_t ns) {
     uint64_t trim = ns > 0 ? orchi_stacks_idle(loop, now) : 0;
     if (ns > trim) ns = trim;
-    return ns > 0 || loop->poller.count > 0 ? orchi_poll(loop, ns) : 0;
+    return ns > 0 || loop->stats.watched > 0 ? orchi_poll(loop, ns) : 0;
 }
 
 /* The same on a virtual clock: descriptors are looked at once, and with nothing ready still the
  * time has passed. Only without a timer the sleep is real, as nothing but a descriptor can end it;
- * and without either, the last timer is one for the end of time. */
-static int orchi_jump(orch_loop *loop, uint64_t ns) {
-    bool watched = loop->poller.count > 0;
+ * and without either, the last timer is one for the end of time. While threads work for the loop,
+ * the sleep is real and time stands still. */
+static int orchi_jump(orch_loop *loop, uint64_t ns, uint64_t limit) {
+    bool watched = loop->stats.watched > 0;
     loop->ticked = orchi_resumes(loop);
+    bool outside = orchi_remotes_wait(loop) || loop->children > 0;
+    if (outside) return watched || limit > 0 ? orchi_poll(loop, limit) : 0;
     int error = watched ? orchi_poll(loop, ns == UINT64_MAX ? ns : 0) : 0;
     if (error != 0 || !orchi_ring_empty(loop) || (watched && ns == UINT64_MAX)) return error;
     loop->now = ns < UINT64_MAX - loop->now ? loop->now + ns : UINT64_MAX;
@@ -4465,17 +5392,16 @@ static int orchi_look_idle(orch_loop *loop, uint64_t limit) {
     uint64_t next = loop->timers.count > 0 ? loop->timers.entries[0].deadline : UINT64_MAX;
     uint64_t sleep = next == UINT64_MAX ? UINT64_MAX : next > now ? next - now : 0;
     if (sleep > limit) sleep = limit;
-    bool jumps = loop->desc.clock == ORCH_CLOCK_VIRTUAL, stands = jumps && loop->children > 0;
-    int error = stands  ? orchi_poll(loop, limit)
-                : jumps ? orchi_jump(loop, sleep)
-                        : orchi_sleep(loop, now, sleep);
+    bool jumps = loop->desc.clock == ORCH_CLOCK_VIRTUAL;
+    int error = jumps ? orchi_jump(loop, sleep, limit) : orchi_sleep(loop, now, sleep);
     orchi_timers_fire(loop, sleep > 0 ? orchi_now(loop) : now);
     return error;
 }
 
 /* Whether anything is left that could make work ready. */
-static bool orchi_can_wake(const orch_loop *loop) {
-    return !orchi_ring_empty(loop) || loop->timers.count > 0 || loop->poller.count > loop->quiet;
+static bool orchi_can_wake(orch_loop *loop) {
+    return !orchi_ring_empty(loop) || loop->timers.count > 0 || loop->stats.watched > loop->quiet ||
+           orchi_inbox_posted(loop) || orchi_remotes_wait(loop);
 }
 
 /* One turn. Returns 1 when there is more to do, 0 when nothing can wake the loop, or an error. */
@@ -4484,6 +5410,7 @@ static int orchi_turn(orch_loop *loop, uint64_t limit) {
     loop->stats.turns++;
     if (ORCHI_UNLIKELY(loop->desc.seed != 0)) orchi_shuffle(loop);
     orchi_round(loop);
+    if (ORCHI_UNLIKELY(orchi_inbox_posted(loop))) orchi_inbox_take(loop);
     int error = 0;
     bool leave = loop->stopping || (loop->until != NULL && orchi_settled(loop->until));
     if (leave) limit = 0;
@@ -4598,8 +5525,10 @@ orch_loop_stats orch_loop_statistics(const orch_loop *loop) {
     if (loop == NULL) return stats;
     stats = loop->stats;
     stats.timers = loop->timers.count;
+    stats.poller = loop->poller.ops->id;
     stats.futures = orchi_live((orch_loop *)(uintptr_t)loop); // visits slots, changes none
     stats.resumes = orchi_resumes(loop);
+    stats.wakes = orchi_inbox_wakes(loop);
     return stats;
 }
 
@@ -6306,6 +7235,24 @@ static inline void orchi_suspend(orch_loop *loop, orch_task *task) {
     else orchi_leave(loop, task);
 }
 
+/* Fetches what the next two ready tasks need first: of the second its control block, of the first,
+ * whose block came the last time, what lies at the top of its stack. For who is about to enter the
+ * kernel: of 10,000 tasks that wait for descriptors none is in the cache when its turn comes, and
+ * each of these lines would be waited for. */
+static inline void orchi_fetch_ahead(const orch_loop *loop) {
+    const orchi_ring *ring = &loop->ready;
+    if (ring->tail - ring->head < 2) return;
+    const orch_future *first = ring->items[ring->head & ring->mask];
+    const orch_future *second = ring->items[(ring->head + 1) & ring->mask];
+    if (first->kind != ORCHI_TASK || second->kind != ORCHI_TASK) return;
+    const orch_task *next = second->as.task.task;
+    __builtin_prefetch(next, 1);
+    __builtin_prefetch((const char *)next + 128, 1);
+    const char *sp = (const char *)first->as.task.task->context.sp;
+    for (int i = 0; i < 4; i++) __builtin_prefetch(sp + 64 * i, 1);
+    __builtin_prefetch(first->as.task.task->waiting, 1);
+}
+
 /* Waits until a claimed pending future has settled. Returns it, or what it was replaced by. */
 static orch_future *orchi_wait_for(orch_loop *loop, orch_task *task, orch_future *f) {
     orchi_attach(f, task->future, 0);
@@ -7609,12 +8556,12 @@ static int orchi_watch_start(orch_loop *loop, orch_future *f) {
     orchi_watch *watch = &loop->poller.watches[fd];
     if ((events & ORCH_READABLE) && watch->reader != NULL) return ORCH_EBUSY;
     if ((events & ORCH_WRITABLE) && watch->writer != NULL) return ORCH_EBUSY;
-    int error = loop->poller.ops->update(loop, fd, orchi_watch_events(watch) | events);
-    if (error != 0) return error;
     if (events & ORCH_READABLE) watch->reader = f;
     if (events & ORCH_WRITABLE) watch->writer = f;
     loop->stats.watched++;
-    return 0;
+    int error = loop->poller.ops->update(loop, fd, false);
+    if (error != 0) orchi_unwatch(loop, f, true);
+    return error;
 }
 
 /* What can be told before anything is registered. */
@@ -7635,7 +8582,8 @@ orch_future *orch_ready(int fd, int events) {
     f->as.ready.fd = fd;
     f->as.ready.events = events;
     error = orchi_watch_start(loop, f);
-    if (error != 0) orchi_reject(loop, f, error);
+    orch_result r = error == ORCHI_ALWAYS ? orch_ok_int(events) : orch_fail(error);
+    if (error != 0) orchi_settle(loop, f, &r);
     return f;
 }
 
@@ -7644,7 +8592,7 @@ orch_future *orch_ready(int fd, int events) {
 static void orchi_ready_fire(orch_future *f, int events) {
     orch_loop *loop = orchi_loop_of(f);
     int came = events & f->as.ready.events;
-    orchi_unwatch(loop, f);
+    orchi_unwatch(loop, f, false);
     orch_result r = events & ORCHI_BAD_FD ? orch_fail(-EBADF) : orch_ok_int(came);
     orchi_settle(loop, f, &r);
 }
@@ -7654,25 +8602,66 @@ static orch_future *orchi_ready_cancel(orch_future *f, int reason) {
     (void)reason;
     orch_loop *loop = orchi_loop_of(f);
     f->flags |= ORCHI_CANCEL;
-    orchi_unwatch(loop, f);
+    orchi_unwatch(loop, f, true);
     orchi_reject(loop, f, ORCH_ECANCELED);
     return NULL;
 }
 
-/* Wakes who waits for a descriptor that is about to be closed. */
-static void orchi_watch_end(orch_loop *loop, int fd) {
+/* A number loses its owner: who waits for it is told, and nothing of it is left. */
+static void orchi_watch_end(orch_loop *loop, int fd, int error) {
     if (fd < 0 || (size_t)fd >= loop->poller.watch_count) return;
     orchi_watch *watch = &loop->poller.watches[fd];
-    if (watch->reader != NULL) orchi_ready_cancel(watch->reader, ORCH_ECANCELED);
-    if (watch->writer != NULL) orchi_ready_cancel(watch->writer, ORCH_ECANCELED);
+    orch_future *waiting[2] = {watch->reader,
+                               watch->reader == watch->writer ? NULL : watch->writer};
+    for (int i = 0; i < 2; i++) {
+        if (waiting[i] == NULL) continue;
+        waiting[i]->flags |= ORCHI_CANCEL; // not reported
+        orchi_unwatch(loop, waiting[i], true);
+        orchi_reject(loop, waiting[i], error);
+    }
     watch->generation++;
-    watch->bits = 0;
+    watch->hints = 0;
+    loop->poller.ops->update(loop, fd, true);
+}
+
+/* What the library makes itself: it will be closed by orch_close, so that the poller may look for
+ * it as long as it is open. Whoever still waits for the number closed its last owner without. */
+static inline int orchi_watch_own(orch_loop *loop, int fd) {
+    int error = orchi_watch_reserve(loop, fd);
+    if (error != 0) return error;
+    orchi_watch_end(loop, fd, -EBADF);
+    loop->poller.watches[fd].hints = ORCHI_OWN;
+    return 0;
+}
+
+/* What is armed for one event is armed anew, to stay. */
+int orch_adopt(int fd) {
+    orch_loop *loop = orchi_loop;
+    if (loop == NULL) return orchi_misuse("orch_adopt", ORCH_ENOLOOP);
+    int error = fd < 0 ? -EBADF : orchi_watch_reserve(loop, fd);
+    if (error != 0) return error;
+    orchi_watch *watch = &loop->poller.watches[fd];
+    watch->hints |= ORCHI_OWN;
+    watch->armed &= ORCHI_REGISTERED;
+    return loop->poller.ops->update(loop, fd, false);
 }
 
 /* After EINTR the descriptor is gone on every system here; calling again would close another's. */
 int orch_close(int fd) {
-    if (orchi_loop != NULL) orchi_watch_end(orchi_loop, fd);
+    if (orchi_loop != NULL) orchi_watch_end(orchi_loop, fd, ORCH_ECANCELED);
     return close(fd) == 0 || errno == EINTR ? 0 : -errno;
+}
+
+/* A descriptor that wakes the loop from its sleep, until it is closed with orch_close: whenever it
+ * is readable, loop->on_wake is called, after the look and outside the poller. It is nobody's wait:
+ * with nothing else to wait for the loop ends, or is deadlocked. */
+static inline int orchi_wake_watch(orch_loop *loop, int fd) {
+    int error = orchi_watch_own(loop, fd);
+    if (error != 0) return error;
+    loop->poller.watches[fd].hints |= ORCHI_WAKE;
+    error = loop->poller.ops->update(loop, fd, false);
+    if (error != 0) loop->poller.watches[fd].hints = 0;
+    return error;
 }
 
 // ---- calls
@@ -7700,9 +8689,9 @@ int orch_close(int fd) {
 /* Where send knows no MSG_NOSIGNAL the socket is told, once. */
 static void orchi_quiet(int fd, orchi_watch *watch) {
     int on = 1;
-    if (watch->bits & ORCHI_QUIET) return;
+    if (watch->hints & ORCHI_QUIET) return;
     setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on);
-    watch->bits |= ORCHI_QUIET;
+    watch->hints |= ORCHI_QUIET;
 }
 /* Non-blocking and close-on-exec, where no call makes descriptors so. */
 static int orchi_private(int fd) {
@@ -7749,7 +8738,7 @@ static int orchi_watch_wait(orch_loop *loop, orch_task *task, int fd, int direct
     }
     f = orchi_wait_for(loop, task, f);
     error = f->as.result.error;
-    orchi_release(f);
+    if (ORCHI_LIKELY(!(f->flags & ORCHI_IMMORTAL))) orchi_slot_free(loop, f); // owns nothing
     return error;
 }
 
@@ -7763,46 +8752,56 @@ ORCHI_NO_INLINE static ptrdiff_t orchi_io_wait(orch_task *task, int fd, int dire
     uint32_t generation = watch->generation;
     uint16_t busy = (uint16_t)(direction * ORCHI_IN_READ);
     ptrdiff_t n = -EAGAIN;
-    watch->bits |= busy;
-    if (orchi_must_end(task) && !(watch->bits & ORCHI_SLOW)) n = attempt(fd, watch, t);
+    watch->hints |= busy;
+    if (orchi_must_end(task) && !(watch->hints & ORCHI_SLOW)) n = attempt(fd, watch, t);
     while (n == -EAGAIN) {
         int error = orchi_watch_wait(loop, task, fd, direction);
         watch = &loop->poller.watches[fd]; // the table may have moved
         if (watch->generation != generation) return ORCH_ECANCELED;
+        orchi_fetch_ahead(loop);
         n = error != 0 ? error : attempt(fd, watch, t);
     }
-    watch->bits &= (uint16_t)~busy;
+    watch->hints &= (uint16_t)~busy;
     return n;
 }
 
-/* What every call does. The caller has looked at its own arguments. */
-static ptrdiff_t orchi_io(const char *function, int fd, int direction, orchi_attempt attempt,
-                          orchi_transfer *t) {
+/* What every call does. The caller has looked at its own arguments. Inlined where a request comes
+ * by, so that the attempt is. */
+static ORCHI_INLINE ptrdiff_t orchi_io(const char *function, int fd, int direction,
+                                       orchi_attempt attempt, orchi_transfer *t) {
     int error;
     orch_task *task = orchi_here_task(function, &error);
     if (task == NULL) return error;
-    if (fd < 0) return -EBADF;
     orch_loop *loop = orchi_loop;
-    error = orchi_watch_reserve(loop, fd);
-    if (ORCHI_UNLIKELY(error != 0)) return error;
+    if (ORCHI_UNLIKELY((size_t)fd >= loop->poller.watch_count)) { // negative ones too
+        error = fd < 0 ? -EBADF : orchi_watch_reserve(loop, fd);
+        if (error != 0) return error;
+    }
     orchi_watch *watch = &loop->poller.watches[fd];
-    int busy = direction * ORCHI_IN_READ, wait_first = direction * ORCHI_DRY;
-    if (ORCHI_UNLIKELY(watch->bits & busy)) return ORCH_EBUSY;
-    ptrdiff_t n = watch->bits & wait_first ? -EAGAIN : attempt(fd, watch, t);
+    int busy = direction * ORCHI_IN_READ, wait_first = direction * ORCHI_DRY | ORCHI_SLOW;
+    if (ORCHI_UNLIKELY(watch->hints & busy)) return ORCH_EBUSY;
+    ptrdiff_t n = watch->hints & wait_first ? -EAGAIN : attempt(fd, watch, t);
     if (n == -EAGAIN) return orchi_io_wait(task, fd, direction, attempt, t);
     orchi_no_wait(loop, task);
     return n;
 }
 
+/* A call that has nothing to do. recv(2) of no bytes may wait for some. */
+static ptrdiff_t orchi_io_nothing(const char *function, int fd) {
+    int error;
+    if (orchi_here_task(function, &error) == NULL) return error;
+    return fd < 0 ? -EBADF : 0;
+}
+
 /* The same with the check of memory that most calls need. */
-static ptrdiff_t orchi_io_memory(const char *function, int fd, int direction, orchi_attempt attempt,
-                                 orchi_transfer *t) {
+static ORCHI_INLINE ptrdiff_t orchi_io_memory(const char *function, int fd, int direction,
+                                              orchi_attempt attempt, orchi_transfer *t) {
     if (orchi_no_memory_at(t->data, t->size)) return orchi_misuse(function, ORCH_EINVAL);
     return orchi_io(function, fd, direction, attempt, t);
 }
 
 static void orchi_watch_hint(orchi_watch *watch, int bit, bool set) {
-    watch->bits = (uint16_t)(set ? watch->bits | bit : watch->bits & ~bit);
+    watch->hints = (uint16_t)(set ? watch->hints | bit : watch->hints & ~bit);
 }
 
 // ---- descriptors that are no sockets
@@ -7817,17 +8816,17 @@ static void orchi_watch_classify(int fd, orchi_watch *watch) {
     int flags = fcntl(fd, F_GETFL);
     bool known = fstat(fd, &about) == 0;
     bool waits = !known || (!S_ISREG(about.st_mode) && !S_ISBLK(about.st_mode));
-    watch->bits |= ORCHI_NO_SOCKET;
-    if (known && S_ISFIFO(about.st_mode)) watch->bits |= ORCHI_PIPE;
-    if (waits && flags >= 0 && !(flags & O_NONBLOCK)) watch->bits |= ORCHI_SLOW;
+    watch->hints |= ORCHI_NO_SOCKET;
+    if (known && S_ISFIFO(about.st_mode)) watch->hints |= ORCHI_PIPE;
+    if (waits && flags >= 0 && !(flags & O_NONBLOCK)) watch->hints |= ORCHI_SLOW;
 }
 
 /* Whether an attempt goes on with read or write. A blocking descriptor waits first: *error. */
 static bool orchi_no_socket(int fd, orchi_watch *watch, ptrdiff_t *error) {
     if (*error != -ENOTSOCK) return false;
     orchi_watch_classify(fd, watch);
-    if (watch->bits & ORCHI_SLOW) *error = -EAGAIN;
-    return !(watch->bits & ORCHI_SLOW);
+    if (watch->hints & ORCHI_SLOW) *error = -EAGAIN;
+    return !(watch->hints & ORCHI_SLOW);
 }
 
 typedef struct orchi_sigpipe {
@@ -7865,7 +8864,7 @@ static ptrdiff_t orchi_write_parts(int fd, const orchi_watch *watch, const struc
                                    int count) {
     orchi_sigpipe s;
     ptrdiff_t n;
-    bool guarded = (watch->bits & ORCHI_PIPE) != 0;
+    bool guarded = (watch->hints & ORCHI_PIPE) != 0;
     if (guarded) orchi_sigpipe_begin(&s);
     do n = writev(fd, parts, count);
     while (n < 0 && errno == EINTR);
@@ -7881,20 +8880,20 @@ static ptrdiff_t orchi_attempt_recv(int fd, orchi_watch *watch, orchi_transfer *
     do n = recv(fd, t->data, t->size, t->flags | MSG_DONTWAIT);
     while (ORCHI_UNLIKELY(n < 0 && errno == EINTR));
     if (ORCHI_UNLIKELY(n < 0)) return -errno;
-    if ((size_t)n < t->size && !(watch->bits & ORCHI_DATAGRAMS)) watch->bits |= ORCHI_DRY;
+    if ((size_t)n < t->size && !(watch->hints & ORCHI_DATAGRAMS)) watch->hints |= ORCHI_DRY;
     return n;
 }
 
 static ptrdiff_t orchi_attempt_read(int fd, orchi_watch *watch, orchi_transfer *t) {
     ptrdiff_t n = -ENOTSOCK;
-    if (!(watch->bits & ORCHI_NO_SOCKET)) {
+    if (!(watch->hints & ORCHI_NO_SOCKET)) {
         n = orchi_attempt_recv(fd, watch, t);
         if (ORCHI_LIKELY(!orchi_no_socket(fd, watch, &n))) return n;
     }
     do n = read(fd, t->data, t->size);
     while (n < 0 && errno == EINTR);
     if (n < 0) return -errno;
-    orchi_watch_hint(watch, ORCHI_DRY, (size_t)n < t->size || (watch->bits & ORCHI_SLOW));
+    orchi_watch_hint(watch, ORCHI_DRY, (size_t)n < t->size);
     return n;
 }
 
@@ -7907,7 +8906,7 @@ static ptrdiff_t orchi_attempt_read_full(int fd, orchi_watch *watch, orchi_trans
         if (n < 0) return n;
         if (n == 0) break;
         t->done += (size_t)n;
-        if (t->done < t->size && (watch->bits & ORCHI_DRY)) return -EAGAIN;
+        if (t->done < t->size && (watch->hints & (ORCHI_DRY | ORCHI_SLOW))) return -EAGAIN;
     }
     return (ptrdiff_t)t->done;
 }
@@ -7918,28 +8917,29 @@ static ptrdiff_t orchi_attempt_readv(int fd, orchi_watch *watch, orchi_transfer 
     memset(&message, 0, sizeof message);
     message.msg_iov = (struct iovec *)(uintptr_t)t->parts;
     message.msg_iovlen = (size_t)t->count;
-    if (!(watch->bits & ORCHI_NO_SOCKET)) {
+    if (!(watch->hints & ORCHI_NO_SOCKET)) {
         do n = recvmsg(fd, &message, MSG_DONTWAIT);
         while (n < 0 && errno == EINTR);
         if (n < 0) n = -errno;
     }
-    if (n == -ENOTSOCK && ((watch->bits & ORCHI_NO_SOCKET) || orchi_no_socket(fd, watch, &n))) {
+    if (n == -ENOTSOCK && ((watch->hints & ORCHI_NO_SOCKET) || orchi_no_socket(fd, watch, &n))) {
         do n = readv(fd, t->parts, t->count);
         while (n < 0 && errno == EINTR);
         if (n < 0) n = -errno;
     }
-    if (n >= 0)
-        orchi_watch_hint(watch, ORCHI_DRY, (size_t)n < t->size || (watch->bits & ORCHI_SLOW));
+    if (n >= 0) orchi_watch_hint(watch, ORCHI_DRY, (size_t)n < t->size);
     return n;
 }
 
 ptrdiff_t orch_read(int fd, void *buffer, size_t size) {
     orchi_transfer t = {(char *)buffer, size, 0, 0, 0, NULL, NULL};
+    if (size == 0) return orchi_io_nothing("orch_read", fd);
     return orchi_io_memory("orch_read", fd, ORCH_READABLE, orchi_attempt_read, &t);
 }
 
 ptrdiff_t orch_read_full(int fd, void *buffer, size_t size) {
     orchi_transfer t = {(char *)buffer, size, 0, 0, 0, NULL, NULL};
+    if (size == 0) return orchi_io_nothing("orch_read_full", fd);
     return orchi_io_memory("orch_read_full", fd, ORCH_READABLE, orchi_attempt_read_full, &t);
 }
 
@@ -7957,7 +8957,7 @@ static ptrdiff_t orchi_parts_size(const char *function, const struct iovec *part
 
 ptrdiff_t orch_readv(int fd, const struct iovec *parts, int count) {
     ptrdiff_t size = orchi_parts_size("orch_readv", parts, count);
-    if (size < 0) return size;
+    if (size <= 0) return size < 0 ? size : orchi_io_nothing("orch_readv", fd);
     orchi_transfer t = {NULL, (size_t)size, 0, 0, count, parts, NULL};
     return orchi_io("orch_readv", fd, ORCH_READABLE, orchi_attempt_readv, &t);
 }
@@ -7968,7 +8968,7 @@ ptrdiff_t orch_readv(int fd, const struct iovec *parts, int count) {
 static ptrdiff_t orchi_wrote(orchi_watch *watch, orchi_transfer *t, ptrdiff_t n) {
     if (n < 0) return n;
     t->done += (size_t)n;
-    orchi_watch_hint(watch, ORCHI_FULL, t->done < t->size || (watch->bits & ORCHI_SLOW));
+    orchi_watch_hint(watch, ORCHI_FULL, t->done < t->size);
     return t->done < t->size ? -EAGAIN : (ptrdiff_t)t->done;
 }
 
@@ -7983,12 +8983,12 @@ static ptrdiff_t orchi_attempt_send(int fd, orchi_watch *watch, orchi_transfer *
 
 static ptrdiff_t orchi_attempt_write(int fd, orchi_watch *watch, orchi_transfer *t) {
     ptrdiff_t n = -ENOTSOCK;
-    if (!(watch->bits & ORCHI_NO_SOCKET)) {
+    if (!(watch->hints & ORCHI_NO_SOCKET)) {
         n = orchi_attempt_send(fd, watch, t);
         if (ORCHI_LIKELY(!orchi_no_socket(fd, watch, &n))) return n;
     }
     struct iovec part = {t->data + t->done, t->size - t->done};
-    if ((watch->bits & ORCHI_SLOW) && part.iov_len > PIPE_BUF) part.iov_len = PIPE_BUF;
+    if ((watch->hints & ORCHI_SLOW) && part.iov_len > PIPE_BUF) part.iov_len = PIPE_BUF;
     return orchi_wrote(watch, t, orchi_write_parts(fd, watch, &part, 1));
 }
 
@@ -8030,15 +9030,16 @@ static ptrdiff_t orchi_attempt_writev(int fd, orchi_watch *watch, orchi_transfer
     struct iovec left[ORCHI_PARTS];
     ptrdiff_t n;
     do {
-        int count = orchi_parts_left(t, watch->bits & ORCHI_SLOW ? PIPE_BUF : SIZE_MAX, left);
+        int count = orchi_parts_left(t, watch->hints & ORCHI_SLOW ? PIPE_BUF : SIZE_MAX, left);
         size_t size = 0;
         for (int i = 0; i < count; i++) size += left[i].iov_len;
         n = -ENOTSOCK;
-        if (!(watch->bits & ORCHI_NO_SOCKET)) n = orchi_send_parts(fd, watch, left, count);
-        if (n == -ENOTSOCK && ((watch->bits & ORCHI_NO_SOCKET) || orchi_no_socket(fd, watch, &n))) {
+        if (!(watch->hints & ORCHI_NO_SOCKET)) n = orchi_send_parts(fd, watch, left, count);
+        if (n == -ENOTSOCK &&
+            ((watch->hints & ORCHI_NO_SOCKET) || orchi_no_socket(fd, watch, &n))) {
             n = orchi_write_parts(fd, watch, left, count);
         }
-        bool whole = n >= 0 && (size_t)n == size && !(watch->bits & ORCHI_SLOW);
+        bool whole = n >= 0 && (size_t)n == size && !(watch->hints & ORCHI_SLOW);
         n = orchi_wrote(watch, t, n);
         if (!whole) break;
     } while (n == -EAGAIN);
@@ -8067,11 +9068,11 @@ int orch_nonblock(int fd) {
 }
 
 /* A descriptor that was just made: what was known of its number is forgotten. */
-static int orchi_adopt(int fd, uint16_t bits) {
+static int orchi_adopt(int fd, uint16_t hints) {
     orch_loop *loop = orchi_loop;
-    if (fd < 0 || loop == NULL || (size_t)fd >= loop->poller.watch_count) return fd;
-    loop->poller.watches[fd].bits = bits;
-    loop->poller.watches[fd].generation++;
+    if (fd >= 0 && loop != NULL && orchi_watch_own(loop, fd) == 0) {
+        loop->poller.watches[fd].hints |= hints;
+    }
     return fd;
 }
 
@@ -8096,13 +9097,13 @@ static int orchi_socketpair2(int fds[2]) {
 }
 #endif
 
-static int orchi_two(const char *function, int fds[2], int (*make)(int fds[2]), uint16_t bits) {
+static int orchi_two(const char *function, int fds[2], int (*make)(int fds[2]), uint16_t hints) {
     int made[2];
     if (fds == NULL) return orchi_misuse(function, ORCH_EINVAL);
     int error = make(made);
     if (error != 0) return error;
-    fds[0] = orchi_adopt(made[0], bits);
-    fds[1] = orchi_adopt(made[1], bits);
+    fds[0] = orchi_adopt(made[0], hints);
+    fds[1] = orchi_adopt(made[1], hints);
     return 0;
 }
 
@@ -8312,7 +9313,749 @@ void orch_reader_free(orch_reader *r) {
 // ------------------------------------------------------------------------------------------------
 // >>thread
 //
-// Being written.
+// What works across threads: posts, remotes, the pool with offloaded work, tasks on another loop,
+// names that are resolved. On >>inbox, and on promises, which only their own thread settles.
+// Invariants:
+//   - Whatever another thread writes is a letter's own memory, from malloc. Slots are touched by
+//     their loop's thread alone.
+//   - A remote is settled by putting its letter in; the loop opens it, settles the promise, which
+//     may be gone, and frees it. When the loop is gone the settling thread frees both.
+//   - Work is queued, running or over, under the lock; only what is queued can be taken back.
+//   - A lane has threads while there is work, and some time after; all idle ones end with the last
+//     loop, which waits for them. One that is busy then ends alone.
+//   - What crosses threads is plain: see orchi_carry.
+// Left out: stealing, priorities and a way to stop a thread. Lanes keep apart what must not wait
+// for each other, and a thread that is stopped from outside leaves locks behind.
+
+// ---- the descriptor that wakes
+
+/* Makes the descriptor. Without one (EMFILE) the loop sleeps in short pieces. */
+ORCHI_COLD static void orchi_wake_open(orch_loop *loop) {
+    int ends[2];
+    if (!orchi_wake_pair(ends)) return;
+    if (orchi_wake_watch(loop, ends[0]) != 0) {
+        orchi_wake_close_pair(ends);
+        return;
+    }
+    pthread_mutex_lock(&loop->inbox->mutex);
+    loop->inbox->ends[0] = ends[0];
+    loop->inbox->ends[1] = ends[1];
+    pthread_mutex_unlock(&loop->inbox->mutex);
+}
+
+// ---- results that cross
+
+/* What a thread's own futures hold cannot leave it. Values and messages can, and so can what
+ * orch_run returned, whose loop is nobody's any more. Of an error the message is copied. */
+ORCHI_COLD static orch_result orchi_carry_copy(orch_result *r) {
+    const orch_result *shown = r;
+    if (r->release == orchi_chain_release) shown = &((orch_future *)r->owner)->as.result;
+    else if (r->release != orchi_list_release) shown = orchi_shown(r);
+    bool plain = shown->release == NULL;
+    orch_result copy = *shown;
+    if (!plain && r->error != 0) {
+        copy = orch_failf(r->error, "%s", orch_message(r));
+        copy.index = r->index;
+    } else if (!plain) {
+        copy = orch_failf(ORCH_ETHREAD, "a list or a shared result cannot leave its thread");
+    }
+    orch_result_free(r);
+    return copy;
+}
+
+/* A chain is one of this thread's, or, without a loop, stands for that mistake. */
+static orch_result orchi_carry(orch_result r) {
+    if (r.release == orchi_chain_release && !(((orch_future *)r.owner)->flags & ORCHI_IMMORTAL)) {
+        orch_result_free(&r);
+        return orch_fail(ORCH_ETHREAD);
+    }
+    bool own = r.release == orchi_chain_release || r.release == orchi_share_release ||
+               r.release == orchi_lent_release || r.release == orchi_list_release;
+    return own ? orchi_carry_copy(&r) : r;
+}
+
+// ---- post
+
+typedef struct orchi_post {
+    orchi_letter letter; // first
+    void (*fn)(void *arg);
+    void *arg;
+} orchi_post;
+
+static void orchi_post_open(orch_loop *loop, orchi_letter *letter) {
+    orchi_post post = *(orchi_post *)(void *)letter;
+    (void)loop;
+    free(letter);
+    post.fn(post.arg);
+}
+
+int orch_post(orch_loop *loop, void (*fn)(void *arg), void *arg) {
+    if (loop == NULL || fn == NULL) return orchi_misuse("orch_post", ORCH_EINVAL);
+    orchi_post *post = (orchi_post *)malloc(sizeof *post);
+    if (post == NULL) return ORCH_ENOMEM;
+    post->letter.open = orchi_post_open;
+    post->fn = fn;
+    post->arg = arg;
+    orchi_inbox *inbox = orchi_inbox_find(loop);
+    bool open = inbox != NULL && orchi_inbox_put_locked(inbox, &post->letter, true);
+    if (!open) free(post);
+    return open ? 0 : ORCH_ECLOSED;
+}
+
+// ---- remote
+
+/* Back on the loop's thread, with a result. */
+static void orchi_remote_open(orch_loop *loop, orchi_letter *letter) {
+    orch_remote *remote = (orch_remote *)(void *)letter;
+    orchi_remote_out(remote);
+    orch_promise promise = remote->promise;
+    orch_result r = remote->result;
+    orchi_inbox_release(loop->inbox);
+    free(remote);
+    orch_settle(promise, r);
+}
+
+/* Back without one. */
+static void orchi_remote_return(orch_loop *loop, orchi_letter *letter) {
+    orch_remote *remote = (orch_remote *)(void *)letter;
+    orchi_remote_out(remote);
+    orchi_inbox_release(loop->inbox);
+    free(remote);
+}
+
+static void orchi_remote_init(orch_loop *loop, orch_remote *remote, orch_promise promise) {
+    remote->letter.open = orchi_remote_open;
+    remote->inbox = orchi_inbox_hold(loop->inbox);
+    remote->promise = promise;
+    remote->result = orch_ok(NULL, NULL);
+    remote->letter.in = false;
+    remote->lent = false;
+    orchi_remote_in(loop, remote);
+}
+
+orch_remote *orch_promise_remote(orch_promise promise) {
+    if (orchi_here("orch_promise_remote") == NULL) return NULL;
+    bool pending = orch_promise_pending(promise);
+    if (pending && !orchi_may_settle(promise, "orch_promise_remote")) return NULL;
+    orch_remote *remote = (orch_remote *)malloc(sizeof *remote);
+    if (remote == NULL) return NULL;
+    orchi_remote_init(orchi_loop, remote, promise);
+    if (!pending) orchi_remote_out(remote);
+    return remote;
+}
+
+/* Sends a remote home. False when there is no home any more. */
+static bool orchi_remote_send(orch_remote *remote) {
+    orchi_inbox *inbox = remote->inbox;
+    if (orchi_inbox_put(inbox, &remote->letter)) return true;
+    orch_result_free(&remote->result);
+    free(remote);
+    orchi_inbox_release(inbox);
+    return false;
+}
+
+bool orch_remote_settle(orch_remote *remote, orch_result r) {
+    r = orchi_carry(r);
+    if (remote == NULL) {
+        orch_result_free(&r);
+        return orchi_misuse("orch_remote_settle", ORCH_EINVAL) == 0;
+    }
+    remote->result = r;
+    return orchi_remote_send(remote);
+}
+
+void orch_remote_drop(orch_remote *remote) {
+    if (remote == NULL) return;
+    remote->letter.open = orchi_remote_return;
+    orchi_remote_send(remote);
+}
+
+// ---- the pool
+//
+// The life of a piece of work:
+//
+//     orch_offload   a job: a remote, what to call, a copy of its argument; at the end of its
+//                    lane's queue. An idle thread is told, or, while there are fewer than allowed,
+//                    another one is started
+//     a thread       takes the first, calls it, gives its argument back, and sends the remote home
+//     cancelled      queued: it is taken out and freed. Running: only its future ends. The remote
+//                    comes home later, finds its promise gone, and what it brings is freed
+//     the loop goes  nothing is queued any more, as every future was cancelled; what runs finds no
+//                    home, and frees its result itself
+
+#if ORCHI_SEMAPHORES
+typedef sem_t orchi_bell;
+static void orchi_bell_init(orchi_bell *bell) { sem_init(bell, 0, 0); }
+static void orchi_bell_free(orchi_bell *bell) { sem_destroy(bell); }
+static void orchi_bell_ring(orchi_bell *bell) { sem_post(bell); }
+static int orchi_bell_try(orchi_bell *bell, const struct timespec *until) {
+    return until != NULL ? sem_timedwait(bell, until) : sem_wait(bell);
+}
+#else
+typedef struct orchi_bell {
+    pthread_mutex_t mutex;
+    pthread_cond_t cond;
+    bool rung;
+} orchi_bell;
+static void orchi_bell_init(orchi_bell *bell) {
+    pthread_mutex_init(&bell->mutex, NULL);
+    pthread_cond_init(&bell->cond, NULL);
+    bell->rung = false;
+}
+static void orchi_bell_free(orchi_bell *bell) {
+    pthread_cond_destroy(&bell->cond);
+    pthread_mutex_destroy(&bell->mutex);
+}
+static void orchi_bell_ring(orchi_bell *bell) {
+    pthread_mutex_lock(&bell->mutex);
+    bell->rung = true;
+    pthread_cond_signal(&bell->cond);
+    pthread_mutex_unlock(&bell->mutex);
+}
+static int orchi_bell_try(orchi_bell *bell, const struct timespec *until) {
+    int error = 0;
+    pthread_mutex_lock(&bell->mutex);
+    while (!bell->rung && error == 0) {
+        error = until != NULL ? pthread_cond_timedwait(&bell->cond, &bell->mutex, until)
+                              : pthread_cond_wait(&bell->cond, &bell->mutex);
+    }
+    errno = error;
+    bool rung = bell->rung;
+    pthread_mutex_unlock(&bell->mutex);
+    return rung ? 0 : -1;
+}
+#endif
+
+/* Waits for the ring, for so many seconds; 0: for ever. Whether it came. */
+static bool orchi_bell_wait(orchi_bell *bell, int seconds) {
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += seconds;
+    int error = 0;
+    do error = orchi_bell_try(bell, seconds > 0 ? &until : NULL);
+    while (error != 0 && errno == EINTR);
+    return error == 0;
+}
+
+typedef struct orchi_job {
+    orch_remote remote; // first
+    orch_task_fn fn;
+    void *arg;
+    void (*release)(void *arg);
+    struct orchi_lane *lane; // NULL: not queued (any more)
+    struct orchi_job *next, *previous;
+} orchi_job; // the copied argument follows
+
+typedef struct orchi_worker { // of a thread, as long as it lives
+    orchi_bell bell;
+    struct orchi_worker *next;
+    bool parked; // in the list of its lane
+} orchi_worker;
+
+typedef struct orchi_lane {
+    orchi_job *first, *last;
+    orchi_worker *parked; // last in, first out: the others get to end
+    orch_pool_stats stats;
+} orchi_lane;
+
+// Guarded by orchi_shared.mutex.
+static struct {
+    bool made;
+    orchi_lane lanes[ORCH_LANES];
+    unsigned threads, busy; // in all lanes
+    bool joining;           // the last loop waits for idle threads
+    pthread_cond_t left;    // one has ended
+    bool unjoined;          // `last` has ended, and the next one to end joins it
+    pthread_t last;
+} orchi_pool;
+
+enum { ORCHI_IDLE_SECONDS = 5, ORCHI_LANE_THREADS = 4 };
+
+static unsigned orchi_lane_default(int lane) {
+    if (lane >= ORCH_LANE_OWN) return 1;
+    long cores = lane == ORCH_LANE_DEFAULT ? sysconf(_SC_NPROCESSORS_ONLN) : 0;
+    return cores > ORCHI_LANE_THREADS ? (unsigned)cores : 0u + ORCHI_LANE_THREADS;
+}
+
+/* In a new process there are no threads, no work, and nobody waits. Limits stay. */
+static void orchi_pool_reset(void) {
+    for (int i = 0; i < ORCH_LANES; i++) {
+        orchi_lane *lane = &orchi_pool.lanes[i];
+        lane->first = lane->last = NULL;
+        lane->parked = NULL;
+        lane->stats.threads = lane->stats.idle = 0;
+        lane->stats.queued = 0;
+    }
+    orchi_pool.threads = orchi_pool.busy = 0;
+    orchi_pool.joining = orchi_pool.unjoined = false;
+    pthread_cond_init(&orchi_pool.left, NULL);
+}
+
+/* What the parent's threads have, or would have taken, never comes: in the child it has ended. The
+ * inboxes are unlocked by then. */
+static void orchi_pool_fork(void) {
+    orchi_pool_reset();
+    orch_remote *remote = orchi_loop != NULL ? orchi_loop->remotes : NULL;
+    for (; remote != NULL; remote = remote->next) {
+        if (!remote->lent || remote->letter.in) continue;
+        remote->result = orch_fail(ORCH_ECANCELED);
+        orchi_inbox_put(remote->inbox, &remote->letter);
+    }
+}
+
+/* The first use, with the lock held. */
+static void orchi_pool_make(void) {
+    if (orchi_pool.made) return;
+    orchi_pool.made = true;
+    orchi_pool_reset();
+    for (int i = 0; i < ORCH_LANES; i++) orchi_pool.lanes[i].stats.limit = orchi_lane_default(i);
+    pthread_atfork(NULL, NULL, orchi_pool_fork);
+}
+
+// ---- threads of the pool
+
+/* Whoever takes a thread out of the list rings for it, and with the lock released: so it does not
+ * wake up to wait for the lock. */
+static orchi_worker *orchi_lane_unpark(orchi_lane *lane) {
+    orchi_worker *worker = lane->parked;
+    if (worker == NULL) return NULL;
+    lane->parked = worker->next;
+    worker->parked = false;
+    lane->stats.idle--;
+    return worker;
+}
+
+/* It has waited long enough. */
+static void orchi_lane_remove(orchi_lane *lane, orchi_worker *worker) {
+    orchi_worker **at = &lane->parked;
+    while (*at != worker) at = &(*at)->next;
+    *at = worker->next;
+    lane->stats.idle--;
+}
+
+/* Waits until it is rung for. False when it has waited for so long that the thread is to end. */
+static bool orchi_lane_park(orchi_lane *lane, orchi_worker *worker) {
+    worker->next = lane->parked;
+    worker->parked = true;
+    lane->parked = worker;
+    lane->stats.idle++;
+    if (orchi_pool.joining) pthread_cond_broadcast(&orchi_pool.left); // it stays: do not wait
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    bool rung = orchi_bell_wait(&worker->bell, ORCHI_IDLE_SECONDS);
+    pthread_mutex_lock(&orchi_shared.mutex);
+    if (rung) return true;
+    if (worker->parked) {
+        orchi_lane_remove(lane, worker);
+        return false;
+    }
+    pthread_mutex_unlock(&orchi_shared.mutex); // it is just being rung for
+    orchi_bell_wait(&worker->bell, 0);
+    pthread_mutex_lock(&orchi_shared.mutex);
+    return true;
+}
+
+/* The next piece of work, waited for. NULL: the thread is to end. */
+static orchi_job *orchi_lane_wait(orchi_lane *lane, orchi_worker *worker) {
+    bool stays = true;
+    while (lane->stats.threads <= lane->stats.limit) {
+        if (lane->first != NULL) return lane->first;
+        if (!stays || orchi_shared.inboxes == NULL) break;
+        stays = orchi_lane_park(lane, worker);
+    }
+    return NULL;
+}
+
+/* Every idle thread of a lane looks whether it is still wanted. */
+static void orchi_lane_wake(orchi_lane *lane) {
+    for (orchi_worker *w = orchi_lane_unpark(lane); w != NULL; w = orchi_lane_unpark(lane)) {
+        orchi_bell_ring(&w->bell);
+    }
+}
+
+/* Takes a job out of its lane. */
+static void orchi_job_unlink(orchi_job *job) {
+    orchi_lane *lane = job->lane;
+    if (job->previous != NULL) job->previous->next = job->next;
+    else lane->first = job->next;
+    if (job->next != NULL) job->next->previous = job->previous;
+    else lane->last = job->previous;
+    job->lane = NULL;
+    lane->stats.queued--;
+}
+
+/* Runs a job without the lock, and sends its result home, which frees it. */
+static void orchi_job_run(orchi_job *job) {
+    orch_result r = job->fn(job->arg);
+    if (job->release != NULL) job->release(job->arg);
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_pool.busy--; // before anybody can know that it is done: the last loop waits for it
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    orch_remote_settle(&job->remote, r);
+}
+
+/* The last act of a thread, with the lock held: it joins the one that has ended before it, so that
+ * at most one is not joined. The last loop joins that. Later ones nobody waits for. */
+static void orchi_worker_end(orchi_lane *lane) {
+    bool joins = orchi_pool.unjoined;
+    pthread_t before = orchi_pool.last;
+    lane->stats.threads--;
+    orchi_pool.threads--;
+    orchi_pool.unjoined = orchi_pool.joining || orchi_shared.inboxes != NULL;
+    orchi_pool.last = pthread_self();
+    if (!orchi_pool.unjoined) pthread_detach(orchi_pool.last);
+    pthread_cond_broadcast(&orchi_pool.left);
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    if (joins) pthread_join(before, NULL);
+}
+
+static void *orchi_worker_main(void *argument) {
+    orchi_lane *lane = (orchi_lane *)argument;
+    orchi_job *job = NULL;
+    orchi_worker worker;
+    orchi_bell_init(&worker.bell);
+    pthread_mutex_lock(&orchi_shared.mutex);
+    while ((job = orchi_lane_wait(lane, &worker)) != NULL) {
+        orchi_job_unlink(job);
+        lane->stats.begun++;
+        orchi_pool.busy++;
+        pthread_mutex_unlock(&orchi_shared.mutex);
+        orchi_job_run(job);
+        pthread_mutex_lock(&orchi_shared.mutex);
+    }
+    orchi_worker_end(lane);
+    orchi_bell_free(&worker.bell);
+    return NULL;
+}
+
+/* Signals are the program's own threads' to handle; but a fault's handler runs where it happens. */
+static void orchi_worker_signals(sigset_t *set) {
+    static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT};
+    sigfillset(set);
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) sigdelset(set, faults[i]);
+}
+
+/* One more thread. A new one inherits the mask of who starts it. */
+static int orchi_worker_start(orchi_lane *lane) {
+    pthread_t thread;
+    sigset_t blocked, before;
+    orchi_worker_signals(&blocked);
+    pthread_sigmask(SIG_SETMASK, &blocked, &before);
+    int error = pthread_create(&thread, NULL, orchi_worker_main, lane);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (error != 0) return -error;
+    lane->stats.threads++;
+    orchi_pool.threads++;
+    return 0;
+}
+
+static void orchi_job_link(orchi_lane *lane, orchi_job *job) {
+    job->lane = lane;
+    job->next = NULL;
+    job->previous = lane->last;
+    if (lane->last != NULL) lane->last->next = job;
+    else lane->first = job;
+    lane->last = job;
+    lane->stats.queued++;
+}
+
+/* Work for a lane: an idle thread for it, a new one, or the next that has time. */
+static int orchi_pool_add(orch_lane id, orchi_job *job) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_pool_make();
+    orchi_lane *lane = &orchi_pool.lanes[id];
+    int error = 0;
+    orchi_job_link(lane, job);
+    orchi_worker *worker = orchi_lane_unpark(lane);
+    if (worker == NULL && lane->stats.threads < lane->stats.limit) error = orchi_worker_start(lane);
+    if (lane->stats.threads > 0) error = 0;
+    if (error != 0) orchi_job_unlink(job);
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    if (worker != NULL) orchi_bell_ring(&worker->bell);
+    return error;
+}
+
+/* The last loop has gone: idle threads end now, and are waited for, so that a tool that looks for
+ * leaks at the end of the process finds nothing. Busy ones end when they have finished. */
+static void orchi_pool_rest(void) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_pool.joining = orchi_pool.threads > 0;
+    for (int i = 0; orchi_pool.joining && i < ORCH_LANES; i++) {
+        orchi_lane_wake(&orchi_pool.lanes[i]);
+    }
+    while (orchi_pool.threads > orchi_pool.busy && orchi_shared.inboxes == NULL) {
+        pthread_cond_wait(&orchi_pool.left, &orchi_shared.mutex);
+    }
+    bool joins = orchi_pool.unjoined;
+    pthread_t last = orchi_pool.last;
+    orchi_pool.joining = orchi_pool.unjoined = false;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    if (joins) pthread_join(last, NULL);
+}
+
+int orch_pool_limit(orch_lane lane, unsigned threads) {
+    if ((unsigned)lane >= ORCH_LANES || threads == 0) {
+        return orchi_misuse("orch_pool_limit", ORCH_EINVAL);
+    }
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_pool_make();
+    orchi_lane *own = &orchi_pool.lanes[lane];
+    own->stats.limit = threads;
+    orchi_lane_wake(own); // those that are too many end
+    while (own->stats.queued > 0 && own->stats.threads < threads) {
+        if (orchi_worker_start(own) != 0) break;
+    }
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    return 0;
+}
+
+orch_pool_stats orch_pool_statistics(orch_lane lane) {
+    orch_pool_stats stats;
+    memset(&stats, 0, sizeof stats);
+    if ((unsigned)lane >= ORCH_LANES) return stats;
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_pool_make();
+    stats = orchi_pool.lanes[lane].stats;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    return stats;
+}
+
+// ---- offload
+
+/* The future was cancelled. It ends now, whatever the thread does. */
+static bool orchi_job_cancel(void *context, int reason) {
+    orchi_job *job = (orchi_job *)context;
+    (void)reason;
+    pthread_mutex_lock(&orchi_shared.mutex);
+    bool queued = job->lane != NULL;
+    if (queued) orchi_job_unlink(job);
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    if (!queued) return true;
+    orchi_remote_out(&job->remote);
+    orchi_inbox_release(job->remote.inbox);
+    if (job->release != NULL) job->release(job->arg);
+    free(job);
+    return true;
+}
+
+/* A job without its future: what a desc says. */
+static orchi_job *orchi_job_new(const orch_offload_desc *desc) {
+    size_t head = (sizeof(orchi_job) + 63) / 64 * 64; // so the copy is aligned for anything
+    if (desc->arg_size > SIZE_MAX - head) return NULL;
+    orchi_job *job = (orchi_job *)malloc(head + desc->arg_size);
+    if (job == NULL) return NULL;
+    job->fn = desc->fn;
+    job->release = desc->release;
+    job->arg = desc->arg;
+    if (desc->arg_size > 0) job->arg = memcpy((char *)job + head, desc->arg, desc->arg_size);
+    return job;
+}
+
+/* Queues a job that its future cannot see yet. */
+static orch_future *orchi_job_begin(orchi_job *job, const orch_offload_desc *desc, int *error) {
+    orch_promise promise;
+    orch_future *f = orch_future_new(&promise);
+    *error = orchi_is_static(f) ? ORCH_ENOMEM : 0;
+    if (*error != 0) return f;
+    orchi_remote_init(orchi_loop, &job->remote, promise);
+    job->remote.lent = true;
+    orch_promise_describe(promise, desc->name);
+    *error = orchi_pool_add(desc->lane, job);
+    if (*error == 0) {
+        orch_promise_on_cancel(promise, orchi_job_cancel, job);
+        return f;
+    }
+    orchi_remote_out(&job->remote);
+    orchi_inbox_release(job->remote.inbox);
+    orch_settle(promise, orch_failf(*error, "no thread: %s", orch_error_text(*error)));
+    return f;
+}
+
+static int orchi_offload_error(const orch_offload_desc *desc) {
+    if (orchi_loop == NULL) return ORCH_ENOLOOP;
+    if (desc == NULL || desc->fn == NULL || (unsigned)desc->lane >= ORCH_LANES) return ORCH_EINVAL;
+    return desc->arg_size > 0 && desc->arg == NULL ? ORCH_EINVAL : 0;
+}
+
+/* What could not be started gives its argument back. */
+static orch_future *orchi_offload(const orch_offload_desc *desc, const char *function) {
+    int error = orchi_offload_error(desc);
+    if (error != 0) orchi_misuse(function, error);
+    orchi_job *job = error == 0 ? orchi_job_new(desc) : NULL;
+    if (error == 0 && job == NULL) error = ORCH_ENOMEM;
+    orch_future *f = error != 0 ? orchi_rejected(error) : orchi_job_begin(job, desc, &error);
+    if (error == 0) return f;
+    if (desc != NULL && desc->release != NULL) desc->release(job != NULL ? job->arg : desc->arg);
+    free(job);
+    return f;
+}
+
+orch_future *orch_offload_with(const orch_offload_desc *desc) {
+    return orchi_offload(desc, "orch_offload_with");
+}
+
+orch_future *orch_offload(orch_task_fn fn, void *arg) {
+    orch_offload_desc desc = {NULL, fn, arg, 0, NULL, ORCH_LANE_DEFAULT};
+    return orchi_offload(&desc, "orch_offload");
+}
+
+// ---- a task on another loop
+//
+// A visit is a remote that has a way there. Its letters, as A's task runs fn on B's loop:
+//
+//     A  orch_go_on         go, to B; the future's cancel hook is set
+//     B  go is opened       a task runs fn
+//     A  cancelled          stop, to B; the future goes on waiting, as fn may use the caller's stack
+//     B  stop is opened     the task is cancelled, if it is still there
+//     B  fn returns         the remote is sent home
+//     A  it is opened       the future settles
+//
+// The stop may be on its way when the answer is: whichever is opened last frees the visit. When B's
+// loop is freed while a visit could not end (its task was given up), it answers ORCH_ECLOSED.
+
+typedef struct orchi_visit {
+    orch_remote remote; // first
+    orchi_letter go, stop;
+    orchi_inbox *there; // held
+    orch_task_fn fn;
+    void *arg;
+    orch_future *future;               // there: of the task; NULL: it has not begun, or has ended
+    struct orchi_visit *next, **place; // there: in the list of visits
+    int reason;
+    uint32_t holders; // orchi_shared.mutex: the answer, a stop, who begins it
+} orchi_visit;
+
+static void orchi_visit_hold(orchi_visit *visit) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    visit->holders++;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+}
+
+static void orchi_visit_release(orchi_visit *visit) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    bool last = --visit->holders == 0;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    if (!last) return;
+    if (visit->there != NULL) orchi_inbox_release(visit->there);
+    orchi_inbox_release(visit->remote.inbox);
+    free(visit);
+}
+
+/* Here again, with the answer. */
+static void orchi_visit_home(orch_loop *loop, orchi_letter *letter) {
+    orchi_visit *visit = (orchi_visit *)(void *)letter;
+    (void)loop;
+    orchi_remote_out(&visit->remote);
+    orch_settle(visit->remote.promise, visit->remote.result);
+    orchi_visit_release(visit);
+}
+
+/* There: it has ended. */
+static void orchi_visit_answer(orchi_visit *visit, orch_result r) {
+    if (visit->place != NULL) {
+        *visit->place = visit->next;
+        if (visit->next != NULL) visit->next->place = visit->place;
+        visit->place = NULL;
+    }
+    visit->remote.result = orchi_carry(r);
+    if (orchi_inbox_put(visit->remote.inbox, &visit->remote.letter)) return;
+    orch_result_free(&visit->remote.result);
+    orchi_visit_release(visit);
+}
+
+/* There: the task. A chain is followed here, where its futures are. */
+static orch_result orchi_visit_task(void *arg) {
+    orchi_visit *visit = (orchi_visit *)arg;
+    orch_result r = visit->fn(visit->arg);
+    if (r.release == orchi_chain_release) r = orch_await(orch_settled(r));
+    orch_future *own = visit->future;
+    visit->future = NULL;
+    orchi_visit_answer(visit, r);
+    orch_detach(own);
+    return orch_ok(NULL, NULL);
+}
+
+/* There: the first letter. */
+static void orchi_visit_begin(orch_loop *loop, orchi_letter *letter) {
+    orchi_visit *visit = (orchi_visit *)(void *)((char *)letter - offsetof(orchi_visit, go));
+    orch_task_desc desc = {"visitor", orchi_visit_task, visit, 0, NULL, 0};
+    if (loop->inbox->ending) {
+        orchi_visit_answer(visit, orch_fail(ORCH_ECLOSED));
+        return;
+    }
+    orchi_visit_hold(visit);
+    visit->next = loop->visits;
+    visit->place = &loop->visits;
+    if (visit->next != NULL) visit->next->place = &visit->next;
+    loop->visits = visit;
+    orch_future *f = orch_go_with(&desc);
+    if (orchi_is_static(f)) orchi_visit_answer(visit, orch_fail(ORCH_ENOMEM));
+    else if (visit->place == NULL) orch_detach(f); // has ended
+    else visit->future = f;
+    orchi_visit_release(visit);
+}
+
+/* There: the caller does not want it any more. */
+static void orchi_visit_stop(orch_loop *loop, orchi_letter *letter) {
+    orchi_visit *visit = (orchi_visit *)(void *)((char *)letter - offsetof(orchi_visit, stop));
+    (void)loop;
+    if (visit->future != NULL) orch_cancel(visit->future, visit->reason);
+    orchi_visit_release(visit);
+}
+
+/* Here: the hook. The future ends when the task has. */
+static bool orchi_visit_cancel(void *context, int reason) {
+    orchi_visit *visit = (orchi_visit *)context;
+    visit->reason = reason;
+    orchi_visit_hold(visit);
+    if (!orchi_inbox_put(visit->there, &visit->stop)) orchi_visit_release(visit);
+    return false;
+}
+
+/* The loop ends, and tasks are left that never will: their callers are told. */
+static void orchi_visits_end(orch_loop *loop) {
+    while (loop->visits != NULL) orchi_visit_answer(loop->visits, orch_fail(ORCH_ECLOSED));
+}
+
+static orchi_visit *orchi_visit_new(orch_promise promise, orch_task_fn fn, void *arg) {
+    orchi_visit *visit = (orchi_visit *)calloc(1, sizeof *visit);
+    if (visit == NULL) return NULL;
+    orchi_remote_init(orchi_loop, &visit->remote, promise);
+    visit->remote.letter.open = orchi_visit_home;
+    visit->remote.lent = true;
+    visit->go.open = orchi_visit_begin;
+    visit->stop.open = orchi_visit_stop;
+    visit->fn = fn;
+    visit->arg = arg;
+    visit->holders = 1;
+    return visit;
+}
+
+/* Sends it there. The inbox that it holds is known before the letter can be opened. */
+static bool orchi_visit_send(orchi_visit *visit, const orch_loop *loop) {
+    orchi_inbox *there = orchi_inbox_find(loop);
+    if (there == NULL) return false;
+    visit->there = there;
+    there->holders++;
+    return orchi_inbox_put_locked(there, &visit->go, true);
+}
+
+orch_future *orch_go_on(orch_loop *loop, orch_task_fn fn, void *arg) {
+    if (loop == NULL || fn == NULL) return orchi_rejected(orchi_misuse("orch_go_on", ORCH_EINVAL));
+    orch_promise promise;
+    orch_future *f = orch_future_new(&promise);
+    if (orchi_is_static(f)) return f;
+    orchi_visit *visit = orchi_visit_new(promise, fn, arg);
+    if (visit == NULL) {
+        orch_settle(promise, orch_fail(ORCH_ENOMEM));
+    } else if (orchi_visit_send(visit, loop)) {
+        orch_promise_on_cancel(promise, orchi_visit_cancel, visit);
+    } else {
+        orchi_remote_out(&visit->remote);
+        orchi_visit_release(visit);
+        orch_settle(promise, orch_fail(ORCH_ECLOSED));
+    }
+    return f;
+}
 
 // ---- resolving
 
@@ -8363,8 +10106,51 @@ static orch_result orchi_resolve_now(const char *host, const char *service, int 
     return orch_ok(all, free);
 }
 
+typedef struct orchi_names { // with both names behind it
+    bool host, service;
+    size_t service_at;
+} orchi_names;
+
+static orch_result orchi_resolve_job(void *arg) {
+    const orchi_names *names = (const orchi_names *)arg;
+    const char *text = (const char *)(names + 1);
+    return orchi_resolve_now(names->host ? text : NULL,
+                             names->service ? text + names->service_at : NULL, 0);
+}
+
+/* On a thread: the names come along, as the caller's may go. */
+static orch_future *orchi_resolve_offload(const char *host, const char *service) {
+    size_t host_bytes = host != NULL ? strlen(host) + 1 : 0;
+    size_t service_bytes = service != NULL ? strlen(service) + 1 : 0;
+    orchi_names *names = (orchi_names *)malloc(sizeof *names + host_bytes + service_bytes);
+    if (names == NULL) return orchi_rejected(ORCH_ENOMEM);
+    char *text = (char *)(names + 1);
+    names->host = host != NULL;
+    names->service = service != NULL;
+    names->service_at = host_bytes;
+    if (host_bytes > 0) memcpy(text, host, host_bytes);
+    if (service_bytes > 0) memcpy(text + host_bytes, service, service_bytes);
+    orch_offload_desc desc = {"resolve", orchi_resolve_job, names, 0, free, ORCH_LANE_RESOLVE};
+    return orchi_offload(&desc, "orch_resolve");
+}
+
 orch_future *orch_resolve(const char *host, const char *service) {
-    return orch_settled(orchi_resolve_now(host, service, 0)); // stands in until the pool is there
+    if (orchi_here("orch_resolve") == NULL) return orchi_rejected(ORCH_ENOLOOP);
+    if (host == NULL && service == NULL) {
+        return orchi_rejected(orchi_misuse("orch_resolve", ORCH_EINVAL));
+    }
+    orch_result r = orchi_resolve_now(host, service, AI_NUMERICHOST | AI_NUMERICSERV);
+    if (r.error != ORCH_EHOST) return orch_settled(r);
+    orch_result_free(&r);
+    return orchi_resolve_offload(host, service);
+}
+
+// ---- the end of a loop
+
+/* Nothing of a loop is touched by another thread after this. */
+static void orchi_thread_leave(orch_loop *loop) {
+    orchi_visits_end(loop);
+    if (orchi_inbox_leave(loop)) orchi_pool_rest();
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -8402,7 +10188,7 @@ static int orchi_bell_open(int bell[2]) {
 #endif
 
 /* Async-signal-safe. A full pipe rings already. */
-static void orchi_bell_ring(const int bell[2]) {
+static void orchi_signal_ring(const int bell[2]) {
     uint64_t one = 1;
     ssize_t done = write(bell[1], &one, sizeof one);
     (void)done;
@@ -8414,7 +10200,7 @@ static void orchi_bell_silence(const int bell[2]) {
 }
 
 static void orchi_bell_close(const int bell[2]) {
-    close(bell[0]);
+    orch_close(bell[0]); // the loop has waited for it
     if (bell[1] != bell[0]) close(bell[1]);
 }
 
@@ -8467,7 +10253,7 @@ static void orchi_signal_pass(int number, const struct sigaction *action) {
 static bool orchi_signal_note(orch_signals *s, int number) {
     if (!orchi_signal_in(s->wanted, number)) return false;
     orchi_signal_put(s->came, number);
-    orchi_bell_ring(s->bell);
+    orchi_signal_ring(s->bell);
     return s->final && __atomic_fetch_add(&s->caught, 1, __ATOMIC_ACQ_REL) > 0;
 }
 
@@ -8672,7 +10458,7 @@ static int orchi_signals_take(orch_signals *s) {
     for (int number = 1; number <= ORCHI_SIGNALS; number++) {
         if (!orchi_signal_in(s->came, number)) continue;
         if (taken != 0) {
-            orchi_bell_ring(s->bell);
+            orchi_signal_ring(s->bell);
             break;
         }
         taken = number;
@@ -8698,10 +10484,10 @@ static orch_future *orchi_signals_wait(orch_signals *s) {
 }
 
 /* What every end of a wait does: the object of orch_signal goes with it. */
-static void orchi_signal_settle(orch_future *f, orch_result r) {
+static void orchi_signal_settle(orch_future *f, orch_result r, bool exact) {
     orch_loop *loop = orchi_loop_of(f);
     orch_signals *s = f->as.signal.from;
-    orchi_unwatch(loop, f);
+    orchi_unwatch(loop, f, exact);
     s->waiting = NULL;
     if (s->single) orchi_signals_dispose(s);
     orchi_settle(loop, f, &r);
@@ -8712,14 +10498,15 @@ static void orchi_signal_settle(orch_future *f, orch_result r) {
 static void orchi_signal_fire(orch_future *f, int events) {
     bool bad = (events & ORCHI_BAD_FD) != 0, wanted = orchi_is_wanted(f);
     int number = wanted && !bad ? orchi_signals_take(f->as.signal.from) : 0;
-    if (number != 0) orchi_signal_settle(f, orch_ok_int(number));
-    else if (bad || !wanted) orchi_signal_settle(f, orch_fail(bad ? -EBADF : ORCH_ECANCELED));
+    if (number != 0) orchi_signal_settle(f, orch_ok_int(number), false);
+    else if (bad || !wanted)
+        orchi_signal_settle(f, orch_fail(bad ? -EBADF : ORCH_ECANCELED), false);
 }
 
 static orch_future *orchi_signal_cancel(orch_future *f, int reason) {
     (void)reason;
     f->flags |= ORCHI_CANCEL;
-    orchi_signal_settle(f, orch_fail(ORCH_ECANCELED));
+    orchi_signal_settle(f, orch_fail(ORCH_ECANCELED), true);
     return NULL;
 }
 
@@ -8735,7 +10522,7 @@ void orch_signals_free(orch_signals *s) {
         orchi_misuse("orch_signals_free", ORCH_ETHREAD);
         return;
     }
-    if (s->waiting != NULL) orchi_signal_settle(s->waiting, orch_fail(ORCH_ECLOSED));
+    if (s->waiting != NULL) orchi_signal_settle(s->waiting, orch_fail(ORCH_ECLOSED), true);
     orchi_signals_dispose(s);
 }
 
@@ -8802,7 +10589,6 @@ static orch_loop_desc orchi_loop_defaults(const orch_loop_desc *given) {
     memset(&desc, 0, sizeof desc);
     if (given != NULL) desc = *given;
     if (desc.allocator.resize == NULL) desc.allocator.resize = orchi_default_resize;
-    if (desc.poller == ORCH_POLLER_DEFAULT) desc.poller = ORCH_POLLER_POLL;
     if (desc.stack_size == 0) desc.stack_size = 65536;
     if (desc.on_unhandled == NULL) desc.on_unhandled = orchi_print_unhandled;
     if (desc.on_report == NULL) desc.on_report = orchi_print_report;
@@ -8815,18 +10601,22 @@ static void orchi_loop_init(orch_loop *loop, const orch_loop_desc *desc) {
     loop->desc = *desc;
     loop->generation = 3; // 1 belongs to the static futures
     loop->main.fiber = orchi_fiber_self();
-    loop->poller.ops = &orchi_poll_ops;
+    loop->poller.ops = orchi_poller_find(desc->poller);
+    loop->poller.pinned = desc->poller != ORCH_POLLER_DEFAULT;
+    loop->poller.trial = ORCHI_TRIAL;
+    loop->poller.queue = -1;
     loop->budget = loop->round = ORCHI_BUDGET;
     loop->random = desc->seed != 0 ? desc->seed : orchi_clock() ^ (uintptr_t)loop;
     loop->stack_log = orchi_stack_log(desc->stack_size);
     loop->join = orchi_join;
+    loop->wake_open = orchi_wake_open;
     loop->trimmed = orchi_now(loop);
 }
 
 /* Makes a loop and says what went wrong. */
 static int orchi_loop_make(const orch_loop_desc *given, orch_loop **made) {
     orch_loop_desc desc = orchi_loop_defaults(given);
-    bool valid = desc.poller == ORCH_POLLER_POLL && orchi_stack_log(desc.stack_size) != 0 &&
+    bool valid = orchi_poller_find(desc.poller) != NULL && orchi_stack_log(desc.stack_size) != 0 &&
                  (desc.clock == ORCH_CLOCK_MONOTONIC ||
                   (desc.clock == ORCH_CLOCK_VIRTUAL && desc.now == NULL));
     if (orchi_loop != NULL) return ORCH_ENESTED;
@@ -8836,6 +10626,10 @@ static int orchi_loop_make(const orch_loop_desc *given, orch_loop **made) {
     orch_loop *loop = (orch_loop *)memory;
     orchi_loop_init(loop, &desc);
     int error = orchi_ring_reserve(loop, 1) ? loop->poller.ops->open(loop) : ORCH_ENOMEM;
+    if (error == 0) {
+        error = orchi_inbox_new(loop);
+        if (error != 0) loop->poller.ops->close(loop);
+    }
     if (error != 0) {
         orchi_ring_free(loop);
         desc.allocator.resize(desc.allocator.user, loop, sizeof *loop, 0);
@@ -8879,6 +10673,7 @@ static void orchi_loop_dispose(orch_loop *loop) {
     orchi_maps_free(loop);
     loop->poller.ops->close(loop);
     orchi_free(loop, loop->poller.watches, loop->poller.watch_count * sizeof(orchi_watch));
+    orchi_free(loop, loop->poller.found, loop->poller.found_capacity * sizeof(orchi_found));
     orchi_free(loop, loop->timers.entries, loop->timers.capacity * sizeof(orchi_timer));
     orchi_ring_free(loop);
     while (loop->regions != NULL) {
@@ -8999,12 +10794,23 @@ static void orchi_cancel_rest(orch_loop *loop) {
     } while (seen != orchi_resumes(loop));
 }
 
+static void orchi_end_all(orch_loop *loop) {
+    do orchi_cancel_rest(loop);
+    while (orchi_break(loop, true));
+}
+
 int orch_loop_free(orch_loop *loop) {
     int error = orchi_loop_check(loop, "orch_loop_free");
     if (error != 0) return error;
-    do orchi_cancel_rest(loop);
-    while (orchi_break(loop, true));
-    if (orchi_live(loop) > 0) return ORCH_EBUSY;
+    orchi_inbox_ending(loop, true);
+    orchi_end_all(loop);
+    orchi_inbox_close(loop);
+    orchi_end_all(loop);
+    if (orchi_live(loop) > 0) {
+        orchi_inbox_ending(loop, false);
+        return ORCH_EBUSY;
+    }
+    orchi_thread_leave(loop);
     orchi_loop_dispose(loop);
     orchi_loop = NULL;
     return 0;
@@ -9059,11 +10865,13 @@ static int orchi_run_main(orch_loop *loop, orch_future *main) {
 }
 
 /* Asks all that is left to end, what was started meanwhile included, and runs it until it has, or
- * until nothing can happen any more. */
+ * until nothing can happen any more. What is ready may end by itself; but not for long, as a busy
+ * server would go on for ever. */
 static void orchi_run_rest(orch_loop *loop) {
-    uint64_t seen = UINT64_MAX;
+    uint64_t seen = orchi_resumes(loop) - 1;
     for (;;) {
-        if (orchi_ring_empty(loop) && seen != orchi_resumes(loop)) {
+        uint64_t since = orchi_resumes(loop) - seen;
+        if (orchi_ring_empty(loop) ? since > 0 : since > ORCHI_BUSY) {
             orchi_cancel_all(loop);
             seen = orchi_resumes(loop);
         }
@@ -9116,7 +10924,11 @@ static orch_result orchi_run_all(orch_loop *loop, orch_task_fn main, void *arg) 
     else orchi_release(f);
     r = orchi_run_signalled(loop, r);
     if (error == 0 && r.error != 0 && r.error != ORCH_ESIGNAL) orchi_report_seed(loop);
+    orchi_inbox_ending(loop, true);
     orchi_run_rest(loop);
+    orchi_inbox_close(loop);
+    if (!orchi_ring_empty(loop)) orchi_run_rest(loop);
+    orchi_thread_leave(loop);
     return r;
 }
 
@@ -9198,6 +11010,7 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
     {"settled", orchi_done_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
     {"settled", orchi_on_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
     {"memory", orchi_extra_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
+    {"mail", orchi_mail_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
 };
 
 // ------------------------------------------------------------------------------------------------
@@ -14091,6 +15904,9 @@ orch_result orch_exit_check(orch_exit_status status) {
 #undef ORCHI_HAS_INCLUDE
 #undef ORCHI_INLINE
 #undef ORCHI_LIKELY
+#undef ORCHI_EPOLL_PWAIT2
+#undef ORCHI_NATIVE
+#undef ORCHI_KQUEUE
 #undef ORCHI_LOAD_FLOATS
 #undef ORCHI_MINCORE
 #undef ORCHI_NOSIGNAL
@@ -14103,6 +15919,7 @@ orch_result orch_exit_check(orch_exit_status status) {
 #undef ORCHI_PPOLL
 #undef ORCHI_SAVE_FLOATS
 #undef ORCHI_SCALAR
+#undef ORCHI_SEMAPHORES
 #undef ORCHI_STATIC_FUTURE
 #undef ORCHI_SYMBOL
 #undef ORCHI_TSAN

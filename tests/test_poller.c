@@ -1,9 +1,10 @@
-// test_poller.c: readiness of descriptors, by the default poller.
+// test_poller.c: readiness of descriptors and their life, under the poller that TEST_POLLER names.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
 #define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
+#include "pollers.h"
 #include "test.h"
 
 #include <arpa/inet.h>
@@ -28,7 +29,8 @@
         return orch_ok_int(1);                                                                     \
     }                                                                                              \
     TEST_SKIP(name, unless) {                                                                      \
-        orch_result r = orch_run(name##_main, NULL);                                               \
+        orch_loop_desc desc = {.poller = test_poller()};                                           \
+        orch_result r = orch_run_with(&desc, name##_main, NULL);                                   \
         CHECK_INT(r.error, 0);                                                                     \
         CHECK_INT(orch_int(&r), 1);                                                                \
         orch_result_free(&r);                                                                      \
@@ -66,6 +68,13 @@ static void fill(int fd) {
     while (write(fd, block, sizeof block) > 0) continue;
     while (write(fd, block, 1) > 0) continue;
 }
+
+static void ignore_report(const char *text, void *context) {
+    (void)text;
+    (void)context;
+}
+
+static int wakes_fd[2];
 
 static void drain(int fd) {
     char block[4096];
@@ -272,6 +281,7 @@ static void note_error(orch_result *in, void *context) { *(int *)context = in->e
 
 TASK_TEST(closing_wakes_who_waits) {
     int fd[2], seen = 0;
+    CHECK_INT(orch_sleep(1), 0); // the loop has the descriptor that wakes it: no number is reused
     if (!make_pair(fd)) return;
     orch_future *reader = orch_ready(fd[0], ORCH_READABLE);
     fill(fd[0]);
@@ -399,6 +409,53 @@ TASK_TEST(a_timeout_of_a_wait_says_so) {
     CHECK_INT(join(orch_timeout(orch_ready(fd[0], ORCH_READABLE), 2)), ORCH_ETIMEDOUT);
     CHECK_INT(stats().watched, 0);
     close_pair(fd);
+}
+
+// ---- seeds
+
+enum { DRAWN = 8 };
+
+static int drawn[DRAWN], drawn_count;
+
+static void note_number(orch_result *in, void *context) {
+    if (in->error == 0) drawn[drawn_count++] = *(int *)context;
+}
+
+static orch_result draw(void *arg) {
+    static int number[DRAWN];
+    int(*fd)[2] = arg;
+    for (int i = 0; i < DRAWN; i++) {
+        number[i] = i;
+        orch_on(orch_ready(fd[i][0], ORCH_READABLE), note_number, &number[i]);
+    }
+    return orch_ok_int(orch_sleep(1));
+}
+
+// The order of eight callbacks, as a number.
+static int draw_order(uint64_t seed, orch_poller poller, void *fd) {
+    orch_loop_desc desc = {.seed = seed, .poller = poller};
+    drawn_count = 0;
+    orch_result r = orch_run_with(&desc, draw, fd);
+    CHECK_INT(r.error, 0);
+    CHECK_INT(drawn_count, DRAWN);
+    int order = 0;
+    for (int i = 0; i < drawn_count; i++) order = order * DRAWN + drawn[i];
+    return order;
+}
+
+TEST(a_seed_draws_the_order_of_ready_descriptors) {
+    static int fd[DRAWN][2];
+    int differ = 0, first = 0, made = 0;
+    while (made < DRAWN && make_pair(fd[made])) put(fd[made++][1]);
+    for (uint64_t seed = 1; seed <= 20 && made == DRAWN; seed++) {
+        int order = draw_order(seed, test_poller(), fd);
+        CHECK_INT(draw_order(seed, test_poller(), fd), order);
+        CHECK_INT(draw_order(seed, ORCH_POLLER_POLL, fd), order); // whatever the poller is
+        differ += seed > 1 && order != first;
+        first = order;
+    }
+    CHECK(differ > 15);
+    for (int i = 0; i < made; i++) close_pair(fd[i]);
 }
 
 // ---- many
@@ -633,6 +690,40 @@ TEST(a_wait_without_any_timer_outlasts_signals) {
     CHECK_INT(orch_int(&r), ORCH_READABLE);
     orch_result_free(&r);
     close_pair(fd);
+}
+
+// ---- the loop's own descriptor
+
+static int wakes;
+
+static void on_wake(orch_loop *loop) {
+    (void)loop;
+    wakes++;
+    drain(wakes_fd[0]);
+}
+
+static orch_result sleep_and_wake(void *arg) {
+    (void)arg;
+    orch_loop_current()->on_wake = on_wake;
+    CHECK_INT(orchi_wake_watch(orch_loop_current(), wakes_fd[0]), 0);
+    CHECK_INT(stats().watched, 0);
+    put(wakes_fd[1]);
+    CHECK_INT(orch_sleep(5), 0);
+    CHECK_INT(wakes, 1);
+    put(wakes_fd[1]); // it stays armed
+    CHECK_INT(orch_sleep(5), 0);
+    CHECK_INT(wakes, 2);
+    return orch_await(orch_future_new(&(orch_promise){0})); // and is nobody's wait
+}
+
+TEST(a_wake_descriptor_is_always_watched_and_nobodys_wait) {
+    if (!make_pair(wakes_fd)) return;
+    orch_loop_desc desc = {.on_report = ignore_report};
+    orch_result r = orch_run_with(&desc, sleep_and_wake, NULL);
+    CHECK_INT(r.error, ORCH_EDEADLK);
+    CHECK_INT(wakes, 2);
+    orch_result_free(&r);
+    close_pair(wakes_fd);
 }
 
 // ---- what is left registered
