@@ -1,5 +1,5 @@
-// test_signal.c: signals as futures, in one loop and in several, in threads and forked children; and
-// how they end orch_run.
+// test_signal.c: signals as futures, in one loop and in several, in threads and forked children;
+// and how they end orch_run.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
