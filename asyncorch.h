@@ -6545,7 +6545,7 @@ static inline void orchi_suspend(orch_loop *loop, orch_task *task) {
  * whose block came the last time, what lies at the top of its stack. For who is about to enter the
  * kernel: of 10,000 tasks that wait for descriptors none is in the cache when its turn comes, and
  * each of these lines would be waited for. */
-static inline void orchi_fetch_ahead(const orch_loop *loop) {
+static ORCHI_INLINE void orchi_fetch_ahead(const orch_loop *loop) {
     const orchi_ring *ring = &loop->ready;
     if (ring->tail - ring->head < 2) return;
     const orch_future *first = ring->items[ring->head & ring->mask];
