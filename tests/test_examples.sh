@@ -61,7 +61,7 @@ start_server() {
 }
 
 for example in 01_hello_await 02_then_callbacks 03_sequential_parallel 04_timeouts 05_all_settled \
-    06_wrap_callback 09_dashboard 10_pipeline; do
+    06_wrap_callback 09_dashboard 10_pipeline 14_proxy; do
     promised "$example" | plain >"$folder/want"
     "$programs/$example" >"$folder/out" 2>&1 || fail "$example ended with $?"
     plain <"$folder/out" >"$folder/got"
@@ -112,6 +112,39 @@ for bad in "" "-j 0 $url" "-j 1001 $url" "-j x $url" "-t 0 $url" "-t" "-x" "-f $
     has "07_fetch $bad" "$folder/err" "07_fetch: "
 done
 stop_server
+
+# ---- 13_echo: both in one program, then a server and a client; 14_proxy between them
+
+echo_port=$((20000 + $$ % 20000)) # below those the system gives out
+"$programs/13_echo" >"$folder/got" 2>&1
+ended 13_echo 0 $?
+has 13_echo "$folder/got" "10 connections: "
+has 13_echo "$folder/got" ", 0 failures"
+"$programs/13_echo" serve "$echo_port" &
+server=$!
+"$programs/14_proxy" $((echo_port + 1)) localhost "$echo_port" &
+proxy=$!
+tries=0
+until "$programs/13_echo" load $((echo_port + 1)) 1 0.01 2>/dev/null | grep -q ' 0 failures'; do
+    tries=$((tries + 1))
+    [ "$tries" -lt 100 ] || break
+    sleep 0.05
+done
+"$programs/13_echo" load "$echo_port" 100 0.2 >"$folder/got" 2>&1
+ended "13_echo load" 0 $?
+has "13_echo load" "$folder/got" "100 connections: " 1
+has "13_echo load" "$folder/got" ", 0 failures" 1
+"$programs/13_echo" load $((echo_port + 1)) 20 0.2 >"$folder/got" 2>&1
+has "13_echo load through 14_proxy" "$folder/got" "20 connections: " 1
+has "13_echo load through 14_proxy" "$folder/got" ", 0 failures" 1
+kill "$server" "$proxy"
+wait "$server" "$proxy" 2>/dev/null
+server=
+for bad in "serve" "serve 0" "serve 70000" "load" "load 7000 0" "bogus 7000"; do
+    # shellcheck disable=SC2086 # words are wanted
+    "$programs/13_echo" $bad >"$folder/out" 2>&1
+    ended "13_echo $bad" 2 $?
+done
 
 # ---- the server's command line
 
