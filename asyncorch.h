@@ -2692,7 +2692,7 @@ enum { ORCHI_REGISTERED = 4 }; // orchi_watch.armed: the poller knows the descri
 
 typedef struct orchi_watch {      // a descriptor, by its number
     orch_future *reader, *writer; // who waits; both directions may have the same one
-    uint32_t position;            // poll: in the array, plus one; others: see orchi_judge
+    uint32_t position;            // poll: in the array, plus one
     uint16_t generation;          // goes up when the number gets, or may get, a new owner
     uint16_t hints;               // an event clears those of its direction
     uint8_t armed;                // not poll: the events that are looked for, ORCHI_REGISTERED
@@ -2714,9 +2714,13 @@ typedef struct orchi_poller {
     int queue;    // epoll, kqueue: the descriptor of the set
     void *events; // epoll, kqueue: where a look puts what it finds
     uint32_t event_capacity;
-    pid_t owner; // the process that made the set, which a child shares
-    bool woken;  // on_wake is to be called
-    bool stale;  // events come for a descriptor that is gone: see orchi_renew
+    pid_t owner;              // the process that made the set, which a child shares
+    bool woken;               // on_wake is to be called
+    bool stale;               // events come for a descriptor that is gone: see orchi_poller_renew
+    bool pinned;              // it does not move
+    uint32_t looks;           // since it was last judged
+    uint64_t looked_at, came; // descriptors in these looks, and those found ready
+    uint64_t trial;           // how many make the next judgement
 } orchi_poller;
 
 typedef struct orchi_context { // a point of execution that was left and can be entered again
@@ -4358,6 +4362,45 @@ ORCHI_COLD static void orchi_poller_renew(orch_loop *loop) {
     if (orchi_poller_move(loop, &orchi_poll_ops) == 0) orchi_poller_move(loop, ops);
 }
 
+// When to move. A look of poll(2) costs something for each descriptor it looks at, one of epoll for
+// each it finds, and more. So what counts is how many of those looked at are found: where they are
+// few, epoll is faster by any factor; where a busy server's looks find a good part of them ready,
+// poll is by a fifth. Between the two bounds, 1 in 32 and 1 in 8, it stays as it is, and below 64
+// descriptors it does not matter. epoll finds again what has been told and not yet been served, so
+// that a backlog counts there, as it should.
+//
+// It is judged after looks at 65,536 descriptors in all, and 16 looks at least; after twice as much
+// with each move, and an eighth less each time it stays. A load that changes faster than that is not worth following. Left out: trying both and
+// measuring, which costs moves to find out what the counts say.
+
+enum { ORCHI_TRIAL = 1 << 16, ORCHI_TRIAL_MOST = 1 << 26, ORCHI_TRIAL_LOOKS = 16 };
+
+/* Which poller fits what the last looks came to. */
+static const orchi_poller_ops *orchi_poller_better(const orchi_poller *p) {
+    if (p->ops != &orchi_poll_ops) {
+        bool few = p->looked_at < (uint64_t)p->looks * 32;
+        return few || p->came * 8 > p->looked_at ? &orchi_poll_ops : p->ops;
+    }
+    bool many = p->looked_at > (uint64_t)p->looks * 64;
+    return many && p->came * 32 < p->looked_at ? ORCHI_NATIVE : p->ops;
+}
+
+/* Judges, and moves. Where that fails, it is tried again later. */
+ORCHI_COLD static void orchi_poller_judge(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    if (p->pinned || p->looks < ORCHI_TRIAL_LOOKS) return;
+    const orchi_poller_ops *better = orchi_poller_better(p);
+    uint64_t less = p->trial - p->trial / 8;
+    if (better == p->ops) {
+        p->trial = less > ORCHI_TRIAL ? less : ORCHI_TRIAL;
+    } else {
+        if (p->trial < ORCHI_TRIAL_MOST) p->trial *= 2;
+        loop->stats.moves += orchi_poller_move(loop, better) == 0;
+    }
+    p->looks = 0;
+    p->looked_at = p->came = 0;
+}
+
 // ------------------------------------------------------------------------------------------------
 // >>timer
 //
@@ -4634,10 +4677,14 @@ static int orchi_poll(orch_loop *loop, uint64_t ns) {
     bool idle = orchi_ring_empty(loop);
     uint64_t generation = loop->generation;
     loop->stats.polls++;
+    p->looked_at += p->count;
     int error = p->ops->wait(loop, ns);
+    p->came += p->found_count;
     orchi_tell_all(loop, generation, idle);
     if (ORCHI_UNLIKELY(p->stale)) orchi_poller_renew(loop);
-    orchi_tell_all(loop, loop->generation, idle);
+    p->looks++;
+    if (ORCHI_UNLIKELY(p->looked_at >= p->trial)) orchi_poller_judge(loop);
+    orchi_tell_all(loop, loop->generation, idle); // what a move found
     if (p->woken) {
         p->woken = false;
         loop->on_wake(loop);
@@ -8710,6 +8757,9 @@ static void orchi_loop_init(orch_loop *loop, const orch_loop_desc *desc) {
     loop->generation = 3; // 1 belongs to the static futures
     loop->main.fiber = orchi_fiber_self();
     loop->poller.ops = orchi_poller_find(desc->poller);
+    loop->poller.pinned = desc->poller != ORCH_POLLER_DEFAULT;
+    loop->poller.trial = ORCHI_TRIAL;
+    loop->poller.queue = -1;
     loop->budget = loop->round = ORCHI_BUDGET;
     loop->random = desc->seed != 0 ? desc->seed : orchi_clock() ^ (uintptr_t)loop;
     loop->stack_log = orchi_stack_log(desc->stack_size);
