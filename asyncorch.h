@@ -7334,11 +7334,16 @@ void orch_completion_free(orch_completion *c) {
 //     the end      its result settles its future, its stack is given back, and its first
 //                  function returns the context to go on with
 
-struct orch_task {
+struct orch_task { // first what every wait touches: one cache line
     orchi_context context;
     orch_future *future;
     orch_future *waiting; // NULL: it runs, is ready, or has not waited yet
-    orch_task *starter;   // nested: where to return at the first wait; NULL is the main stack
+    int reason;           // not 0: it, or a scope that it has open, was asked to end
+    bool nested;
+    bool joining;
+    bool ended;
+    bool canary;
+    orch_task *starter; // nested: where to return at the first wait; NULL is the main stack
     orchi_stack *stack;
     const char *name;
     orch_task_fn fn;
@@ -7349,16 +7354,11 @@ struct orch_task {
     orch_future *deadline; // copied by orch_go
     struct orchi_locals *locals;
     int asked;      // not 0: it was asked to end
-    int reason;     // not 0: it, or a scope that it has open, was asked to end
-    uint32_t level; // how many shields were there when that was opened
+    uint32_t level; // how many shields were there when the reason's scope was opened
     uint32_t shields;
     uint32_t refused; // waits, since it was asked to end
-    bool nested;
-    bool heir; // it has, or had, something that what it starts inherits
-    bool joining;
-    bool ended;
-    bool exposed; // the loop is deadlocked: shields do not hold any more
-    bool canary;
+    bool heir;        // it has, or had, something that what it starts inherits
+    bool exposed;     // the loop is deadlocked: shields do not hold any more
 };
 
 typedef char orchi_task_fits[sizeof(struct orch_task) <= ORCHI_STACK_HEAD ? 1 : -1];
@@ -7443,22 +7443,24 @@ static inline void orchi_suspend(orch_loop *loop, orch_task *task) {
     else orchi_leave(loop, task);
 }
 
+enum { ORCHI_FETCHED = 7 }; // cache lines: the frames of a wait in orch_read, and its buffer
+
 /* Fetches what the next two ready tasks need first: of the second its control block, of the first,
  * whose block came the last time, what lies at the top of its stack. For who is about to enter the
- * kernel: of 10,000 tasks that wait for descriptors none is in the cache when its turn comes, and
- * each of these lines would be waited for. */
-static inline void orchi_fetch_ahead(const orch_loop *loop) {
+ * kernel: of a thousand tasks that wait for descriptors none is in the cache when its turn comes,
+ * and each of these lines would be waited for. Inlined, as gcc takes a function that only fetches
+ * for one without effect. */
+static ORCHI_INLINE void orchi_fetch_ahead(const orch_loop *loop) {
     const orchi_ring *ring = &loop->ready;
     if (ring->tail - ring->head < 2) return;
     const orch_future *first = ring->items[ring->head & ring->mask];
     const orch_future *second = ring->items[(ring->head + 1) & ring->mask];
     if (first->kind != ORCHI_TASK || second->kind != ORCHI_TASK) return;
-    const orch_task *next = second->as.task.task;
-    __builtin_prefetch(next, 1);
-    __builtin_prefetch((const char *)next + 128, 1);
-    const char *sp = (const char *)first->as.task.task->context.sp;
-    for (int i = 0; i < 4; i++) __builtin_prefetch(sp + 64 * i, 1);
-    __builtin_prefetch(first->as.task.task->waiting, 1);
+    __builtin_prefetch(second->as.task.task, 1);
+    const orch_task *next = first->as.task.task;
+    const char *sp = (const char *)next->context.sp;
+    for (int i = 0; i < ORCHI_FETCHED; i++) __builtin_prefetch(sp + 64 * i, 1);
+    __builtin_prefetch(next->waiting, 1);
 }
 
 /* Waits until a claimed pending future has settled. Returns it, or what it was replaced by. */
