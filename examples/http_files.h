@@ -102,7 +102,8 @@ static int http_read_names(DIR *folder, char **names, bool *more) {
     int count = 0;
     for (const struct dirent *d; (d = readdir(folder)) != NULL;) {
         char name[sizeof d->d_name + 1];
-        if (d->d_name[0] == '.') continue;
+        bool other = d->d_type != DT_REG && d->d_type != DT_DIR && d->d_type != DT_UNKNOWN;
+        if (d->d_name[0] == '.' || other) continue; // as it would be 404
         *more = count == HTTP_NAMES_MAX;
         if (*more) break;
         snprintf(name, sizeof name, "%s%s", d->d_name, d->d_type == DT_DIR ? "/" : "");
@@ -239,7 +240,7 @@ static int http_answer_file(http_connection *c, const http_found *f) {
     char fields[512], date[32], range[96] = "";
     http_date(f->modified, date);
     snprintf(fields, sizeof fields, "ETag: %s\r\nLast-Modified: %s\r\n", f->etag, date);
-    if (http_has_it(q, f->etag, f->modified)) return http_reply_status(c, 304, fields);
+    if (http_has_it(q, f->etag, f->modified)) return http_reply(c, 304, fields, "");
 
     const char *wanted = q->head ? NULL : http_get_field(q, "Range"); // it is for GET only
     const char *only_if = http_get_field(q, "If-Range");

@@ -98,7 +98,7 @@ static int http_reply_status(http_connection *c, int status, const char *more) {
     char body[64], fields[2200];
     snprintf(body, sizeof body, "%d %s\n", status, http_reason(status));
     snprintf(fields, sizeof fields, "Content-Type: text/plain\r\n%s", more);
-    return http_reply(c, status, fields, status == 304 ? "" : body);
+    return http_reply(c, status, fields, body);
 }
 
 // Closing with unread input would send a reset, which can overtake the answer: so read on a little.
