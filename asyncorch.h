@@ -22,8 +22,9 @@
 //       7 >>combinator  all, any, race, quorum, timeout ....... orch_all, orch_timeout
 //       8 >>task        coroutines, await, shield ............. orch_go, orch_await, orch_sleep
 //         >>scope       a nursery and a deadline in one ....... orch_scope_open, orch_scope_go
+//       9 >>io          descriptors ........................... orch_ready, orch_close
 //         >>run         the life of a loop, the main task ..... orch_loop_new, orch_run
-//       9 >>io          descriptors ........................... orch_ready
+//         >>kinds       what each kind of future does, a table
 //      11 >>coordination semaphore, event, channel, topic ... orch_acquire, orch_send, orch_publish
 //      12 >>policy      retry, map, hedge ..................... orch_retry, orch_map, orch_hedge
 //         >>guard       limiter, breaker, single flight ....... orch_limit, orch_breaker_run
@@ -274,12 +275,14 @@ typedef struct orch_completion orch_completion; // an iteration in order of comp
     X(ORCH_ECLOSED, -10010, "closed")                                                              \
     X(ORCH_EOPEN, -10011, "the circuit breaker is open")                                           \
     X(ORCH_ELIMIT, -10012, "more than the limit allows")                                           \
-    X(ORCH_ESCOPE, -10013, "the scope is not open here")
+    X(ORCH_ESCOPE, -10013, "the scope is not open here")                                           \
+    X(ORCH_EHOST, -10014, "host not found")                                                        \
+    X(ORCH_ERESOLVE, -10015, "the name could not be resolved now")
 
 #define ORCHI_ERROR_ENUM(name, value, text) name = (value),
 typedef enum orch_error {
     ORCH_OK = 0,
-    ORCH_ERRORS(ORCHI_ERROR_ENUM) ORCH_ERROR_LAST = -10014
+    ORCH_ERRORS(ORCHI_ERROR_ENUM) ORCH_ERROR_LAST = -10016
 } orch_error;
 #undef ORCHI_ERROR_ENUM
 
@@ -891,7 +894,12 @@ typedef struct orch_allocator {
     void *user;
 } orch_allocator;
 
-typedef enum orch_poller { ORCH_POLLER_DEFAULT, ORCH_POLLER_POLL } orch_poller;
+typedef enum orch_poller {
+    ORCH_POLLER_DEFAULT, // poll, and the system's own while that is better
+    ORCH_POLLER_POLL,
+    ORCH_POLLER_EPOLL, // Linux
+    ORCH_POLLER_KQUEUE // the BSDs and macOS
+} orch_poller;
 
 typedef enum orch_clock {
     ORCH_CLOCK_MONOTONIC,
@@ -1012,9 +1020,16 @@ uint64_t orch_random(void);
  * asked for.
  * Returns the future; rejected: -EBADF for a bad descriptor, ORCH_EINVAL for no or unknown events,
  * ORCH_EBUSY for a second waiter in one direction, ORCH_ENOMEM.
- * Context: loop thread. Drop it before the descriptor is closed.
+ * Context: loop thread. Close the descriptor with orch_close, or drop the future before.
  * Owns: borrows fd until settled. */
 ORCH_NODISCARD orch_future *orch_ready(int fd, int events);
+
+/* Closes a descriptor after everything has been told that it goes: a wait for it is rejected with
+ * ORCH_ECANCELED, the poller forgets it, and no late event reaches the next owner of its number.
+ * Returns 0; -EBADF for a bad descriptor; another -errno of close, and it is closed all the same.
+ * Context: loop thread, or any without a loop. Does not suspend.
+ * Owns: consumes fd. */
+int orch_close(int fd);
 
 /* Makes a loop, runs one main task on it, and when that ends cancels and awaits the rest and frees
  * the loop.
@@ -1035,6 +1050,375 @@ orch_result orch_run_with(const orch_loop_desc *desc, orch_task_fn main, void *a
  * Context: any thread.
  * Owns: consumes r. */
 int orch_exit(orch_result r);
+
+// ---- threads
+//
+// Each thread may have a loop of its own. Thread-safe are exactly orch_post, orch_remote_settle,
+// orch_remote_drop, orch_pool_limit and orch_pool_statistics, and what any thread may call anyway.
+// None may be called from a signal handler. A result that comes from another thread keeps its value
+// when its release may be called on any thread (free, and whatever else you say so of), and its
+// message. Lists and shares of another loop's futures cannot leave their thread: what would be one
+// arrives as ORCH_ETHREAD, or, where it was an error, as that error with its message.
+
+typedef struct orch_remote orch_remote; // a promise's write end for other threads
+
+/* Has a loop call fn: from the loop, as a callback, in the order of the posts of each thread. If
+ * the loop sleeps it is woken, once for any number of posts under way.
+ * Returns 0, and fn will be called, at the latest when the loop is freed; ORCH_ECLOSED when the
+ * loop is gone or about to be; ORCH_ENOMEM; ORCH_EINVAL for NULL (debug builds abort). A loop that
+ * was freed is known by its address, until a new one has the same.
+ * Context: any thread; fn is called on the loop's and must not suspend.
+ * Owns: borrows arg until fn was called. */
+int orch_post(orch_loop *loop, void (*fn)(void *arg), void *arg);
+
+/* A promise's write end for another thread. While one is out whose future is pending, the loop is
+ * not deadlocked, and a virtual clock stands still when nothing is ready.
+ * Returns it; NULL when out of memory (and where debug builds abort: no loop, another thread's).
+ * Context: loop thread.
+ * Owns: hands over the remote, for orch_remote_settle or orch_remote_drop; the promise stays good.
+ */
+ORCH_NODISCARD orch_remote *orch_promise_remote(orch_promise promise);
+
+/* Settles the promise from any thread. It needs no memory and cannot fail; whether it decides the
+ * future is found out on the loop's thread, where r is freed if not.
+ * Returns true; false when the loop is gone: then r was freed here, by this thread.
+ * Context: any thread; does not block.
+ * Owns: consumes remote and r. r must not be an orch_chain. */
+bool orch_remote_settle(orch_remote *remote, orch_result r);
+
+/* Gives a remote up without settling: its promise stays as it is. If nobody else settles that, a
+ * loop that waits for it is deadlocked, and says so.
+ * Returns nothing.
+ * Context: any thread; does not block.
+ * Owns: consumes remote. NULL does nothing. */
+void orch_remote_drop(orch_remote *remote);
+
+// Queues of the pool, each with threads of its own, so that one cannot starve another.
+typedef enum orch_lane {
+    ORCH_LANE_DEFAULT, // as many threads as processors, at least 4
+    ORCH_LANE_FILE,    // orch_file_...: 4 threads
+    ORCH_LANE_RESOLVE, // orch_resolve: 4 threads
+    ORCH_LANE_OWN,     // from here to ORCH_LANES - 1: yours, 1 thread each: for a library that
+                       // wants to be called by one thread at a time
+    ORCH_LANES = 8
+} orch_lane;
+
+typedef struct orch_offload_desc {
+    const char *name;           // for reports; borrowed until its future has settled
+    orch_task_fn fn;            // required; runs on a thread of the pool, where no loop is
+    void *arg;                  // passed to fn
+    size_t arg_size;            // bytes; not 0: that many bytes of arg are copied, fn gets the copy
+    void (*release)(void *arg); // called exactly once with what fn got (arg, if it never ran), on
+                                // the thread that ran it, or the loop's
+    orch_lane lane;             // default: ORCH_LANE_DEFAULT
+} orch_offload_desc;
+
+/* Runs fn, which may block or compute, on a thread of the process's pool: first come first served.
+ * Cancelled before it has begun, it never runs. Work that has begun cannot be stopped: its future
+ * ends at once, fn runs on, and what it returns is freed when it comes. So arg must live as long as
+ * fn runs; orch_offload_with can own it. In fn no loop is there: it may return orch_ok, orch_fail
+ * and the like, or run an orch_run of its own. Signals are blocked there.
+ * Returns the future of what fn returns; ORCH_ENOMEM; the -errno of pthread_create when there is no
+ * thread at all (with some it waits for one of them).
+ * Context: loop thread; does not suspend.
+ * Owns: borrows arg until fn has returned. */
+ORCH_NODISCARD orch_future *orch_offload(orch_task_fn fn, void *arg);
+
+/* The same with a name, a copied argument, a release or a lane.
+ * Returns as orch_offload; ORCH_EINVAL for no fn or an unknown lane.
+ * Context: as orch_offload.
+ * Owns: consumes arg when there is a release, on every path. */
+ORCH_NODISCARD orch_future *orch_offload_with(const orch_offload_desc *desc);
+
+typedef struct orch_pool_stats {
+    unsigned limit;   // of threads
+    unsigned threads; // there are
+    unsigned idle;    // of them; idle for 5 s, or when the last loop goes, a thread ends
+    size_t queued;    // work that waits for a thread
+    uint64_t begun;   // work that a thread has begun, ever
+} orch_pool_stats;
+
+/* How many threads a lane may have at a time. There are as many as have work; fewer than there are
+ * now: the others end as they become idle.
+ * Returns 0; ORCH_EINVAL for an unknown lane or no threads.
+ * Context: any thread.
+ * Owns nothing. */
+int orch_pool_limit(orch_lane lane, unsigned threads);
+
+/* A lane of the pool, as it is now.
+ * Returns counters; zeros for an unknown lane.
+ * Context: any thread.
+ * Owns nothing. */
+orch_pool_stats orch_pool_statistics(orch_lane lane);
+
+/* Starts a task on another thread's loop, or later on this one; its future is here. Cancelling the
+ * future cancels the task there. Dropped inside a task, the call returns when the task there has
+ * ended, so arg may lie on the caller's stack; a loop whose thread does not run it makes that wait.
+ * Returns the future; ORCH_ECLOSED when the loop is gone, or goes before the task has ended;
+ * ORCH_ENOMEM; ORCH_EINVAL.
+ * Context: loop thread; fn is called on the other loop's.
+ * Owns: borrows arg until the future has settled. */
+ORCH_NODISCARD orch_future *orch_go_on(orch_loop *loop, orch_task_fn fn, void *arg);
+
+// A socket's address, of any family: a struct sockaddr for the system's calls.
+typedef struct orch_address {
+    unsigned size;        // bytes in use; 0: none
+    uint64_t storage[16]; // as large and as aligned as a struct sockaddr_storage
+} orch_address;
+
+typedef struct orch_addresses {
+    size_t count; // at least 1
+    orch_address *items;
+} orch_addresses;
+
+/* The addresses of a host and a service (a name or a number; NULL: port 0), by getaddrinfo in a
+ * lane of its own, in the order in which the system says to try them. A numeric host with a numeric
+ * service needs no thread. host NULL: this machine.
+ * Returns the future: its value is an orch_addresses, owned by the result. ORCH_EHOST: there is no
+ * such host or service; ORCH_ERESOLVE: no name server could say; both with the system's message.
+ * ORCH_ENOMEM; ORCH_EINVAL for neither host nor service; otherwise as orch_offload.
+ * Context: loop thread. Cancelled, it ends at once.
+ * Owns: copies the names; hands over the future. */
+ORCH_NODISCARD orch_future *orch_resolve(const char *host, const char *service);
+
+// ---- input and output
+//
+// For tasks, in direct style. Each call tries first and waits only when it would block; a wait
+// obeys the innermost scope's deadline and cancellation. Two of one direction on one descriptor do
+// not mix: while one waits in the middle, the second ends with ORCH_EBUSY. They return what they
+// moved, or a negative error: -errno of the system's call, and
+//     -EBADF           the descriptor is negative or not open
+//     ORCH_ECANCELED   the task or its scope was cancelled or is late, or orch_close came meanwhile
+//     ORCH_EBUSY       another task is in the same direction of the descriptor
+//     ORCH_EINVAL      NULL for what is not empty, a size above PTRDIFF_MAX; aborts in debug builds
+//     ORCH_ENOTASK     outside a task; aborts in debug builds (so does ORCH_ENOLOOP)
+//     ORCH_ENOMEM
+// After an error part of the data may have been moved. No call raises SIGPIPE. Sockets need not be
+// non-blocking. Another blocking descriptor (a terminal, an inherited pipe) works too, with a wait
+// before each piece of at most PIPE_BUF bytes. Close with orch_close what was used with these:
+// hints about a descriptor are kept under its number.
+
+struct iovec; // of <sys/uio.h>
+
+enum { ORCH_ADDRESS_TEXT = 160 }; // bytes that hold any address as text
+
+/* Reads what is there, waiting until there is something.
+ * Returns the number of bytes, 0 at the end (and at once for a size of 0); the errors above.
+ * Context: task only; suspends.
+ * Owns: borrows buffer. Units: bytes. */
+ptrdiff_t orch_read(int fd, void *buffer, size_t size);
+
+/* Reads until the buffer is full.
+ * Returns size, less only at the end; the errors above.
+ * Context: task only; suspends.
+ * Owns: borrows buffer. Units: bytes. */
+ptrdiff_t orch_read_full(int fd, void *buffer, size_t size);
+
+/* Writes all of it, in order.
+ * Returns size; the errors above, -EPIPE when nobody can read it any more.
+ * Context: task only; suspends.
+ * Owns: borrows data. Units: bytes. */
+ptrdiff_t orch_write(int fd, const void *data, size_t size);
+
+/* orch_read into, and orch_write from, several pieces of memory: what is there, and all of it.
+ * Returns as those; ORCH_EINVAL too for a negative count, and from the system for too many parts to
+ * read into (IOV_MAX).
+ * Context: task only; suspends.
+ * Owns: borrows parts and what they show. Units: bytes. */
+ptrdiff_t orch_readv(int fd, const struct iovec *parts, int count);
+ptrdiff_t orch_writev(int fd, const struct iovec *parts, int count);
+
+/* Makes a descriptor non-blocking. For other processes that share it too.
+ * Returns 0 or -errno.
+ * Context: any thread.
+ * Owns: borrows fd. */
+int orch_nonblock(int fd);
+
+/* A pipe, fds[0] to read and fds[1] to write, and two connected stream sockets: non-blocking and
+ * close-on-exec.
+ * Returns 0; ORCH_EINVAL for NULL; -errno, and fds is left alone.
+ * Context: any thread.
+ * Owns: hands the descriptors over, for orch_close. */
+int orch_pipe(int fds[2]);
+int orch_socketpair(int fds[2]);
+
+// ---- lines
+
+typedef struct orch_reader orch_reader; // a buffer over a descriptor that gives lines
+
+/* A reader of lines of at most `limit` bytes, their end not counted; 0: 65536. It reads ahead:
+ * what it took stays in it, so read on with orch_reader_read.
+ * Returns the reader, never NULL; out of memory one whose calls say so.
+ * Context: loop thread.
+ * Owns: hands it over, for orch_reader_free; borrows fd until then. Units: bytes. */
+ORCH_NODISCARD orch_reader *orch_reader_new(int fd, size_t limit);
+
+/* The next line, without its end: "\n" or "\r\n". What follows the last one counts as a line unless
+ * it is empty. Lines may hold zeros.
+ * Returns its length, and *line is the line and a zero, until the next call; ORCH_EEND at the end;
+ * -EMSGSIZE for a longer one than the limit, whose first bytes *line shows: the call after that
+ * skips its rest and gives the line that follows. Errors as orch_read; none loses a byte.
+ * Context: task only; suspends.
+ * Owns: borrows r; the line is lent. Units: bytes. */
+ptrdiff_t orch_reader_line(orch_reader *r, const char **line);
+
+/* Reads on after the lines: first what was read ahead, else as orch_read.
+ * Returns as orch_read.
+ * Context: task only; suspends only when nothing was read ahead.
+ * Owns: borrows r and buffer. Units: bytes. */
+ptrdiff_t orch_reader_read(orch_reader *r, void *buffer, size_t size);
+
+/* Frees the reader, not its descriptor. A call that another task is in ends first.
+ * Returns nothing.
+ * Context: loop thread; does not suspend.
+ * Owns: consumes r; NULL is nothing. */
+void orch_reader_free(orch_reader *r);
+
+// ---- sockets
+//
+// The same for sockets with flags of <sys/socket.h>. Those that the library makes are non-blocking
+// and close-on-exec, and TCP sends at once (TCP_NODELAY) unless the desc says `nagle`.
+
+/* The address of numbers that a text shows: "192.0.2.1", "::1", "fe80::1%eth0", with a port of
+ * their own "192.0.2.1:80" and "[::1]:80", or the path of a Unix socket ("/run/x"; "@x": a name in
+ * Linux' abstract space). NULL, "" and "*": every address of this machine.
+ * Returns 0; ORCH_EINVAL for anything else, names included (orch_resolve); -ENAMETOOLONG for a
+ * path, -ENODEV for an unknown zone.
+ * Context: any thread.
+ * Owns: fills *address. */
+int orch_address_parse(orch_address *address, const char *text, uint16_t port);
+
+/* The text that orch_address_parse understands. An unnamed Unix socket is "".
+ * Returns buffer, cut to size.
+ * Context: any thread.
+ * Owns: borrows buffer, of ORCH_ADDRESS_TEXT bytes to hold any. */
+const char *orch_address_text(const orch_address *address, char *buffer, size_t size);
+
+/* The port of an address.
+ * Returns it; 0 when it has none.
+ * Context: any thread.
+ * Owns nothing. */
+uint16_t orch_address_port(const orch_address *address);
+
+/* A socket's own address, and that of its other end.
+ * Returns 0 or -errno.
+ * Context: any thread.
+ * Owns: borrows fd; fills *address. */
+int orch_socket_address(int fd, orch_address *address);
+int orch_socket_peer(int fd, orch_address *address);
+
+/* Receives what is there (flags: MSG_PEEK, MSG_OOB, ...).
+ * Returns the number of bytes, 0 at the end; the errors above, -ENOTSOCK.
+ * Context: task only; suspends.
+ * Owns: borrows buffer. Units: bytes. */
+ptrdiff_t orch_socket_recv(int fd, void *buffer, size_t size, int flags);
+
+/* Sends all of it (a stream), or one message.
+ * Returns size; the errors above, -EPIPE, -ENOTSOCK, -EMSGSIZE for too large a message.
+ * Context: task only; suspends.
+ * Owns: borrows data. Units: bytes. */
+ptrdiff_t orch_socket_send(int fd, const void *data, size_t size, int flags);
+
+/* Receives one datagram, and where it came from unless `from` is NULL.
+ * Returns its size, which may be 0; -EMSGSIZE for one that is longer than `size`: the buffer has
+ * its first bytes, the rest is gone; the errors above, -ENOTSOCK, what ICMP said (-ECONNREFUSED).
+ * Context: task only; suspends.
+ * Owns: borrows buffer; fills *from. Units: bytes. */
+ptrdiff_t orch_socket_recvfrom(int fd, void *buffer, size_t size, orch_address *from);
+
+/* Sends one datagram.
+ * Returns size; the errors above, -ENOTSOCK, -EMSGSIZE; ORCH_EINVAL too for NULL as address.
+ * Context: task only; suspends.
+ * Owns: borrows data and to. Units: bytes. */
+ptrdiff_t orch_socket_sendto(int fd, const void *data, size_t size, const orch_address *to);
+
+typedef struct orch_listen_desc {
+    const char *host; // numbers or "localhost" (127.0.0.1); default: all, IPv6 and IPv4
+    uint16_t port;    // default: a free one, see orch_socket_address
+    const char *path; // of a Unix socket instead; "@name": in Linux' abstract space
+    int backlog;      // connections that wait for accept; default: SOMAXCONN
+    bool reuse_port;  // several sockets for one port, between which the system spreads clients
+    bool nagle;       // small writes of connections may wait for more
+} orch_listen_desc;
+
+/* Makes a listening socket. A Unix socket's file that nobody listens at any more is replaced; one
+ * in use, or another file of that name, is left alone.
+ * Returns a descriptor; ORCH_EINVAL for a host that is no number, -EADDRINUSE, -ENAMETOOLONG or
+ * another -errno; ORCH_EINVAL for NULL, which aborts in debug builds.
+ * Context: any thread; does not suspend.
+ * Owns: hands the descriptor over, for orch_serve or orch_close. */
+ORCH_NODISCARD int orch_listen(const orch_listen_desc *desc);
+
+/* Waits for a connection. Those that failed before they came this far are passed over.
+ * Returns its descriptor, and its address in *from unless that is NULL; the errors above, -EMFILE
+ * and the like: the connection still waits for a later call.
+ * Context: task only; suspends.
+ * Owns: hands the descriptor over, for orch_close. */
+ORCH_NODISCARD int orch_accept(int listener, orch_address *from);
+
+typedef struct orch_serve_desc {
+    void *context;          // for the handler and on_error
+    size_t max_connections; // at a time; more wait in the backlog; default: 16384
+    uint64_t drain_ms;      // ms for connections to end by themselves; default: 5000
+    bool no_drain;          // cancel connections at once when serving ends
+    size_t stack_size;      // bytes, of a connection's task; default: the loop's
+    const char *name;       // of these tasks, for reports; default: "connection"
+    // What a handler failed with, and why no connection can be accepted for now (once for each
+    // such time); default: the loop's on_unhandled
+    void (*on_error)(const orch_result *r, void *context);
+} orch_serve_desc;
+
+/* Accepts connections and runs the handler for each in a task of its own, which has the caller's
+ * locals but not its scope or deadline. Where descriptors or memory run out it waits until one of
+ * its connections ends, or 100 ms. When the caller is cancelled it stops listening, gives the
+ * connections drain_ms, cancels them, and returns when they have ended. A failed handler ends its
+ * own connection only.
+ * Returns ORCH_ECANCELED; ORCH_EINVAL for no handler, ORCH_ENOTASK (both abort in debug builds),
+ * ORCH_ENOMEM, or the -errno that the listener fails with.
+ * Context: task only; suspends until cancelled. desc NULL: all defaults.
+ * Owns: consumes listener whatever happens; the handler's fd is lent, and closed after it. */
+int orch_serve(int listener, orch_result (*handler)(int fd, void *context),
+               const orch_serve_desc *desc);
+
+typedef struct orch_connect_desc {
+    const char *host;              // name or numbers; default: this machine
+    const char *service;           // name or number of the port
+    const char *path;              // of a Unix socket instead; "@name": in Linux' abstract space
+    const orch_address *addresses; // or these, tried in RFC 8305's order
+    size_t count;                  // of addresses
+    uint64_t delay_ms;   // before the next address is tried at the same time; default: 250
+    bool nagle;          // small writes may wait for more
+    char *message;       // gets what became of each address when none could be reached
+    size_t message_size; // bytes
+    // Makes a socket and begins to connect it, for those that want to bind or mark it: returns a
+    // non-blocking descriptor, connected or about to be, or -errno; default: socket() and connect()
+    int (*begin)(const orch_address *to, void *context);
+    void *context; // for begin
+} orch_connect_desc;
+
+/* Connects to a service of a host by name: resolves it, and tries its addresses, IPv6 and IPv4 in
+ * turn. The next one starts when one fails or delay_ms have passed; the first that answers wins,
+ * the others are closed. Where a Unix socket's backlog is full it waits.
+ * Returns the descriptor; the errors above, those of orch_resolve, or the error of the first
+ * address that failed.
+ * Context: task only; suspends.
+ * Owns: hands the descriptor over, for orch_close. Units: milliseconds. Source: RFC 8305 (Happy
+ * Eyeballs version 2), with the resolver's order of addresses. */
+ORCH_NODISCARD int orch_connect(const char *host, const char *service);
+ORCH_NODISCARD int orch_connect_with(const orch_connect_desc *desc);
+
+typedef struct orch_udp_desc {
+    const char *host;         // numbers or "localhost"; default: all, IPv6 and IPv4
+    uint16_t port;            // default: a free one
+    const orch_address *peer; // not NULL: only from and to it, with orch_socket_recv and send
+    bool reuse_port;          // several sockets for one port
+} orch_udp_desc;
+
+/* A UDP socket. desc NULL: all defaults.
+ * Returns a descriptor; ORCH_EINVAL for a host that is no number, or -errno.
+ * Context: any thread; does not suspend.
+ * Owns: hands the descriptor over, for orch_close. */
+ORCH_NODISCARD int orch_udp(const orch_udp_desc *desc);
 
 // ---- coordination
 //
@@ -1828,9 +2212,21 @@ static inline int orch_scope_open(orch_scope *scope, const orch_scope_desc &desc
 static inline int orch_scope_go_with(orch_scope *scope, const orch_task_desc &desc) {
     return orch_scope_go_with(scope, &desc);
 }
+static inline orch_future *orch_offload_with(const orch_offload_desc &desc) {
+    return orch_offload_with(&desc);
+}
 static inline orch_loop *orch_loop_new(const orch_loop_desc &desc) { return orch_loop_new(&desc); }
 static inline orch_result orch_run_with(const orch_loop_desc &desc, orch_task_fn main, void *arg) {
     return orch_run_with(&desc, main, arg);
+}
+static inline int orch_listen(const orch_listen_desc &desc) { return orch_listen(&desc); }
+static inline int orch_connect_with(const orch_connect_desc &desc) {
+    return orch_connect_with(&desc);
+}
+static inline int orch_udp(const orch_udp_desc &desc) { return orch_udp(&desc); }
+static inline int orch_serve(int listener, orch_result (*handler)(int fd, void *context),
+                             const orch_serve_desc &desc) {
+    return orch_serve(listener, handler, &desc);
 }
 static inline orch_subscription *orch_subscribe(orch_topic *t, const orch_subscribe_desc &desc) {
     return orch_subscribe(t, &desc);
@@ -1904,15 +2300,25 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
     "asyncorch.h: include it before any system header, or compile with -D_GNU_SOURCE or -std=gnu99"
 #endif
 
+#include <arpa/inet.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <net/if.h>
+#include <netdb.h>
+#include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <poll.h>
+#include <pthread.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/uio.h>
+#include <sys/un.h>
 #include <sys/utsname.h>
 #include <time.h>
 #include <unistd.h>
@@ -2027,8 +2433,8 @@ static void orchi_print_backtrace(void) {}
 //   - The ring holds pointers to futures that have something to run, each at most once (QUEUED). It
 //     grows with the slots, so that pushing never allocates. A queued slot is not reused before it
 //     was popped.
-//   - Settled means kind >= ORCHI_DONE. What a kind does is in one table, orchi_kinds, at the end
-//     of the file: the function pointers by which lower layers reach upper ones.
+//   - Settled means kind >= ORCHI_DONE. What a kind does is in one table, orchi_kinds, in
+//     >>kinds: the function pointers by which lower layers reach upper ones.
 
 typedef enum orchi_kind_id {
     ORCHI_PROMISE, // settled by a ticket
@@ -2179,7 +2585,7 @@ typedef struct orchi_kind {
 } orchi_kind;
 
 // >>forward: what is declared before its definition, and why.
-// Kinds belong to layers further down; the table at the end of the file is how lower ones reach
+// Kinds belong to layers further down; the table in >>kinds is how lower ones reach
 // them.
 extern const orchi_kind orchi_kinds[ORCHI_KINDS];
 // Giving up a reference may free a future, which releases its result, which may be a share: a
@@ -2237,8 +2643,22 @@ typedef struct orchi_timers { // entries[0 .. stamped) is a heap; the rest was a
 
 typedef struct orchi_watch { // who waits for a descriptor
     orch_future *reader, *writer;
-    uint32_t position; // in the poll array, plus one
+    uint32_t position;   // in the poll array, plus one
+    uint32_t generation; // how often the number changed its owner
+    uint16_t bits;       // what is known of the descriptor: orchi_watch_bit
 } orchi_watch;
+
+enum orchi_watch_bit {
+    ORCHI_DRY = ORCH_READABLE,  // the last read came short: wait first
+    ORCHI_FULL = ORCH_WRITABLE, // the same for writes
+    ORCHI_IN_READ = 4,          // a call that had to wait is in this direction
+    ORCHI_IN_WRITE = 8,
+    ORCHI_NO_SOCKET = 16,
+    ORCHI_PIPE = 32,
+    ORCHI_SLOW = 64, // is blocking: each piece is waited for
+    ORCHI_DATAGRAMS = 128,
+    ORCHI_QUIET = 256 // a socket that raises no SIGPIPE
+};
 
 typedef struct orchi_poller {
     const struct orchi_poller_ops *ops;
@@ -6927,6 +7347,806 @@ uint64_t orch_time_left(void) {
 }
 
 // ------------------------------------------------------------------------------------------------
+// >>io
+//
+// A descriptor's readiness as a future. The table of watches, by descriptor, holds at most one
+// waiter for each direction; a future that settles or is cancelled has left it.
+
+// The life of a wait for a descriptor:
+//
+//     orch_ready     a slot, and its place in the table: reader, writer or both; the poller is told
+//                    what the descriptor is waited for in all
+//     the look       the poller passes the descriptor and its events to orchi_fd_ready, which finds
+//                    the waiters in the table
+//     fire           takes the wait out of the table and the poller, and settles it: one event, one
+//                    settling. A descriptor that stays ready is reported again to who asks again
+//     cancel         the same without an event; what it leaves is as if it had never been
+//
+// The table is indexed by number, as poll's array is of numbers, and a process has few of them.
+
+/* Makes room for a descriptor. One that is not open is refused before the table grows to its
+ * number. */
+static int orchi_watch_reserve(orch_loop *loop, int fd) {
+    orchi_poller *p = &loop->poller;
+    size_t wanted = (size_t)fd + 1;
+    if (wanted <= p->watch_count) return 0;
+    if (fcntl(fd, F_GETFD) < 0) return -errno;
+    size_t count = p->watch_count > 0 ? p->watch_count : 64;
+    while (count < wanted) count *= 2;
+    size_t old_bytes = p->watch_count * sizeof *p->watches, bytes = count * sizeof *p->watches;
+    void *grown = orchi_resize(loop, p->watches, old_bytes, bytes);
+    if (grown == NULL) return ORCH_ENOMEM;
+    memset((char *)grown + old_bytes, 0, bytes - old_bytes);
+    p->watches = (orchi_watch *)grown;
+    p->watch_count = count;
+    return 0;
+}
+
+/* At most one waiter in each direction: a second one would steal the first one's event. */
+static int orchi_watch_start(orch_loop *loop, orch_future *f) {
+    int fd = f->as.ready.fd, events = f->as.ready.events;
+    orchi_watch *watch = &loop->poller.watches[fd];
+    if ((events & ORCH_READABLE) && watch->reader != NULL) return ORCH_EBUSY;
+    if ((events & ORCH_WRITABLE) && watch->writer != NULL) return ORCH_EBUSY;
+    int error = loop->poller.ops->update(loop, fd, orchi_watch_events(watch) | events);
+    if (error != 0) return error;
+    if (events & ORCH_READABLE) watch->reader = f;
+    if (events & ORCH_WRITABLE) watch->writer = f;
+    loop->stats.watched++;
+    return 0;
+}
+
+/* What can be told before anything is registered. */
+static int orchi_ready_error(int fd, int events) {
+    if (orchi_loop == NULL) return orchi_misuse("orch_ready", ORCH_ENOLOOP);
+    bool known = (events & ~(ORCH_READABLE | ORCH_WRITABLE)) == 0;
+    if (events == 0 || !known) return orchi_misuse("orch_ready", ORCH_EINVAL);
+    return fd < 0 ? -EBADF : orchi_watch_reserve(orchi_loop, fd);
+}
+
+orch_future *orch_ready(int fd, int events) {
+    int error = orchi_ready_error(fd, events);
+    if (error == ORCH_ENOLOOP) return orchi_rejected(error);
+    orch_loop *loop = orchi_loop;
+    if (error != 0) return orch_settled(orch_fail(error));
+    orch_future *f = orchi_slot_new(loop, ORCHI_READY);
+    if (f == NULL) return orchi_rejected(ORCH_ENOMEM);
+    f->as.ready.fd = fd;
+    f->as.ready.events = events;
+    error = orchi_watch_start(loop, f);
+    if (error != 0) orchi_reject(loop, f, error);
+    return f;
+}
+
+/* One event settles it and takes it out of the poller: nobody is woken for what nobody waits for.
+ */
+static void orchi_ready_fire(orch_future *f, int events) {
+    orch_loop *loop = orchi_loop_of(f);
+    int came = events & f->as.ready.events;
+    orchi_unwatch(loop, f);
+    orch_result r = events & ORCHI_BAD_FD ? orch_fail(-EBADF) : orch_ok_int(came);
+    orchi_settle(loop, f, &r);
+}
+
+/* Leaves the poller at once, so that the descriptor can be closed. */
+static orch_future *orchi_ready_cancel(orch_future *f, int reason) {
+    (void)reason;
+    orch_loop *loop = orchi_loop_of(f);
+    f->flags |= ORCHI_CANCEL;
+    orchi_unwatch(loop, f);
+    orchi_reject(loop, f, ORCH_ECANCELED);
+    return NULL;
+}
+
+/* Wakes who waits for a descriptor that is about to be closed. */
+static void orchi_watch_end(orch_loop *loop, int fd) {
+    if (fd < 0 || (size_t)fd >= loop->poller.watch_count) return;
+    orchi_watch *watch = &loop->poller.watches[fd];
+    if (watch->reader != NULL) orchi_ready_cancel(watch->reader, ORCH_ECANCELED);
+    if (watch->writer != NULL) orchi_ready_cancel(watch->writer, ORCH_ECANCELED);
+    watch->generation++;
+    watch->bits = 0;
+}
+
+/* After EINTR the descriptor is gone on every system here; calling again would close another's. */
+int orch_close(int fd) {
+    if (orchi_loop != NULL) orchi_watch_end(orchi_loop, fd);
+    return close(fd) == 0 || errno == EINTR ? 0 : -errno;
+}
+
+// ---- calls
+//
+// A call of a task is an attempt: a function that makes the system call and returns what came of
+// it, or -EAGAIN for as long as it has to wait. orchi_io tries, and waits in between. What the last
+// attempt saw is kept in the watch of the descriptor:
+//
+//     a read that came short    the next one waits first, as it would only be told EAGAIN
+//     a short write             the same for writes
+//
+// So a request costs one recv and one send. Waiting first is always right, since readiness is
+// level-triggered. A call that had to wait holds its direction of the descriptor until it returns:
+// a second writer would put its bytes between those of the first.
+// Left out: the number of bytes that were moved before an error. A protocol cannot go on after a
+// write that was cut; after a read, orch_read says it byte by byte.
+
+#ifdef MSG_NOSIGNAL
+#define ORCHI_NOSIGNAL MSG_NOSIGNAL
+#else
+#define ORCHI_NOSIGNAL 0
+#endif
+
+#if ORCHI_OS_MACOS
+/* Where send knows no MSG_NOSIGNAL the socket is told, once. */
+static void orchi_quiet(int fd, orchi_watch *watch) {
+    int on = 1;
+    if (watch->bits & ORCHI_QUIET) return;
+    setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on);
+    watch->bits |= ORCHI_QUIET;
+}
+/* Non-blocking and close-on-exec, where no call makes descriptors so. */
+static int orchi_private(int fd) {
+    if (fd < 0) return fd;
+    fcntl(fd, F_SETFD, FD_CLOEXEC);
+    fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+    return fd;
+}
+#else
+static inline void orchi_quiet(int fd, const orchi_watch *watch) {
+    (void)fd;
+    (void)watch;
+}
+#endif
+
+typedef struct orchi_transfer { // what an attempt works on
+    char *data;
+    size_t size, done; // bytes
+    int flags;
+    int count; // of parts
+    const struct iovec *parts;
+    orch_address *address;
+} orchi_transfer;
+
+typedef ptrdiff_t (*orchi_attempt)(int fd, orchi_watch *watch, orchi_transfer *t);
+
+/* What makes a caller's memory unusable. */
+static bool orchi_no_memory_at(const void *data, size_t size) {
+    return (data == NULL && size > 0) || size > PTRDIFF_MAX;
+}
+
+/* A wait of a task for one direction. It is its own consumer's and nobody else's, so nothing needs
+ * to be claimed. */
+static int orchi_watch_wait(orch_loop *loop, orch_task *task, int fd, int direction) {
+    if (orchi_must_end(task)) return orchi_refuse(loop, task);
+    orch_future *f = orchi_slot_new(loop, ORCHI_READY);
+    if (f == NULL) return ORCH_ENOMEM;
+    f->as.ready.fd = fd;
+    f->as.ready.events = direction;
+    int error = orchi_watch_start(loop, f);
+    if (error != 0) {
+        orchi_slot_free(loop, f);
+        return error;
+    }
+    f = orchi_wait_for(loop, task, f);
+    error = f->as.result.error;
+    orchi_release(f);
+    return error;
+}
+
+/* Tries until it need not wait any more. Who was cancelled tries once, unless that could block: a
+ * hint may be old. What comes after a wait for a number that orch_close has given back meanwhile
+ * must not touch its next owner. */
+ORCHI_NO_INLINE static ptrdiff_t orchi_io_wait(orch_task *task, int fd, int direction,
+                                               orchi_attempt attempt, orchi_transfer *t) {
+    orch_loop *loop = orchi_loop;
+    orchi_watch *watch = &loop->poller.watches[fd];
+    uint32_t generation = watch->generation;
+    uint16_t busy = (uint16_t)(direction * ORCHI_IN_READ);
+    ptrdiff_t n = -EAGAIN;
+    watch->bits |= busy;
+    if (orchi_must_end(task) && !(watch->bits & ORCHI_SLOW)) n = attempt(fd, watch, t);
+    while (n == -EAGAIN) {
+        int error = orchi_watch_wait(loop, task, fd, direction);
+        watch = &loop->poller.watches[fd]; // the table may have moved
+        if (watch->generation != generation) return ORCH_ECANCELED;
+        n = error != 0 ? error : attempt(fd, watch, t);
+    }
+    watch->bits &= (uint16_t)~busy;
+    return n;
+}
+
+/* What every call does. The caller has looked at its own arguments. */
+static ptrdiff_t orchi_io(const char *function, int fd, int direction, orchi_attempt attempt,
+                          orchi_transfer *t) {
+    int error;
+    orch_task *task = orchi_here_task(function, &error);
+    if (task == NULL) return error;
+    if (fd < 0) return -EBADF;
+    orch_loop *loop = orchi_loop;
+    error = orchi_watch_reserve(loop, fd);
+    if (ORCHI_UNLIKELY(error != 0)) return error;
+    orchi_watch *watch = &loop->poller.watches[fd];
+    int busy = direction * ORCHI_IN_READ, wait_first = direction * ORCHI_DRY;
+    if (ORCHI_UNLIKELY(watch->bits & busy)) return ORCH_EBUSY;
+    ptrdiff_t n = watch->bits & wait_first ? -EAGAIN : attempt(fd, watch, t);
+    if (n == -EAGAIN) return orchi_io_wait(task, fd, direction, attempt, t);
+    orchi_no_wait(loop, task);
+    return n;
+}
+
+/* The same with the check of memory that most calls need. */
+static ptrdiff_t orchi_io_memory(const char *function, int fd, int direction, orchi_attempt attempt,
+                                 orchi_transfer *t) {
+    if (orchi_no_memory_at(t->data, t->size)) return orchi_misuse(function, ORCH_EINVAL);
+    return orchi_io(function, fd, direction, attempt, t);
+}
+
+static void orchi_watch_hint(orchi_watch *watch, int bit, bool set) {
+    watch->bits = (uint16_t)(set ? watch->bits | bit : watch->bits & ~bit);
+}
+
+// ---- descriptors that are no sockets
+//
+// All are taken for sockets until a call says ENOTSOCK: recv and send need not know whether the
+// descriptor is non-blocking, and send raises no signal. What is none is remembered in the watch.
+
+/* A terminal or an inherited pipe may be blocking, and others share that setting: it is left alone,
+ * and each piece is waited for. A write of PIPE_BUF bytes to what is writable does not block. */
+static void orchi_watch_classify(int fd, orchi_watch *watch) {
+    struct stat about;
+    int flags = fcntl(fd, F_GETFL);
+    bool known = fstat(fd, &about) == 0;
+    bool waits = !known || (!S_ISREG(about.st_mode) && !S_ISBLK(about.st_mode));
+    watch->bits |= ORCHI_NO_SOCKET;
+    if (known && S_ISFIFO(about.st_mode)) watch->bits |= ORCHI_PIPE;
+    if (waits && flags >= 0 && !(flags & O_NONBLOCK)) watch->bits |= ORCHI_SLOW;
+}
+
+/* Whether an attempt goes on with read or write. A blocking descriptor waits first: *error. */
+static bool orchi_no_socket(int fd, orchi_watch *watch, ptrdiff_t *error) {
+    if (*error != -ENOTSOCK) return false;
+    orchi_watch_classify(fd, watch);
+    if (watch->bits & ORCHI_SLOW) *error = -EAGAIN;
+    return !(watch->bits & ORCHI_SLOW);
+}
+
+typedef struct orchi_sigpipe {
+    sigset_t before;
+    bool held;    // the signal was blocked before
+    bool pending; // and had come already
+} orchi_sigpipe;
+
+/* A write to a pipe without a reader raises SIGPIPE in the thread that writes. It is blocked around
+ * the call and taken back: two short system calls, for pipes only. Left out: ignoring the signal,
+ * which would change it for the whole process and all it starts. */
+static void orchi_sigpipe_begin(orchi_sigpipe *s) {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGPIPE);
+    pthread_sigmask(SIG_BLOCK, &set, &s->before);
+    s->held = sigismember(&s->before, SIGPIPE) == 1;
+    s->pending = s->held && sigpending(&set) == 0 && sigismember(&set, SIGPIPE) == 1;
+}
+
+/* Takes the signal that the write has raised, but not one that was there before. */
+static void orchi_sigpipe_end(const orchi_sigpipe *s, bool broken) {
+    sigset_t set;
+    int number;
+    if (broken && !s->pending && sigpending(&set) == 0 && sigismember(&set, SIGPIPE) == 1) {
+        sigemptyset(&set);
+        sigaddset(&set, SIGPIPE);
+        sigwait(&set, &number);
+    }
+    if (!s->held) pthread_sigmask(SIG_SETMASK, &s->before, NULL);
+}
+
+/* writev for what is no socket. */
+static ptrdiff_t orchi_write_parts(int fd, const orchi_watch *watch, const struct iovec *parts,
+                                   int count) {
+    orchi_sigpipe s;
+    ptrdiff_t n;
+    bool guarded = (watch->bits & ORCHI_PIPE) != 0;
+    if (guarded) orchi_sigpipe_begin(&s);
+    do n = writev(fd, parts, count);
+    while (n < 0 && errno == EINTR);
+    if (n < 0) n = -errno;
+    if (guarded) orchi_sigpipe_end(&s, n == -EPIPE);
+    return n;
+}
+
+// ---- reading
+
+static ptrdiff_t orchi_attempt_recv(int fd, orchi_watch *watch, orchi_transfer *t) {
+    ptrdiff_t n;
+    do n = recv(fd, t->data, t->size, t->flags | MSG_DONTWAIT);
+    while (ORCHI_UNLIKELY(n < 0 && errno == EINTR));
+    if (ORCHI_UNLIKELY(n < 0)) return -errno;
+    if ((size_t)n < t->size && !(watch->bits & ORCHI_DATAGRAMS)) watch->bits |= ORCHI_DRY;
+    return n;
+}
+
+static ptrdiff_t orchi_attempt_read(int fd, orchi_watch *watch, orchi_transfer *t) {
+    ptrdiff_t n = -ENOTSOCK;
+    if (!(watch->bits & ORCHI_NO_SOCKET)) {
+        n = orchi_attempt_recv(fd, watch, t);
+        if (ORCHI_LIKELY(!orchi_no_socket(fd, watch, &n))) return n;
+    }
+    do n = read(fd, t->data, t->size);
+    while (n < 0 && errno == EINTR);
+    if (n < 0) return -errno;
+    orchi_watch_hint(watch, ORCHI_DRY, (size_t)n < t->size || (watch->bits & ORCHI_SLOW));
+    return n;
+}
+
+static ptrdiff_t orchi_attempt_read_full(int fd, orchi_watch *watch, orchi_transfer *t) {
+    orchi_transfer rest = *t;
+    while (t->done < t->size) {
+        rest.data = t->data + t->done;
+        rest.size = t->size - t->done;
+        ptrdiff_t n = orchi_attempt_read(fd, watch, &rest);
+        if (n < 0) return n;
+        if (n == 0) break;
+        t->done += (size_t)n;
+        if (t->done < t->size && (watch->bits & ORCHI_DRY)) return -EAGAIN;
+    }
+    return (ptrdiff_t)t->done;
+}
+
+static ptrdiff_t orchi_attempt_readv(int fd, orchi_watch *watch, orchi_transfer *t) {
+    struct msghdr message;
+    ptrdiff_t n = -ENOTSOCK;
+    memset(&message, 0, sizeof message);
+    message.msg_iov = (struct iovec *)(uintptr_t)t->parts;
+    message.msg_iovlen = (size_t)t->count;
+    if (!(watch->bits & ORCHI_NO_SOCKET)) {
+        do n = recvmsg(fd, &message, MSG_DONTWAIT);
+        while (n < 0 && errno == EINTR);
+        if (n < 0) n = -errno;
+    }
+    if (n == -ENOTSOCK && ((watch->bits & ORCHI_NO_SOCKET) || orchi_no_socket(fd, watch, &n))) {
+        do n = readv(fd, t->parts, t->count);
+        while (n < 0 && errno == EINTR);
+        if (n < 0) n = -errno;
+    }
+    if (n >= 0)
+        orchi_watch_hint(watch, ORCHI_DRY, (size_t)n < t->size || (watch->bits & ORCHI_SLOW));
+    return n;
+}
+
+ptrdiff_t orch_read(int fd, void *buffer, size_t size) {
+    orchi_transfer t = {(char *)buffer, size, 0, 0, 0, NULL, NULL};
+    return orchi_io_memory("orch_read", fd, ORCH_READABLE, orchi_attempt_read, &t);
+}
+
+ptrdiff_t orch_read_full(int fd, void *buffer, size_t size) {
+    orchi_transfer t = {(char *)buffer, size, 0, 0, 0, NULL, NULL};
+    return orchi_io_memory("orch_read_full", fd, ORCH_READABLE, orchi_attempt_read_full, &t);
+}
+
+/* The bytes of all parts, or a misuse. */
+static ptrdiff_t orchi_parts_size(const char *function, const struct iovec *parts, int count) {
+    size_t size = 0;
+    bool bad = count < 0 || (parts == NULL && count > 0);
+    for (int i = 0; !bad && i < count; i++) {
+        bad = orchi_no_memory_at(parts[i].iov_base, parts[i].iov_len) ||
+              parts[i].iov_len > PTRDIFF_MAX - size;
+        size += parts[i].iov_len;
+    }
+    return bad ? orchi_misuse(function, ORCH_EINVAL) : (ptrdiff_t)size;
+}
+
+ptrdiff_t orch_readv(int fd, const struct iovec *parts, int count) {
+    ptrdiff_t size = orchi_parts_size("orch_readv", parts, count);
+    if (size < 0) return size;
+    orchi_transfer t = {NULL, (size_t)size, 0, 0, count, parts, NULL};
+    return orchi_io("orch_readv", fd, ORCH_READABLE, orchi_attempt_readv, &t);
+}
+
+// ---- writing
+
+/* A stream takes as much as it has room for: then it is full, and the rest waits. */
+static ptrdiff_t orchi_wrote(orchi_watch *watch, orchi_transfer *t, ptrdiff_t n) {
+    if (n < 0) return n;
+    t->done += (size_t)n;
+    orchi_watch_hint(watch, ORCHI_FULL, t->done < t->size || (watch->bits & ORCHI_SLOW));
+    return t->done < t->size ? -EAGAIN : (ptrdiff_t)t->done;
+}
+
+static ptrdiff_t orchi_attempt_send(int fd, orchi_watch *watch, orchi_transfer *t) {
+    ptrdiff_t n;
+    orchi_quiet(fd, watch);
+    do n = send(fd, t->data + t->done, t->size - t->done, t->flags | MSG_DONTWAIT | ORCHI_NOSIGNAL);
+    while (ORCHI_UNLIKELY(n < 0 && errno == EINTR));
+    if (ORCHI_UNLIKELY(n < 0)) return -errno;
+    return orchi_wrote(watch, t, n);
+}
+
+static ptrdiff_t orchi_attempt_write(int fd, orchi_watch *watch, orchi_transfer *t) {
+    ptrdiff_t n = -ENOTSOCK;
+    if (!(watch->bits & ORCHI_NO_SOCKET)) {
+        n = orchi_attempt_send(fd, watch, t);
+        if (ORCHI_LIKELY(!orchi_no_socket(fd, watch, &n))) return n;
+    }
+    struct iovec part = {t->data + t->done, t->size - t->done};
+    if ((watch->bits & ORCHI_SLOW) && part.iov_len > PIPE_BUF) part.iov_len = PIPE_BUF;
+    return orchi_wrote(watch, t, orchi_write_parts(fd, watch, &part, 1));
+}
+
+enum { ORCHI_PARTS = 32 };
+
+/* The next parts that are not written yet, from byte `done` on, at most ORCHI_PARTS and `most`
+ * bytes. */
+static int orchi_parts_left(const orchi_transfer *t, size_t most, struct iovec *left) {
+    size_t skip = t->done;
+    int count = 0;
+    for (int i = 0; i < t->count && count < ORCHI_PARTS && most > 0; i++) {
+        size_t size = t->parts[i].iov_len;
+        size_t take = size > skip ? size - skip : 0;
+        if (take > most) take = most;
+        if (take > 0) {
+            left[count].iov_base = (char *)t->parts[i].iov_base + skip;
+            left[count++].iov_len = take;
+        }
+        skip = skip > size ? skip - size : 0;
+        most -= take;
+    }
+    return count;
+}
+
+static ptrdiff_t orchi_send_parts(int fd, orchi_watch *watch, struct iovec *parts, int count) {
+    struct msghdr message;
+    ptrdiff_t n;
+    memset(&message, 0, sizeof message);
+    message.msg_iov = parts;
+    message.msg_iovlen = (size_t)count;
+    orchi_quiet(fd, watch);
+    do n = sendmsg(fd, &message, MSG_DONTWAIT | ORCHI_NOSIGNAL);
+    while (n < 0 && errno == EINTR);
+    return n < 0 ? -errno : n;
+}
+
+/* Many parts go in several calls: only one that comes short ends the attempt. */
+static ptrdiff_t orchi_attempt_writev(int fd, orchi_watch *watch, orchi_transfer *t) {
+    struct iovec left[ORCHI_PARTS];
+    ptrdiff_t n;
+    do {
+        int count = orchi_parts_left(t, watch->bits & ORCHI_SLOW ? PIPE_BUF : SIZE_MAX, left);
+        size_t size = 0;
+        for (int i = 0; i < count; i++) size += left[i].iov_len;
+        n = -ENOTSOCK;
+        if (!(watch->bits & ORCHI_NO_SOCKET)) n = orchi_send_parts(fd, watch, left, count);
+        if (n == -ENOTSOCK && ((watch->bits & ORCHI_NO_SOCKET) || orchi_no_socket(fd, watch, &n))) {
+            n = orchi_write_parts(fd, watch, left, count);
+        }
+        bool whole = n >= 0 && (size_t)n == size && !(watch->bits & ORCHI_SLOW);
+        n = orchi_wrote(watch, t, n);
+        if (!whole) break;
+    } while (n == -EAGAIN);
+    return n;
+}
+
+ptrdiff_t orch_write(int fd, const void *data, size_t size) {
+    orchi_transfer t = {(char *)(uintptr_t)data, size, 0, 0, 0, NULL, NULL};
+    return orchi_io_memory("orch_write", fd, ORCH_WRITABLE, orchi_attempt_write, &t);
+}
+
+ptrdiff_t orch_writev(int fd, const struct iovec *parts, int count) {
+    ptrdiff_t size = orchi_parts_size("orch_writev", parts, count);
+    if (size < 0) return size;
+    orchi_transfer t = {NULL, (size_t)size, 0, 0, count, parts, NULL};
+    return orchi_io("orch_writev", fd, ORCH_WRITABLE, orchi_attempt_writev, &t);
+}
+
+// ---- making descriptors
+
+int orch_nonblock(int fd) {
+    int flags = fcntl(fd, F_GETFL);
+    if (flags < 0) return -errno;
+    if (flags & O_NONBLOCK) return 0;
+    return fcntl(fd, F_SETFL, flags | O_NONBLOCK) < 0 ? -errno : 0;
+}
+
+/* A descriptor that was just made: what was known of its number is forgotten. */
+static int orchi_adopt(int fd, uint16_t bits) {
+    orch_loop *loop = orchi_loop;
+    if (fd < 0 || loop == NULL || (size_t)fd >= loop->poller.watch_count) return fd;
+    loop->poller.watches[fd].bits = bits;
+    loop->poller.watches[fd].generation++;
+    return fd;
+}
+
+#if ORCHI_OS_MACOS
+static int orchi_pipe2(int fds[2]) {
+    if (pipe(fds) < 0) return -errno;
+    orchi_private(fds[0]);
+    orchi_private(fds[1]);
+    return 0;
+}
+static int orchi_socketpair2(int fds[2]) {
+    if (socketpair(AF_UNIX, SOCK_STREAM, 0, fds) < 0) return -errno;
+    orchi_private(fds[0]);
+    orchi_private(fds[1]);
+    return 0;
+}
+#else
+static int orchi_pipe2(int fds[2]) { return pipe2(fds, O_NONBLOCK | O_CLOEXEC) < 0 ? -errno : 0; }
+static int orchi_socketpair2(int fds[2]) {
+    int type = SOCK_STREAM | SOCK_NONBLOCK | SOCK_CLOEXEC;
+    return socketpair(AF_UNIX, type, 0, fds) < 0 ? -errno : 0;
+}
+#endif
+
+static int orchi_two(const char *function, int fds[2], int (*make)(int fds[2]), uint16_t bits) {
+    int made[2];
+    if (fds == NULL) return orchi_misuse(function, ORCH_EINVAL);
+    int error = make(made);
+    if (error != 0) return error;
+    fds[0] = orchi_adopt(made[0], bits);
+    fds[1] = orchi_adopt(made[1], bits);
+    return 0;
+}
+
+int orch_pipe(int fds[2]) {
+    return orchi_two("orch_pipe", fds, orchi_pipe2, ORCHI_NO_SOCKET | ORCHI_PIPE);
+}
+
+int orch_socketpair(int fds[2]) { return orchi_two("orch_socketpair", fds, orchi_socketpair2, 0); }
+
+// ---- lines
+//
+// The buffer, with two lines taken and one begun:
+//
+//     | first line \n second \0 | third li |            |
+//     0                         start   end         capacity
+//
+// A line's end is overwritten with the zero. The buffer grows up to the limit; what was taken makes
+// room when the next read needs it, so that no byte is moved for a line that is there already.
+
+struct orch_reader {
+    orch_loop *loop;
+    char *buffer;
+    size_t start, end, capacity;
+    size_t seen; // bytes from start that have no newline
+    size_t limit;
+    int fd;
+    int error;     // could not be made
+    bool skipping; // the rest of a line that was too long
+    bool ended;    // the descriptor has
+    bool busy, freed;
+};
+
+enum { ORCHI_LINE_LIMIT = 65536, ORCHI_LINE_FIRST = 1024 };
+
+static orch_reader orchi_reader_failed = {NULL, NULL,        0,     0,     0,     0,    0,
+                                          -1,   ORCH_ENOMEM, false, false, false, false};
+
+orch_reader *orch_reader_new(int fd, size_t limit) {
+    orch_loop *loop = orchi_loop;
+    if (loop == NULL) orchi_misuse("orch_reader_new", ORCH_ENOLOOP);
+    void *memory = loop != NULL ? orchi_allocate(loop, sizeof(orch_reader)) : NULL;
+    orch_reader *r = (orch_reader *)memory;
+    if (r == NULL) return &orchi_reader_failed;
+    memset(r, 0, sizeof *r);
+    r->loop = loop;
+    r->fd = fd;
+    r->limit = limit == 0 ? (size_t)ORCHI_LINE_LIMIT : limit < SIZE_MAX / 4 ? limit : SIZE_MAX / 4;
+    return r;
+}
+
+/* Room for at least one more byte, and for the zero behind it. */
+static int orchi_reader_room(orch_reader *r) {
+    if (r->start > 0) {
+        memmove(r->buffer, r->buffer + r->start, r->end - r->start);
+        r->end -= r->start;
+        r->start = 0;
+    }
+    if (r->end + 1 < r->capacity) return 0;
+    size_t most = r->limit + 3,
+           wanted = r->capacity > 0 ? r->capacity * 2 : (size_t)ORCHI_LINE_FIRST;
+    if (wanted > most) wanted = most;
+    void *grown = orchi_resize(r->loop, r->buffer, r->capacity, wanted);
+    if (grown == NULL) return ORCH_ENOMEM;
+    r->buffer = (char *)grown;
+    r->capacity = wanted;
+    return 0;
+}
+
+/* Reads on. Returns 0, also at the end. */
+static int orchi_reader_fill(orch_reader *r) {
+    int error = orchi_reader_room(r);
+    if (error != 0) return error;
+    ptrdiff_t n = orch_read(r->fd, r->buffer + r->end, r->capacity - 1 - r->end);
+    if (n < 0) return (int)n;
+    r->ended = n == 0;
+    r->end += (size_t)n;
+    return 0;
+}
+
+/* Takes `size` bytes and the line's end of `extra` bytes out of the buffer. */
+static ptrdiff_t orchi_reader_take(orch_reader *r, size_t size, size_t extra, const char **line) {
+    char *text = r->buffer + r->start;
+    if (extra > 0 && size > 0 && text[size - 1] == '\r') size--, extra++;
+    r->start += size + extra;
+    r->seen = 0;
+    text[size] = '\0';
+    *line = text;
+    return (ptrdiff_t)size;
+}
+
+/* A line above the limit: shows its first bytes. What was read of it is given up, and the rest will
+ * be, unless its end is here. */
+static ptrdiff_t orchi_reader_too_long(orch_reader *r, size_t size, bool whole, const char **line) {
+    char *text = r->buffer + r->start;
+    text[r->limit] = '\0';
+    *line = text;
+    r->start += size;
+    r->seen = 0;
+    r->skipping = !whole;
+    return -EMSGSIZE;
+}
+
+/* A line whose end is in the buffer, `size` bytes from the start. Its "\r" does not count. */
+static ptrdiff_t orchi_reader_whole(orch_reader *r, size_t size, const char **line) {
+    const char *text = r->buffer + r->start;
+    size_t length = size > 0 && text[size - 1] == '\r' ? size - 1 : size;
+    if (length > r->limit) return orchi_reader_too_long(r, size + 1, true, line);
+    return orchi_reader_take(r, size, 1, line);
+}
+
+/* What is left at the end of the stream. */
+static ptrdiff_t orchi_reader_last(orch_reader *r, size_t size, const char **line) {
+    if (size == 0) return ORCH_EEND;
+    if (size > r->limit) return orchi_reader_too_long(r, size, true, line);
+    return orchi_reader_take(r, size, 0, line);
+}
+
+/* Gives up the rest of a line that was too long, as far as it is here. */
+static void orchi_reader_skip(orch_reader *r, const char *newline) {
+    r->start = newline != NULL ? (size_t)(newline - r->buffer) + 1 : r->end;
+    r->skipping = newline == NULL;
+    r->seen = 0;
+}
+
+static ptrdiff_t orchi_reader_line(orch_reader *r, const char **line) {
+    for (;;) {
+        const char *text = r->buffer + r->start, *newline = NULL;
+        size_t have = r->end - r->start;
+        if (have > r->seen) {
+            newline = (const char *)memchr(text + r->seen, '\n', have - r->seen);
+        }
+        if (r->skipping && have > 0) {
+            orchi_reader_skip(r, newline);
+            continue;
+        }
+        if (newline != NULL) return orchi_reader_whole(r, (size_t)(newline - text), line);
+        r->seen = have;
+        if (have > r->limit + 1) return orchi_reader_too_long(r, have, false, line);
+        if (r->ended) return orchi_reader_last(r, have, line);
+        int error = orchi_reader_fill(r);
+        if (error != 0) return error;
+    }
+}
+
+static void orchi_reader_dispose(orch_reader *r) {
+    orchi_free(r->loop, r->buffer, r->capacity);
+    orchi_free(r->loop, r, sizeof *r);
+}
+
+/* One call at a time: it may wait while it fills the buffer. */
+static int orchi_reader_enter(orch_reader *r, const char *function) {
+    int error;
+    if (orchi_here_task(function, &error) == NULL) return error;
+    if (r == NULL) return orchi_misuse(function, ORCH_EINVAL);
+    if (r->error != 0) return r->error;
+    if (r->loop != orchi_loop) return orchi_misuse(function, ORCH_ETHREAD);
+    if (r->busy) return ORCH_EBUSY;
+    r->busy = true;
+    return 0;
+}
+
+/* It may have been freed meanwhile. */
+static ptrdiff_t orchi_reader_leave(orch_reader *r, ptrdiff_t n) {
+    r->busy = false;
+    if (!r->freed) return n;
+    orchi_reader_dispose(r);
+    return ORCH_ECLOSED;
+}
+
+ptrdiff_t orch_reader_line(orch_reader *r, const char **line) {
+    static const char nothing[] = "";
+    if (line == NULL) return orchi_misuse("orch_reader_line", ORCH_EINVAL);
+    *line = nothing;
+    int error = orchi_reader_enter(r, "orch_reader_line");
+    if (error != 0) return error;
+    ptrdiff_t n = orchi_reader_leave(r, orchi_reader_line(r, line));
+    if (n == ORCH_ECLOSED) *line = nothing;
+    return n;
+}
+
+/* What was read ahead, but not what belongs to a line that was too long. */
+static ptrdiff_t orchi_reader_ahead(orch_reader *r, char *buffer, size_t size) {
+    size_t have = r->end - r->start;
+    if (have > size) have = size;
+    if (have > 0) memcpy(buffer, r->buffer + r->start, have);
+    r->start += have;
+    r->seen = 0;
+    return (ptrdiff_t)have;
+}
+
+ptrdiff_t orch_reader_read(orch_reader *r, void *buffer, size_t size) {
+    bool bad = orchi_no_memory_at(buffer, size);
+    if (bad) return orchi_misuse("orch_reader_read", ORCH_EINVAL);
+    int error = orchi_reader_enter(r, "orch_reader_read");
+    if (error != 0) return error;
+    ptrdiff_t n = orchi_reader_ahead(r, (char *)buffer, size);
+    if (n == 0 && size > 0 && !r->ended) n = orch_read(r->fd, buffer, size);
+    return orchi_reader_leave(r, n);
+}
+
+void orch_reader_free(orch_reader *r) {
+    if (r == NULL || r->error != 0) return;
+    if (r->busy) r->freed = true;
+    else orchi_reader_dispose(r);
+}
+
+// ------------------------------------------------------------------------------------------------
+// >>thread
+//
+// Being written.
+
+// ---- resolving
+
+/* Static text of the system's; its error may be hidden in errno. */
+static orch_result orchi_resolve_error(int code, int saved) {
+    if (code == EAI_SYSTEM) return orch_fail(saved != 0 ? -saved : ORCH_ERESOLVE);
+    if (code == EAI_MEMORY) return orch_fail(ORCH_ENOMEM);
+    int error = code == EAI_AGAIN || code == EAI_FAIL ? ORCH_ERESOLVE : ORCH_EHOST;
+    return orch_failf(error, "%s", gai_strerror(code));
+}
+
+/* One piece of memory, so that it can be taken out of the result and freed with free. */
+static orch_addresses *orchi_addresses_new(const struct addrinfo *list) {
+    size_t count = 0;
+    for (const struct addrinfo *at = list; at != NULL; at = at->ai_next) count++;
+    size_t bytes = sizeof(orch_addresses) + count * sizeof(orch_address);
+    orch_addresses *all = (orch_addresses *)calloc(1, bytes);
+    if (all == NULL) return NULL;
+    all->items = (orch_address *)(void *)(all + 1);
+    for (const struct addrinfo *at = list; at != NULL; at = at->ai_next) {
+        if (at->ai_addrlen > sizeof all->items->storage) continue;
+        orch_address *address = &all->items[all->count++];
+        address->size = (unsigned)at->ai_addrlen;
+        memcpy(address->storage, at->ai_addr, at->ai_addrlen);
+    }
+    return all;
+}
+
+/* Asks for streams only, as each address would come once for every type of socket. */
+static int orchi_getaddrinfo(const char *host, const char *service, int flags,
+                             struct addrinfo **list) {
+    struct addrinfo hints;
+    memset(&hints, 0, sizeof hints);
+    hints.ai_socktype = SOCK_STREAM;
+    hints.ai_flags = flags;
+    errno = 0;
+    return getaddrinfo(host, service, &hints, list);
+}
+
+/* Blocks, unless the flags say that all is numeric. */
+static orch_result orchi_resolve_now(const char *host, const char *service, int flags) {
+    struct addrinfo *list = NULL;
+    int code = orchi_getaddrinfo(host, service, flags, &list);
+    if (code != 0) return orchi_resolve_error(code, errno);
+    orch_addresses *all = orchi_addresses_new(list);
+    freeaddrinfo(list);
+    if (all == NULL) return orch_fail(ORCH_ENOMEM);
+    return orch_ok(all, free);
+}
+
+orch_future *orch_resolve(const char *host, const char *service) {
+    return orch_settled(orchi_resolve_now(host, service, 0)); // stands in until the pool is there
+}
+
+// ------------------------------------------------------------------------------------------------
 // >>run
 //
 // The life of a loop: made, run, closed. orch_run is a loop, a main task, and everything cleaned
@@ -7254,98 +8474,11 @@ int orch_exit(orch_result r) {
 }
 
 // ------------------------------------------------------------------------------------------------
-// >>io
+// >>kinds
 //
-// A descriptor's readiness as a future. The table of watches, by descriptor, holds at most one
-// waiter for each direction; a future that settles or is cancelled has left it.
-
-// The life of a wait for a descriptor:
-//
-//     orch_ready     a slot, and its place in the table: reader, writer or both; the poller is told
-//                    what the descriptor is waited for in all
-//     the look       the poller passes the descriptor and its events to orchi_fd_ready, which finds
-//                    the waiters in the table
-//     fire           takes the wait out of the table and the poller, and settles it: one event, one
-//                    settling. A descriptor that stays ready is reported again to who asks again
-//     cancel         the same without an event; what it leaves is as if it had never been
-//
-// The table is indexed by number, as poll's array is of numbers, and a process has few of them.
-
-/* Makes room for a descriptor. One that is not open is refused before the table grows to its
- * number. */
-static int orchi_watch_reserve(orch_loop *loop, int fd) {
-    orchi_poller *p = &loop->poller;
-    size_t wanted = (size_t)fd + 1;
-    if (wanted <= p->watch_count) return 0;
-    if (fcntl(fd, F_GETFD) < 0) return -errno;
-    size_t count = p->watch_count > 0 ? p->watch_count : 64;
-    while (count < wanted) count *= 2;
-    size_t old_bytes = p->watch_count * sizeof *p->watches, bytes = count * sizeof *p->watches;
-    void *grown = orchi_resize(loop, p->watches, old_bytes, bytes);
-    if (grown == NULL) return ORCH_ENOMEM;
-    memset((char *)grown + old_bytes, 0, bytes - old_bytes);
-    p->watches = (orchi_watch *)grown;
-    p->watch_count = count;
-    return 0;
-}
-
-/* At most one waiter in each direction: a second one would steal the first one's event. */
-static int orchi_watch_start(orch_loop *loop, orch_future *f) {
-    int fd = f->as.ready.fd, events = f->as.ready.events;
-    orchi_watch *watch = &loop->poller.watches[fd];
-    if ((events & ORCH_READABLE) && watch->reader != NULL) return ORCH_EBUSY;
-    if ((events & ORCH_WRITABLE) && watch->writer != NULL) return ORCH_EBUSY;
-    int error = loop->poller.ops->update(loop, fd, orchi_watch_events(watch) | events);
-    if (error != 0) return error;
-    if (events & ORCH_READABLE) watch->reader = f;
-    if (events & ORCH_WRITABLE) watch->writer = f;
-    loop->stats.watched++;
-    return 0;
-}
-
-/* What can be told before anything is registered. */
-static int orchi_ready_error(int fd, int events) {
-    if (orchi_loop == NULL) return orchi_misuse("orch_ready", ORCH_ENOLOOP);
-    bool known = (events & ~(ORCH_READABLE | ORCH_WRITABLE)) == 0;
-    if (events == 0 || !known) return orchi_misuse("orch_ready", ORCH_EINVAL);
-    return fd < 0 ? -EBADF : orchi_watch_reserve(orchi_loop, fd);
-}
-
-orch_future *orch_ready(int fd, int events) {
-    int error = orchi_ready_error(fd, events);
-    if (error == ORCH_ENOLOOP) return orchi_rejected(error);
-    orch_loop *loop = orchi_loop;
-    if (error != 0) return orch_settled(orch_fail(error));
-    orch_future *f = orchi_slot_new(loop, ORCHI_READY);
-    if (f == NULL) return orchi_rejected(ORCH_ENOMEM);
-    f->as.ready.fd = fd;
-    f->as.ready.events = events;
-    error = orchi_watch_start(loop, f);
-    if (error != 0) orchi_reject(loop, f, error);
-    return f;
-}
-
-/* One event settles it and takes it out of the poller: nobody is woken for what nobody waits for.
- */
-static void orchi_ready_fire(orch_future *f, int events) {
-    orch_loop *loop = orchi_loop_of(f);
-    int came = events & f->as.ready.events;
-    orchi_unwatch(loop, f);
-    orch_result r = events & ORCHI_BAD_FD ? orch_fail(-EBADF) : orch_ok_int(came);
-    orchi_settle(loop, f, &r);
-}
-
-/* Leaves the poller at once, so that the descriptor can be closed. */
-static orch_future *orchi_ready_cancel(orch_future *f, int reason) {
-    (void)reason;
-    orch_loop *loop = orchi_loop_of(f);
-    f->flags |= ORCHI_CANCEL;
-    orchi_unwatch(loop, f);
-    orchi_reject(loop, f, ORCH_ECANCELED);
-    return NULL;
-}
-
-// ---- the table of kinds
+// What each kind of future does: the function pointers by which lower layers reach upper ones (an
+// input has ended, a timer is due, who waits for what). It stands below every layer that has a kind
+// of its own. Left out: pointers in the futures themselves, which would cost eight bytes a slot.
 
 static void orchi_extra_run(orch_future *f) { (void)f; } // was retired while it was queued
 
@@ -7392,6 +8525,821 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
     {"settled", orchi_on_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
     {"memory", orchi_extra_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
 };
+
+// ------------------------------------------------------------------------------------------------
+// >>net
+//
+// Sockets: addresses, listening, accepting, serving, connecting, datagrams; all of it attempts, as
+// section >>io calls them. Invariants:
+//   - A descriptor that a call has made and not returned is closed by that call, on every path.
+//   - A server (orch_serve) is an object of its own: each connection holds it, so that nothing of
+//     it is gone before the last one, whatever ends first. A connection's place in the server's
+//     list lies on its task's stack, and its argument is copied there: a connection costs a task
+//     and no allocation.
+//   - Out of descriptors, the listener is not waited for: what is readable and cannot be accepted
+//     would spin.
+// Left out: names in orch_listen (which address of several is meant?), socket options one by one
+// (setsockopt takes the descriptor), and unlinking a Unix socket's file at the end: its name may
+// be another server's by then. A file without a listener is replaced when the next one starts.
+
+// ---- addresses
+
+static struct sockaddr *orchi_sockaddr(const orch_address *address) {
+    return (struct sockaddr *)(uintptr_t)address->storage;
+}
+
+static int orchi_family(const orch_address *address) {
+    return address->size > 0 ? orchi_sockaddr(address)->sa_family : AF_UNSPEC;
+}
+
+static void orchi_address_ipv4(orch_address *address, struct in_addr host, uint16_t port) {
+    struct sockaddr_in in;
+    memset(&in, 0, sizeof in);
+    in.sin_family = AF_INET;
+    in.sin_port = htons(port);
+    in.sin_addr = host;
+    address->size = sizeof in;
+    memcpy(address->storage, &in, sizeof in);
+}
+
+static void orchi_address_ipv6(orch_address *address, struct in6_addr host, uint16_t port,
+                               unsigned zone) {
+    struct sockaddr_in6 in;
+    memset(&in, 0, sizeof in);
+    in.sin6_family = AF_INET6;
+    in.sin6_port = htons(port);
+    in.sin6_addr = host;
+    in.sin6_scope_id = zone;
+    address->size = sizeof in;
+    memcpy(address->storage, &in, sizeof in);
+}
+
+/* "@name" is a name without a file, whose first byte is zero and whose length counts. */
+static int orchi_address_path(orch_address *address, const char *path) {
+    struct sockaddr_un un;
+    size_t length = strlen(path), head = offsetof(struct sockaddr_un, sun_path);
+    bool abstract = path[0] == '@';
+    if (abstract && !ORCHI_OS_LINUX) return ORCH_EINVAL;
+    if (length >= sizeof un.sun_path) return -ENAMETOOLONG;
+    memset(&un, 0, sizeof un);
+    un.sun_family = AF_UNIX;
+    memcpy(un.sun_path, path, length);
+    if (abstract) un.sun_path[0] = '\0';
+    address->size = (unsigned)(abstract ? head + length : head + length + 1);
+    memcpy(address->storage, &un, address->size);
+    return 0;
+}
+
+/* A port in digits to the end of the text. */
+static int orchi_parse_port(const char *text, uint16_t *port) {
+    unsigned long number = 0;
+    const char *p = text;
+    for (; *p >= '0' && *p <= '9' && number <= UINT16_MAX; p++) {
+        number = number * 10 + (unsigned long)(*p - '0');
+    }
+    if (p == text || *p != '\0' || number > UINT16_MAX) return ORCH_EINVAL;
+    *port = (uint16_t)number;
+    return 0;
+}
+
+/* IPv6 numbers, with a zone behind a "%": the name or number of an interface. */
+static int orchi_parse_ipv6(orch_address *address, char *text, uint16_t port) {
+    struct in6_addr host;
+    unsigned zone = 0;
+    char *mark = strchr(text, '%');
+    if (mark != NULL) {
+        *mark = '\0';
+        uint16_t number = 0;
+        zone = if_nametoindex(mark + 1);
+        if (zone == 0 && orchi_parse_port(mark + 1, &number) == 0) zone = number;
+        if (zone == 0) return -ENODEV;
+    }
+    if (inet_pton(AF_INET6, text, &host) != 1) return ORCH_EINVAL;
+    orchi_address_ipv6(address, host, port, zone);
+    return 0;
+}
+
+/* Numbers of either kind; `text` is the caller's copy and is cut to pieces. Only one colon: what is
+ * behind it is a port. */
+static int orchi_parse_numbers(orch_address *address, char *text, uint16_t port) {
+    struct in_addr host;
+    char *close = text[0] == '[' ? strchr(text, ']') : NULL;
+    char *colon = close != NULL ? close + 1 : strchr(text, ':');
+    if (close != NULL) {
+        *close = '\0';
+        if (*colon != '\0' && *colon != ':') return ORCH_EINVAL;
+        if (*colon == ':' && orchi_parse_port(colon + 1, &port) != 0) return ORCH_EINVAL;
+        return orchi_parse_ipv6(address, text + 1, port);
+    }
+    if (colon != NULL && strchr(colon + 1, ':') != NULL) {
+        return orchi_parse_ipv6(address, text, port);
+    }
+    if (colon != NULL) {
+        *colon = '\0';
+        if (orchi_parse_port(colon + 1, &port) != 0) return ORCH_EINVAL;
+    }
+    if (inet_pton(AF_INET, text, &host) != 1) return ORCH_EINVAL;
+    orchi_address_ipv4(address, host, port);
+    return 0;
+}
+
+int orch_address_parse(orch_address *address, const char *text, uint16_t port) {
+    char copy[ORCH_ADDRESS_TEXT];
+    if (address == NULL) return orchi_misuse("orch_address_parse", ORCH_EINVAL);
+    memset(address, 0, sizeof *address);
+    if (text == NULL || text[0] == '\0' || strcmp(text, "*") == 0) {
+        orchi_address_ipv6(address, in6addr_any, port, 0);
+        return 0;
+    }
+    if (text[0] == '/' || text[0] == '@') return orchi_address_path(address, text);
+    if (strlen(text) >= sizeof copy) return ORCH_EINVAL;
+    memcpy(copy, text, strlen(text) + 1);
+    return orchi_parse_numbers(address, copy, port);
+}
+
+/* A path ends at the first zero or at the address' size; one without a file begins with a zero. */
+static void orchi_path_text(const orch_address *address, char *buffer, size_t size) {
+    struct sockaddr_un un;
+    size_t head = offsetof(struct sockaddr_un, sun_path);
+    memset(&un, 0, sizeof un);
+    memcpy(&un, address->storage, address->size < sizeof un ? address->size : sizeof un);
+    int length = address->size > head ? (int)(address->size - head) : 0;
+    bool abstract = length > 0 && un.sun_path[0] == '\0';
+    if (abstract) un.sun_path[0] = '@';
+    snprintf(buffer, size, "%.*s", length, un.sun_path);
+}
+
+static void orchi_ipv6_text(const struct sockaddr_in6 *in, char *buffer, size_t size) {
+    char host[INET6_ADDRSTRLEN] = "", zone[IF_NAMESIZE + 1] = "%";
+    bool zoned = in->sin6_scope_id != 0;
+    inet_ntop(AF_INET6, &in->sin6_addr, host, sizeof host);
+    if (zoned && if_indextoname(in->sin6_scope_id, zone + 1) == NULL) {
+        snprintf(zone + 1, sizeof zone - 1, "%u", (unsigned)in->sin6_scope_id);
+    }
+    snprintf(buffer, size, "[%s%s]:%u", host, zoned ? zone : "", (unsigned)ntohs(in->sin6_port));
+}
+
+const char *orch_address_text(const orch_address *address, char *buffer, size_t size) {
+    char host[INET_ADDRSTRLEN] = "";
+    struct sockaddr_in in;
+    struct sockaddr_in6 in6;
+    if (buffer == NULL || size == 0) return "";
+    buffer[0] = '\0';
+    int family = address != NULL ? orchi_family(address) : AF_UNSPEC;
+    if (family == AF_UNIX) orchi_path_text(address, buffer, size);
+    if (family == AF_INET) {
+        memcpy(&in, address->storage, sizeof in);
+        inet_ntop(AF_INET, &in.sin_addr, host, sizeof host);
+        snprintf(buffer, size, "%s:%u", host, (unsigned)ntohs(in.sin_port));
+    }
+    if (family == AF_INET6) {
+        memcpy(&in6, address->storage, sizeof in6);
+        orchi_ipv6_text(&in6, buffer, size);
+    }
+    return buffer;
+}
+
+uint16_t orch_address_port(const orch_address *address) {
+    struct sockaddr_in in; // the port is at the same place in both
+    int family = address != NULL ? orchi_family(address) : AF_UNSPEC;
+    if (family != AF_INET && family != AF_INET6) return 0;
+    memcpy(&in, address->storage, sizeof in);
+    return ntohs(in.sin_port);
+}
+
+static int orchi_address_of(const char *function, int fd, orch_address *address,
+                            int (*ask)(int, struct sockaddr *, socklen_t *)) {
+    socklen_t size = sizeof address->storage;
+    if (address == NULL) return orchi_misuse(function, ORCH_EINVAL);
+    memset(address, 0, sizeof *address);
+    if (ask(fd, orchi_sockaddr(address), &size) < 0) return -errno;
+    address->size = (unsigned)size;
+    return 0;
+}
+
+/* Not passed by name, as some systems declare getsockname with a parameter type of their own. */
+static int orchi_getsockname(int fd, struct sockaddr *to, socklen_t *size) {
+    return getsockname(fd, to, size);
+}
+
+static int orchi_getpeername(int fd, struct sockaddr *to, socklen_t *size) {
+    return getpeername(fd, to, size);
+}
+
+int orch_socket_address(int fd, orch_address *address) {
+    return orchi_address_of("orch_socket_address", fd, address, orchi_getsockname);
+}
+
+int orch_socket_peer(int fd, orch_address *address) {
+    return orchi_address_of("orch_socket_peer", fd, address, orchi_getpeername);
+}
+
+// ---- making sockets
+
+#if ORCHI_OS_MACOS
+static int orchi_socket(int family, int type) { return orchi_private(socket(family, type, 0)); }
+static int orchi_accept_call(int fd, struct sockaddr *from, socklen_t *size) {
+    return orchi_private(accept(fd, from, size));
+}
+#else
+static int orchi_socket(int family, int type) {
+    return socket(family, type | SOCK_NONBLOCK | SOCK_CLOEXEC, 0);
+}
+static int orchi_accept_call(int fd, struct sockaddr *from, socklen_t *size) {
+    return accept4(fd, from, size, SOCK_NONBLOCK | SOCK_CLOEXEC);
+}
+#endif
+
+/* Closes a descriptor that is not handed over after all. Returns the error that it is for. */
+static int orchi_close_for(int fd, int error) {
+    orch_close(fd);
+    return error;
+}
+
+static int orchi_option(int fd, int level, int name, int value) {
+    return setsockopt(fd, level, name, &value, sizeof value) < 0 ? -errno : 0;
+}
+
+static bool orchi_is_inet(const orch_address *address) {
+    int family = orchi_family(address);
+    return family == AF_INET || family == AF_INET6;
+}
+
+/* A socket bound to an address. On IPv6 "every address" takes IPv4 too. */
+static int orchi_bound(const orch_address *address, int type, bool reuse_port) {
+    int fd = orchi_socket(orchi_family(address), type);
+    if (fd < 0) return -errno;
+    bool inet = orchi_is_inet(address), stream = type == SOCK_STREAM;
+    int error = inet && stream ? orchi_option(fd, SOL_SOCKET, SO_REUSEADDR, 1) : 0;
+    if (error == 0 && reuse_port) error = orchi_option(fd, SOL_SOCKET, SO_REUSEPORT, 1);
+    if (orchi_family(address) == AF_INET6) orchi_option(fd, IPPROTO_IPV6, IPV6_V6ONLY, 0);
+    if (error == 0 && bind(fd, orchi_sockaddr(address), address->size) < 0) error = -errno;
+    return error != 0 ? orchi_close_for(fd, error) : fd;
+}
+
+/* The same by host; where a machine has no IPv6, "every address" is every IPv4 address. */
+static int orchi_bound_host(const char *host, uint16_t port, int type, bool reuse_port) {
+    orch_address address;
+    struct in_addr any;
+    if (host != NULL && strcmp(host, "localhost") == 0) host = "127.0.0.1";
+    int error = orch_address_parse(&address, host, port);
+    if (error != 0) return error;
+    if (!orchi_is_inet(&address)) return ORCH_EINVAL;
+    int fd = orchi_bound(&address, type, reuse_port);
+    bool everywhere = host == NULL || host[0] == '\0' || host[0] == '*';
+    if (!everywhere || (fd != -EAFNOSUPPORT && fd != -EADDRNOTAVAIL)) return fd;
+    any.s_addr = htonl(INADDR_ANY);
+    orchi_address_ipv4(&address, any, port);
+    return orchi_bound(&address, type, reuse_port);
+}
+
+/* Whether a Unix socket's file is there and nobody listens at it. A full backlog is somebody. */
+static bool orchi_is_stale(const orch_address *address, const char *path) {
+    struct stat about;
+    if (path[0] == '@' || lstat(path, &about) < 0 || !S_ISSOCK(about.st_mode)) return false;
+    int fd = orchi_socket(AF_UNIX, SOCK_STREAM);
+    if (fd < 0) return false;
+    bool refused = connect(fd, orchi_sockaddr(address), address->size) < 0 && errno == ECONNREFUSED;
+    orch_close(fd);
+    return refused;
+}
+
+static int orchi_bound_path(const char *path) {
+    orch_address address;
+    memset(&address, 0, sizeof address);
+    int error = path[0] != '\0' ? orchi_address_path(&address, path) : ORCH_EINVAL;
+    if (error != 0) return error;
+    int fd = orchi_bound(&address, SOCK_STREAM, false);
+    if (fd != -EADDRINUSE || !orchi_is_stale(&address, path)) return fd;
+    if (unlink(path) < 0) return -errno;
+    return orchi_bound(&address, SOCK_STREAM, false);
+}
+
+/* Accepted connections inherit TCP_NODELAY from the listener, so that it costs none of them a
+ * call. */
+int orch_listen(const orch_listen_desc *desc) {
+    if (desc == NULL) return orchi_misuse("orch_listen", ORCH_EINVAL);
+    int fd = desc->path != NULL
+                 ? orchi_bound_path(desc->path)
+                 : orchi_bound_host(desc->host, desc->port, SOCK_STREAM, desc->reuse_port);
+    if (fd < 0) return fd;
+    if (desc->path == NULL && !desc->nagle) orchi_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+    if (listen(fd, desc->backlog > 0 ? desc->backlog : SOMAXCONN) < 0) {
+        return orchi_close_for(fd, -errno);
+    }
+    return orchi_adopt(fd, 0);
+}
+
+int orch_udp(const orch_udp_desc *desc) {
+    orch_udp_desc none;
+    memset(&none, 0, sizeof none);
+    if (desc == NULL) desc = &none;
+    bool anywhere = desc->host == NULL && desc->port == 0 && desc->peer != NULL;
+    int fd = anywhere ? orchi_socket(orchi_family(desc->peer), SOCK_DGRAM)
+                      : orchi_bound_host(desc->host, desc->port, SOCK_DGRAM, desc->reuse_port);
+    if (fd < 0) return anywhere ? -errno : fd;
+    const orch_address *peer = desc->peer;
+    if (peer != NULL && connect(fd, orchi_sockaddr(peer), peer->size) < 0) {
+        return orchi_close_for(fd, -errno);
+    }
+    return orchi_adopt(fd, ORCHI_DATAGRAMS);
+}
+
+// ---- sending and receiving
+
+ptrdiff_t orch_socket_recv(int fd, void *buffer, size_t size, int flags) {
+    orchi_transfer t = {(char *)buffer, size, 0, flags, 0, NULL, NULL};
+    return orchi_io_memory("orch_socket_recv", fd, ORCH_READABLE, orchi_attempt_recv, &t);
+}
+
+ptrdiff_t orch_socket_send(int fd, const void *data, size_t size, int flags) {
+    orchi_transfer t = {(char *)(uintptr_t)data, size, 0, flags, 0, NULL, NULL};
+    return orchi_io_memory("orch_socket_send", fd, ORCH_WRITABLE, orchi_attempt_send, &t);
+}
+
+/* What was cut off is told by the system in a flag. */
+static ptrdiff_t orchi_attempt_recvfrom(int fd, orchi_watch *watch, orchi_transfer *t) {
+    struct iovec part = {t->data, t->size};
+    struct msghdr message;
+    orch_address from;
+    ptrdiff_t n;
+    (void)watch;
+    memset(&message, 0, sizeof message);
+    message.msg_iov = &part;
+    message.msg_iovlen = 1;
+    message.msg_name = from.storage;
+    do {
+        message.msg_namelen = sizeof from.storage;
+        n = recvmsg(fd, &message, MSG_DONTWAIT);
+    } while (n < 0 && errno == EINTR);
+    if (n < 0) return -errno;
+    from.size = (unsigned)message.msg_namelen;
+    if (t->address != NULL) {
+        t->address->size = from.size;
+        memcpy(t->address->storage, from.storage, from.size);
+    }
+    return message.msg_flags & MSG_TRUNC ? -EMSGSIZE : n;
+}
+
+ptrdiff_t orch_socket_recvfrom(int fd, void *buffer, size_t size, orch_address *from) {
+    orchi_transfer t = {(char *)buffer, size, 0, 0, 0, NULL, from};
+    return orchi_io_memory("orch_socket_recvfrom", fd, ORCH_READABLE, orchi_attempt_recvfrom, &t);
+}
+
+static ptrdiff_t orchi_attempt_sendto(int fd, orchi_watch *watch, orchi_transfer *t) {
+    const orch_address *to = t->address;
+    ptrdiff_t n;
+    orchi_quiet(fd, watch);
+    do {
+        n = sendto(fd, t->data, t->size, MSG_DONTWAIT | ORCHI_NOSIGNAL, orchi_sockaddr(to),
+                   to->size);
+    } while (n < 0 && errno == EINTR);
+    return n < 0 ? -errno : n;
+}
+
+ptrdiff_t orch_socket_sendto(int fd, const void *data, size_t size, const orch_address *to) {
+    orch_address *address = (orch_address *)(uintptr_t)to;
+    orchi_transfer t = {(char *)(uintptr_t)data, size, 0, 0, 0, NULL, address};
+    if (to == NULL) return orchi_misuse("orch_socket_sendto", ORCH_EINVAL);
+    return orchi_io_memory("orch_socket_sendto", fd, ORCH_WRITABLE, orchi_attempt_sendto, &t);
+}
+
+// ---- accepting
+
+/* A connection that failed while it waited: accept(2) reports it, and the next one may be fine. */
+static bool orchi_accept_again(int error) {
+    static const int passed[] = {EINTR, ECONNABORTED, EPROTO,      ENETDOWN,    ENOPROTOOPT,
+                                 EPERM, EHOSTDOWN,    ENETUNREACH, EHOSTUNREACH};
+    for (size_t i = 0; i < sizeof passed / sizeof passed[0]; i++) {
+        if (error == passed[i]) return true;
+    }
+    return false;
+}
+
+enum { ORCHI_PASSED_OVER = 64 }; // failed connections, until others have their turn
+
+static ptrdiff_t orchi_attempt_accept(int fd, orchi_watch *watch, orchi_transfer *t) {
+    (void)watch;
+    for (int i = 0; i < ORCHI_PASSED_OVER; i++) {
+        socklen_t size = sizeof t->address->storage;
+        struct sockaddr *from = t->address != NULL ? orchi_sockaddr(t->address) : NULL;
+        int made = orchi_accept_call(fd, from, from != NULL ? &size : NULL);
+        if (made < 0 && orchi_accept_again(errno)) continue;
+        if (made < 0) return -errno;
+        if (t->address != NULL) t->address->size = (unsigned)size;
+        return orchi_adopt(made, 0);
+    }
+    return -EAGAIN;
+}
+
+int orch_accept(int listener, orch_address *from) {
+    orchi_transfer t = {NULL, 0, 0, 0, 0, NULL, from};
+    return (int)orchi_io("orch_accept", listener, ORCH_READABLE, orchi_attempt_accept, &t);
+}
+
+// ---- serving
+//
+// The life of a server:
+//
+//     accepting   a task for each connection, which runs at once until it first waits
+//     pausing     at max_connections, or out of descriptors or memory: woken by each connection
+//                 that ends; in the second case after 100 ms too, as others may hold what it needs
+//     draining    listens no more; connections have drain_ms to end, then are cancelled; it waits
+//                 for the last one. This is shielded, and nothing in it can fail for good
+
+typedef struct orchi_connection orchi_connection;
+
+typedef struct orchi_server {
+    orch_loop *loop;
+    orchi_connection *first;
+    orch_promise wake; // settled when a connection ends
+    size_t count;      // connections
+    size_t holders;    // and orch_serve itself: the last one frees it
+    bool short_of;     // descriptors or memory, which was told
+    orch_result (*handler)(int fd, void *context);
+    orch_serve_desc desc;
+} orchi_server;
+
+typedef struct orchi_accepted { // the argument of a connection's task
+    orchi_server *server;
+    int fd;
+} orchi_accepted;
+
+struct orchi_connection { // on its stack
+    orchi_connection *next, **link;
+    orch_future *future;
+};
+
+enum { ORCHI_CONNECTIONS = 16384, ORCHI_DRAIN_MS = 5000, ORCHI_SHORT_MS = 100 };
+
+static void orchi_server_leave(orchi_server *s) {
+    if (--s->holders == 0) orchi_free(s->loop, s, sizeof *s);
+}
+
+static void orchi_server_tell(const orchi_server *s, const orch_result *r) {
+    if (s->desc.on_error != NULL) s->desc.on_error(r, s->desc.context);
+    else orchi_unhandled(s->loop, r);
+}
+
+static orch_result orchi_connection_main(void *arg) {
+    const orchi_accepted *accepted = (const orchi_accepted *)arg;
+    orchi_server *s = accepted->server;
+    orchi_connection self = {s->first, &s->first, s->loop->current->future};
+    if (s->first != NULL) s->first->link = &self.next;
+    s->first = &self;
+    orch_result r = s->handler(accepted->fd, s->desc.context);
+    orch_close(accepted->fd);
+    *self.link = self.next;
+    if (self.next != NULL) self.next->link = self.link;
+    bool asked = r.error == ORCH_ECANCELED && (self.future->flags & ORCHI_CANCEL);
+    if (r.error != 0 && !asked) orchi_server_tell(s, &r);
+    orch_result_free(&r);
+    s->count--;
+    orch_settle(s->wake, orch_ok(NULL, NULL));
+    orchi_server_leave(s);
+    return orch_ok(NULL, NULL);
+}
+
+/* A connection's task. Without memory for one its client is closed, and told about. */
+static void orchi_server_start(orchi_server *s, int fd) {
+    orchi_accepted accepted = {s, fd};
+    orch_task_desc task = {s->desc.name, orchi_connection_main, &accepted, sizeof accepted,
+                           NULL,         s->desc.stack_size};
+    s->count++;
+    s->holders++;
+    orch_future *f = orchi_begin(&task, NULL, false, "orch_serve");
+    if (!orchi_is_static(f)) {
+        orch_detach(f);
+        return;
+    }
+    s->count--;
+    s->holders--;
+    orch_close(fd);
+    orchi_server_tell(s, &f->as.result);
+}
+
+/* Waits until a connection ends. Out of memory for that others have a turn. Returns 0, or
+ * ORCH_ECANCELED. */
+static int orchi_server_pause(orchi_server *s, uint64_t ms) {
+    orch_future *f = orch_future_new(&s->wake);
+    if (ms != UINT64_MAX) f = orch_timeout(f, ms);
+    orch_result r = orch_await(f);
+    int error = r.error;
+    orch_result_free(&r);
+    if (error == ORCH_ENOMEM) error = orch_yield();
+    return error == ORCH_ECANCELED ? error : 0;
+}
+
+static bool orchi_is_short(int error) {
+    return error == -EMFILE || error == -ENFILE || error == -ENOBUFS || error == -ENOMEM;
+}
+
+/* Told once until a connection was accepted again. */
+static int orchi_server_short(orchi_server *s, int error) {
+    if (!s->short_of) {
+        orch_result r = orch_fail(error);
+        orchi_server_tell(s, &r);
+    }
+    s->short_of = true;
+    return orchi_server_pause(s, ORCHI_SHORT_MS);
+}
+
+static int orchi_server_accept(orchi_server *s, int listener) {
+    int error = 0;
+    while (error == 0) {
+        if (s->count >= s->desc.max_connections) {
+            error = orchi_server_pause(s, UINT64_MAX);
+            continue;
+        }
+        int fd = orch_accept(listener, NULL);
+        if (fd >= 0) {
+            s->short_of = false;
+            orchi_server_start(s, fd);
+        } else {
+            error = orchi_is_short(fd) ? orchi_server_short(s, fd) : fd;
+        }
+    }
+    return error;
+}
+
+/* Asking runs nothing, so the list stays as it is. */
+static void orchi_server_cancel(orchi_server *s) {
+    for (orchi_connection *c = s->first; c != NULL; c = c->next) {
+        c->future->flags |= ORCHI_CANCEL;
+        orchi_cancel(c->future, ORCH_ECANCELED);
+    }
+}
+
+static void orchi_server_drain(orchi_server *s) {
+    orch_shield_begin();
+    uint64_t start = orch_now(), gone = 0;
+    int error = s->desc.no_drain ? ORCH_ECANCELED : 0;
+    while (error == 0 && s->count > 0 && gone < s->desc.drain_ms) {
+        error = orchi_server_pause(s, s->desc.drain_ms - gone);
+        gone = orch_now() - start;
+    }
+    orchi_server_cancel(s);
+    error = 0;
+    while (error == 0 && s->count > 0) error = orchi_server_pause(s, UINT64_MAX);
+    orch_shield_end();
+}
+
+static orchi_server *orchi_server_new(orch_result (*handler)(int fd, void *context),
+                                      const orch_serve_desc *desc) {
+    orchi_server *s = (orchi_server *)orchi_allocate(orchi_loop, sizeof *s);
+    if (s == NULL) return NULL;
+    memset(s, 0, sizeof *s);
+    s->loop = orchi_loop;
+    s->holders = 1;
+    s->handler = handler;
+    if (desc != NULL) s->desc = *desc;
+    if (s->desc.max_connections == 0) s->desc.max_connections = ORCHI_CONNECTIONS;
+    if (s->desc.drain_ms == 0) s->desc.drain_ms = ORCHI_DRAIN_MS;
+    if (s->desc.name == NULL) s->desc.name = "connection";
+    return s;
+}
+
+static int orchi_serve_error(orch_result (*handler)(int fd, void *context),
+                             const orch_serve_desc *desc) {
+    int error;
+    uint32_t size_log = 0;
+    orch_task_desc task = {NULL, orchi_connection_main, NULL, 0, NULL, 0};
+    if (orchi_here_task("orch_serve", &error) == NULL) return error;
+    if (desc != NULL) task.stack_size = desc->stack_size;
+    error = handler == NULL ? ORCH_EINVAL : orchi_task_error(&task, &size_log);
+    return error != 0 ? orchi_misuse("orch_serve", error) : 0;
+}
+
+/* Closes the listener, unless somebody did, which ended the accepting: the number may be another's
+ * by then. */
+int orch_serve(int listener, orch_result (*handler)(int fd, void *context),
+               const orch_serve_desc *desc) {
+    int error = orchi_serve_error(handler, desc);
+    if (error == 0) error = listener < 0 ? -EBADF : orchi_watch_reserve(orchi_loop, listener);
+    orchi_server *s = error == 0 ? orchi_server_new(handler, desc) : NULL;
+    if (s == NULL) return orchi_close_for(listener, error != 0 ? error : ORCH_ENOMEM);
+    uint32_t generation = orchi_loop->poller.watches[listener].generation;
+    error = orchi_server_accept(s, listener);
+    if (orchi_loop->poller.watches[listener].generation == generation) orch_close(listener);
+    orchi_server_drain(s);
+    orchi_server_leave(s);
+    return error;
+}
+
+// ---- connecting
+//
+// RFC 8305: addresses are tried in the order given, but families take turns, so that a broken IPv6
+// costs one delay and not one for each address. Attempts that are under way stay; the first one to
+// connect wins. Here with three addresses, of which the first hangs and the second refuses:
+//
+//     0 ms    2001:db8::1 begins                     waits
+//     250 ms  192.0.2.1 begins, is refused           noted, and the next one starts at once
+//     250 ms  2001:db8::2 begins, and connects       wins; the first is closed
+//
+// All of this is one task's loop over a list of descriptors: nothing can win after the call has
+// returned, and nothing but this list has to be closed.
+
+typedef struct orchi_dialed {
+    const orch_address *address; // in the order of trying
+    const orch_address *to;      // of an attempt under way
+    int fd;
+} orchi_dialed;
+
+typedef struct orchi_dial {
+    orch_loop *loop;
+    const orch_connect_desc *desc;
+    orchi_dialed *tries;
+    orch_future **futures; // room for one per attempt, and a timer
+    size_t count, started, open;
+    size_t written; // of desc->message
+    int error;      // of the first that failed
+} orchi_dial;
+
+/* What became of an address. */
+static void orchi_dial_note(orchi_dial *d, const orch_address *to, int error) {
+    char text[ORCH_ADDRESS_TEXT];
+    const orch_connect_desc *desc = d->desc;
+    if (d->error == 0) d->error = error;
+    if (desc->message == NULL || d->written >= desc->message_size) return;
+    orch_address_text(to, text, sizeof text);
+    const char *between = d->written > 0 ? "; " : "";
+    int n = snprintf(desc->message + d->written, desc->message_size - d->written, "%s%s: %s",
+                     between, text, orch_error_text(error));
+    if (n > 0) d->written += (size_t)n;
+}
+
+/* Begins to connect one address: a descriptor, or an error. */
+static int orchi_dial_begin(const orch_connect_desc *desc, const orch_address *to) {
+    if (desc->begin != NULL) return desc->begin(to, desc->context);
+    int fd = orchi_socket(orchi_family(to), SOCK_STREAM);
+    if (fd < 0) return -errno;
+    if (orchi_is_inet(to) && !desc->nagle) orchi_option(fd, IPPROTO_TCP, TCP_NODELAY, 1);
+    bool begun =
+        connect(fd, orchi_sockaddr(to), to->size) == 0 || errno == EINPROGRESS || errno == EINTR;
+    return begun ? fd : orchi_close_for(fd, -errno);
+}
+
+/* A Unix socket whose backlog is full says EAGAIN, and nothing tells when there is room. */
+static int orchi_dial_patiently(const orch_connect_desc *desc, const orch_address *to) {
+    int fd = orchi_dial_begin(desc, to), error = 0;
+    for (uint64_t ms = 1; fd == -EAGAIN && orchi_family(to) == AF_UNIX;
+         ms = ms < 64 ? 2 * ms : ms) {
+        error = orch_sleep(ms);
+        if (error != 0) return error;
+        fd = orchi_dial_begin(desc, to);
+    }
+    return fd;
+}
+
+/* Starts the next attempt. */
+static void orchi_dial_start(orchi_dial *d) {
+    const orch_address *to = d->tries[d->started++].address;
+    int fd = orchi_dial_patiently(d->desc, to);
+    if (fd < 0) {
+        orchi_dial_note(d, to, fd);
+        return;
+    }
+    orchi_adopt(fd, 0);
+    d->tries[d->open].to = to;
+    d->tries[d->open++].fd = fd;
+}
+
+/* What a descriptor that is writable came to. What is no socket is connected. */
+static int orchi_dial_outcome(int fd) {
+    int error = 0;
+    socklen_t size = sizeof error;
+    if (getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size) < 0) return 0;
+    return -error;
+}
+
+/* An attempt has ended: its descriptor, or the next one starts at once. */
+static int orchi_dial_ended(orchi_dial *d, size_t i, int error, bool *next) {
+    orchi_dialed ended = d->tries[i];
+    d->tries[i].to = d->tries[--d->open].to;
+    d->tries[i].fd = d->tries[d->open].fd;
+    if (error == 0) error = orchi_dial_outcome(ended.fd);
+    if (error == 0) return ended.fd;
+    orch_close(ended.fd);
+    orchi_dial_note(d, ended.to, error);
+    *next = true;
+    return -EAGAIN;
+}
+
+/* Waits until an attempt ends or the next is due. Returns a connected descriptor, -EAGAIN to go on,
+ * or an error that ends it all. */
+static int orchi_dial_wait(orchi_dial *d, bool *next) {
+    size_t count = d->open;
+    for (size_t i = 0; i < count; i++) d->futures[i] = orch_ready(d->tries[i].fd, ORCH_WRITABLE);
+    if (d->started < d->count) d->futures[count++] = orch_after(d->desc->delay_ms);
+    orch_result r = orch_await(orch_race_n(count, d->futures));
+    size_t index = r.index;
+    int error = r.error;
+    orch_result_free(&r);
+    if (error == ORCH_ECANCELED || error == ORCH_ENOMEM) return error;
+    if (index < d->open) return orchi_dial_ended(d, index, error, next);
+    *next = true;
+    return -EAGAIN;
+}
+
+static int orchi_dial_run(orchi_dial *d) {
+    bool next = true;
+    int fd = -EAGAIN;
+    while (fd == -EAGAIN) {
+        if (d->started < d->count && (next || d->open == 0)) {
+            next = false;
+            orchi_dial_start(d);
+            next = d->open == 0;
+            if (orch_cancel_reason() != 0 && d->error == ORCH_ECANCELED) return d->error;
+        } else {
+            fd = d->open > 0 ? orchi_dial_wait(d, &next) : d->error;
+        }
+    }
+    return fd;
+}
+
+/* RFC 8305, section 4: the first address leads; families take turns while both are left. */
+static void orchi_dial_order(orchi_dial *d, const orch_address *list) {
+    size_t at[2] = {0, 0}; // where the first family's, and the others', were taken up to
+    int first = orchi_family(&list[0]);
+    for (size_t i = 0; i < d->count; i++) {
+        size_t turn = i % 2, tried = 0;
+        for (; tried < 2; tried++, turn = 1 - turn) {
+            while (at[turn] < d->count && (orchi_family(&list[at[turn]]) == first) != (turn == 0)) {
+                at[turn]++;
+            }
+            if (at[turn] < d->count) break;
+        }
+        d->tries[i].address = &list[at[turn]++];
+    }
+}
+
+/* Tries a list of addresses. What is still open at the end has lost. */
+static int orchi_dial_list(const orch_connect_desc *desc, const orch_address *list, size_t count) {
+    orch_loop *loop = orchi_loop;
+    size_t bytes = count * sizeof(orchi_dialed) + (count + 1) * sizeof(orch_future *);
+    if (count > UINT16_MAX) return ORCH_EINVAL;
+    char *memory = (char *)orchi_allocate(loop, bytes);
+    if (memory == NULL) return ORCH_ENOMEM;
+    orchi_dial d;
+    memset(&d, 0, sizeof d);
+    d.loop = loop;
+    d.desc = desc;
+    d.tries = (orchi_dialed *)(void *)memory;
+    d.futures = (orch_future **)(void *)(memory + count * sizeof(orchi_dialed));
+    d.count = count;
+    orchi_dial_order(&d, list);
+    int fd = orchi_dial_run(&d);
+    while (d.open > 0) orch_close(d.tries[--d.open].fd);
+    orchi_free(loop, memory, bytes);
+    return fd;
+}
+
+static int orchi_dial_name(const orch_connect_desc *desc) {
+    orch_result r = orch_await(orch_resolve(desc->host, desc->service));
+    int fd = r.error;
+    if (r.error == 0) {
+        const orch_addresses *found = (const orch_addresses *)r.value;
+        fd = orchi_dial_list(desc, found->items, found->count);
+    } else if (desc->message != NULL && desc->message_size > 0) {
+        snprintf(desc->message, desc->message_size, "%s", orch_message(&r));
+    }
+    orch_result_free(&r);
+    return fd;
+}
+
+static int orchi_dial_path(const orch_connect_desc *desc) {
+    orch_address address;
+    memset(&address, 0, sizeof address);
+    int error = desc->path[0] != '\0' ? orchi_address_path(&address, desc->path) : ORCH_EINVAL;
+    return error != 0 ? error : orchi_dial_list(desc, &address, 1);
+}
+
+static int orchi_connect(const char *function, const orch_connect_desc *desc) {
+    int error;
+    if (orchi_here_task(function, &error) == NULL) return error;
+    if (desc == NULL) return orchi_misuse(function, ORCH_EINVAL);
+    bool listed = desc->addresses != NULL, named = desc->host != NULL || desc->service != NULL;
+    if ((listed && desc->count == 0) || (!listed && !named && desc->path == NULL)) {
+        return orchi_misuse(function, ORCH_EINVAL);
+    }
+    orch_connect_desc full = *desc;
+    if (full.delay_ms == 0) full.delay_ms = 250;
+    if (full.message != NULL && full.message_size > 0) full.message[0] = '\0';
+    if (listed) return orchi_dial_list(&full, full.addresses, full.count);
+    return full.path != NULL ? orchi_dial_path(&full) : orchi_dial_name(&full);
+}
+
+int orch_connect_with(const orch_connect_desc *desc) {
+    return orchi_connect("orch_connect_with", desc);
+}
+
+int orch_connect(const char *host, const char *service) {
+    orch_connect_desc desc;
+    memset(&desc, 0, sizeof desc);
+    desc.host = host;
+    desc.service = service;
+    return orchi_connect("orch_connect", &desc);
+}
 
 // ------------------------------------------------------------------------------------------------
 // >>coordination
@@ -10781,6 +12729,7 @@ const orch_adaptive_desc *orch_adaptive_settings(const orch_adaptive *a) {
 #undef ORCHI_LIKELY
 #undef ORCHI_LOAD_FLOATS
 #undef ORCHI_MINCORE
+#undef ORCHI_NOSIGNAL
 #undef ORCHI_NO_INLINE
 #undef ORCHI_NO_WINNER
 #undef ORCHI_OS_LINUX

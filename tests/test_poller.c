@@ -266,6 +266,48 @@ TASK_TEST(closing_a_watched_descriptor_is_an_error_not_a_spin) {
     CHECK(stats().polls - before <= 3);
 }
 
+// ---- closed
+
+static void note_error(orch_result *in, void *context) { *(int *)context = in->error; }
+
+TASK_TEST(closing_wakes_who_waits) {
+    int fd[2], seen = 0;
+    if (!make_pair(fd)) return;
+    orch_future *reader = orch_ready(fd[0], ORCH_READABLE);
+    fill(fd[0]);
+    orch_future *writer = orch_ready(fd[0], ORCH_WRITABLE);
+    orch_on(orch_ready(fd[1], ORCH_WRITABLE), note_error, &seen);
+    CHECK_INT(orch_close(fd[0]), 0);
+    CHECK_INT(orch_close(fd[1]), 0);
+    CHECK_INT(stats().watched, 0);
+    CHECK_INT(soon(reader), ORCH_ECANCELED);
+    CHECK_INT(soon(writer), ORCH_ECANCELED);
+    CHECK_INT(orch_sleep(1), 0);
+    CHECK_INT(seen, ORCH_ECANCELED);
+    CHECK_INT(fcntl(fd[0], F_GETFD), -1);
+    CHECK_INT(orch_close(fd[0]), -EBADF);
+    CHECK_INT(orch_close(-1), -EBADF);
+    CHECK_INT(orch_close(INT32_MAX), -EBADF);
+}
+
+TASK_TEST(closing_wakes_who_waits_for_both) {
+    int fd[2];
+    if (!make_pair(fd)) return;
+    fill(fd[0]);
+    orch_future *f = orch_ready(fd[0], BOTH);
+    CHECK_INT(orch_close(fd[0]), 0);
+    CHECK_INT(soon(f), ORCH_ECANCELED);
+    CHECK_INT(orch_close(fd[1]), 0);
+}
+
+TEST(closing_needs_no_loop) {
+    int fd[2];
+    if (!make_pair(fd)) return;
+    CHECK_INT(orch_close(fd[0]), 0);
+    CHECK_INT(orch_close(fd[1]), 0);
+    CHECK_INT(orch_close(fd[1]), -EBADF);
+}
+
 // ---- given up
 
 TASK_TEST(a_drop_deregisters) {
