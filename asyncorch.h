@@ -251,6 +251,7 @@ typedef struct orch_future orch_future;         // the read end of work in progr
 typedef struct orch_loop orch_loop;             // one per thread
 typedef struct orch_task orch_task;             // a running coroutine
 typedef struct orch_completion orch_completion; // an iteration in order of completion
+typedef struct orch_signals orch_signals;       // signals that are caught
 
 // ---- errors
 
@@ -277,12 +278,13 @@ typedef struct orch_completion orch_completion; // an iteration in order of comp
     X(ORCH_ELIMIT, -10012, "more than the limit allows")                                           \
     X(ORCH_ESCOPE, -10013, "the scope is not open here")                                           \
     X(ORCH_EHOST, -10014, "host not found")                                                        \
-    X(ORCH_ERESOLVE, -10015, "the name could not be resolved now")
+    X(ORCH_ERESOLVE, -10015, "the name could not be resolved now")                                 \
+    X(ORCH_ESIGNAL, -10016, "ended by a signal")
 
 #define ORCHI_ERROR_ENUM(name, value, text) name = (value),
 typedef enum orch_error {
     ORCH_OK = 0,
-    ORCH_ERRORS(ORCHI_ERROR_ENUM) ORCH_ERROR_LAST = -10016
+    ORCH_ERRORS(ORCHI_ERROR_ENUM) ORCH_ERROR_LAST = -10017
 } orch_error;
 #undef ORCHI_ERROR_ENUM
 
@@ -921,6 +923,7 @@ typedef struct orch_loop_desc {
     bool no_overflow_report;  // leave SIGSEGV alone: a stack overflow is not named
     orch_clock clock;         // default: CLOCK_MONOTONIC
     uint64_t seed;            // not 0: ready tasks and equal deadlines in an order drawn from it
+    bool handle_signals;      // orch_run: SIGINT and SIGTERM cancel the main task, see there
     void *context;            // for the hooks below
     uint64_t (*now)(void *context); // a clock of your own: ns, never going back; default: clock
     void (*on_unhandled)(const orch_result *r, void *context); // default: one line on stderr
@@ -1039,14 +1042,21 @@ int orch_close(int fd);
  * Owns: borrows arg; the result is the caller's to free. */
 orch_result orch_run(orch_task_fn main, void *arg);
 
-/* orch_run with settings.
- * Returns as orch_run; ORCH_EINVAL for an invalid desc.
+/* orch_run with settings. With handle_signals SIGINT or SIGTERM, unless it is ignored, cancels the
+ * main task (orch_cancel_reason: 128 and the signal), and its clean-up is waited for. If it then
+ * ends with any error, that becomes ORCH_ESIGNAL, index: the signal; a message of its own stays,
+ * but not that of ORCH_ECANCELED. If it ends well all the same, that counts. A second signal ends
+ * the process at once, even in the middle of a computation. Waiting for the two is no work: the
+ * loop can still be deadlocked.
+ * Returns as orch_run; ORCH_EINVAL for an invalid desc; ORCH_ESIGNAL; -EMFILE when signals cannot
+ * be caught.
  * Context: as orch_run.
  * Owns: as orch_run. */
 orch_result orch_run_with(const orch_loop_desc *desc, orch_task_fn main, void *arg);
 
-/* What main() returns: prints a rejected result's message on stderr and frees it.
- * Returns 0 or 1.
+/* What main() returns: prints a rejected result's message on stderr and frees it. ORCH_ESIGNAL
+ * without a message of its own is not printed: who sent the signal knows.
+ * Returns 0 or 1; 128 and the signal for ORCH_ESIGNAL, as a shell has it.
  * Context: any thread.
  * Owns: consumes r. */
 int orch_exit(orch_result r);
@@ -2171,6 +2181,175 @@ size_t orch_adaptive_waiting(const orch_adaptive *a);
  * Owns nothing; lives as long as the limit. */
 const orch_adaptive_desc *orch_adaptive_settings(const orch_adaptive *a);
 
+// ---- signals
+//
+// A signal as a future. While somebody waits for one, the process catches it, in whichever thread
+// it arrives, and every loop that waits gets it; when the last one has gone, it is handled as it
+// was before. Several that come before the loop looks are one, as they are for the system itself.
+// A wait counts as one for a descriptor: the loop is not deadlocked, and it uses one (two outside
+// Linux). A child made by fork is as it was before: a signal there does what it did before
+// anybody waited.
+
+/* A future of the next time that a signal comes, counted from this call: orch_int has its number.
+ * Returns the future; rejected: ORCH_EINVAL for a signal that cannot be waited for (SIGKILL,
+ * SIGSTOP, the program's own faults such as SIGSEGV and SIGABRT, those above 64), -EMFILE,
+ * ORCH_ENOMEM.
+ * Context: loop thread; does not suspend.
+ * Owns: hands over the future. */
+ORCH_NODISCARD orch_future *orch_signal(int signal);
+
+/* Begins to catch several signals. Nothing is lost between one wait and the next. One that wakes
+ * nobody waits, and different ones are told lowest number first.
+ * Returns the object, never NULL: what could not be made says why in every next, as orch_signal;
+ * ORCH_EINVAL (debug builds abort) for an empty list, ORCH_ENOLOOP.
+ * Context: loop thread; does not suspend.
+ * Owns: hands it over, for orch_signals_free; borrows signals during the call. */
+ORCH_NODISCARD orch_signals *orch_signals_new(const int *signals, size_t count);
+
+/* A future of the next of them: orch_int has its number. Cancelled, or lost in a race, it has taken
+ * none.
+ * Returns the future; ORCH_EBUSY while another one is pending; ORCH_ECLOSED when s is freed first.
+ * Context: loop thread; does not suspend.
+ * Owns: borrows s; hands over the future. */
+ORCH_NODISCARD orch_future *orch_signals_next(orch_signals *s);
+
+/* Stops catching them. Who waits gets ORCH_ECLOSED.
+ * Returns nothing.
+ * Context: loop thread; does not suspend.
+ * Owns: consumes s. NULL does nothing. */
+void orch_signals_free(orch_signals *s);
+
+// ---- processes
+//
+// A child process is an object whose life is its handle's: freeing it ends the process, and so does
+// the end of the loop; no deadline of a scope does. However it ends, it is waited for by its own
+// number: there are no zombies, and nobody else's children are touched (a program that reaps all
+// children itself, or ignores SIGCHLD, gets -ECHILD in place of a status). The child has the
+// descriptors 0, 1 and 2 and no other, also none that lacks close-on-exec; no signal is blocked;
+// what the program caught is at its default, and so are SIGPIPE and SIGCHLD; what else it ignored
+// stays ignored, as nohup wants. On a virtual clock time does not pass by itself while a child
+// runs.
+
+typedef struct orch_process orch_process;
+
+enum { // what is behind a descriptor of the child, besides a descriptor of the caller's
+    ORCH_STDIO_DEFAULT = 0,  // start: the caller's own; run: the input, and what is captured
+    ORCH_STDIO_INHERIT = -1, // the caller's own
+    ORCH_STDIO_NULL = -2,    // /dev/null
+    ORCH_STDIO_PIPE = -3,    // a pipe, whose other end is orch_process_stdin, ..._stdout, ..._stderr
+    ORCH_STDIO_OUT = -4      // err: where out goes
+};
+
+typedef struct orch_process_desc {
+    const char *const *argv; // required, with a NULL at the end; without a slash argv[0] is looked
+                             // for in the caller's PATH
+    const char *const *env;  // "NAME=value", with a NULL at the end; default: the caller's
+    const char *directory;   // in which it starts, and from which a relative argv[0] is seen;
+                             // default: the caller's
+    int in, out, err;        // ORCH_STDIO_... or a descriptor, which stays the caller's
+    bool same_group;         // stay in the caller's process group, for a child that uses the
+                             // terminal; default: one of its own, which signals reach as a whole
+    uint64_t grace_ms;       // from SIGTERM to SIGKILL; default: 2000
+    bool no_grace;           // SIGKILL at once
+    // orch_process_run only:
+    const void *input; // written to its standard input
+    size_t input_size; // bytes
+    size_t limit;      // bytes kept of each output; default: 16 MiB
+    bool truncate;     // what is above the limit is dropped; default: it is an error
+} orch_process_desc;
+
+// How a process has ended: what orch_process_wait is fulfilled with.
+typedef struct orch_exit_status {
+    int code;   // what it returned, 0 to 255
+    int signal; // not 0: what killed it
+} orch_exit_status;
+
+/* Starts a program.
+ * Returns the process, never NULL: what could not be started says why in every operation: what the
+ * system said (-ENOENT, -EACCES, -ENOEXEC, -E2BIG, -EAGAIN, -EMFILE and so on; a directory's and a
+ * descriptor's error too), ORCH_ENOMEM; ORCH_EINVAL (debug builds abort) for a bad desc,
+ * ORCH_ENOLOOP.
+ * Context: loop thread; does not suspend, but the thread waits until the program was loaded, about
+ * a millisecond.
+ * Owns: hands it over, for orch_process_free, before the loop ends; borrows what desc shows during
+ * the call. Units: milliseconds. */
+ORCH_NODISCARD orch_process *orch_process_start(const orch_process_desc *desc);
+
+/* The number of a process, also when it has ended; it may then be another one's.
+ * Returns the number; why it did not start.
+ * Context: loop thread.
+ * Owns nothing. */
+int orch_process_id(const orch_process *p);
+
+/* Our end of a pipe to or from a process: non-blocking and close-on-exec.
+ * Returns the descriptor; -EBADF when there is no pipe, or when it was closed; why it did not
+ * start.
+ * Context: loop thread.
+ * Owns nothing: orch_process_free closes it. */
+int orch_process_stdin(const orch_process *p);
+int orch_process_stdout(const orch_process *p);
+int orch_process_stderr(const orch_process *p);
+
+/* Closes our end of its standard input, which is how most filters are told to end.
+ * Returns 0; -EBADF when there is no pipe; why it did not start.
+ * Context: loop thread; wakes who waits for the descriptor with ORCH_ECANCELED.
+ * Owns: closes the descriptor. */
+int orch_process_close_stdin(orch_process *p);
+
+/* A future of its end. Dropping or cancelling it does nothing to the process; there may be several.
+ * Returns the future: its value is a const orch_exit_status *. Rejected: with why it did not start,
+ * and a message; -ECHILD when somebody else has reaped it; ORCH_ENOMEM.
+ * Context: loop thread.
+ * Owns: hands over the future; the status lives as long as the result. */
+ORCH_NODISCARD orch_future *orch_process_wait(orch_process *p);
+
+/* Sends a signal to the process and its group.
+ * Returns 0; -ESRCH when it has ended; -EINVAL for no signal, -EPERM; why it did not start.
+ * Context: loop thread; does not suspend.
+ * Owns nothing. */
+int orch_process_kill(orch_process *p, int signal);
+
+/* Ends a process: SIGTERM to its group and, after grace_ms or as soon as it has ended, SIGKILL to
+ * what is left of that. In a task this returns when it has ended, also in a cancelled one. One that
+ * has ended by itself is left in peace, and so is what it started. Who waits gets the status.
+ * Returns nothing.
+ * Context: loop thread; in a task it may suspend.
+ * Owns: consumes p, closes its pipes. NULL does nothing. */
+void orch_process_free(orch_process *p);
+
+// What orch_process_run is fulfilled with. The texts have a NUL behind them, and are never NULL.
+typedef struct orch_process_output {
+    orch_exit_status status;
+    char *out, *err; // "" when not captured
+    size_t out_size, err_size;
+    bool truncated; // something was dropped
+} orch_process_output;
+
+/* Runs a program to its end, feeds it `input` and captures its outputs, all at the same time. It
+ * has ended when the program has and its captured outputs are at their end. A program that does
+ * not read its input is no failure. Cancelled, or failed in between: the program is ended as by
+ * orch_process_free.
+ * Returns a result with a const orch_process_output *, whatever the status is: orch_exit_check
+ * makes an error of it. Rejected: as orch_process_start, with a message; ORCH_ELIMIT, with a
+ * message, for an output above the limit; ORCH_ECANCELED; ORCH_ENOMEM; ORCH_ENOTASK; -errno of a
+ * pipe.
+ * Context: task only; suspends.
+ * Owns: borrows what desc shows; the result is the caller's to free. */
+ORCH_NODISCARD orch_result orch_process_run(const orch_process_desc *desc);
+
+/* A status in words: "exited with 3", "killed by signal 9 (Killed)".
+ * Returns buffer, which is cut to fit.
+ * Context: any thread.
+ * Owns nothing. Units: bytes. */
+const char *orch_exit_text(orch_exit_status status, char *buffer, size_t size);
+
+/* A status as a result, for those to whom anything but 0 is a failure.
+ * Returns success for code 0; else an error with the status in words: the code, or 128 and the
+ * signal, as a shell has it.
+ * Context: any thread.
+ * Owns: the result owns its message. */
+ORCH_NODISCARD orch_result orch_exit_check(orch_exit_status status);
+
 #ifdef __cplusplus
 } // extern "C"
 
@@ -2253,6 +2432,12 @@ static inline orch_future *orch_flight_run_with(orch_flight *f, const void *key,
 static inline orch_adaptive *orch_adaptive_new(const orch_adaptive_desc &desc) {
     return orch_adaptive_new(&desc);
 }
+static inline orch_process *orch_process_start(const orch_process_desc &desc) {
+    return orch_process_start(&desc);
+}
+static inline orch_result orch_process_run(const orch_process_desc &desc) {
+    return orch_process_run(&desc);
+}
 static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_task_desc &desc) {
     return orch_adaptive_run_with(a, &desc);
 }
@@ -2309,6 +2494,7 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #include <netinet/tcp.h>
 #include <poll.h>
 #include <pthread.h>
+#include <sched.h>
 #include <signal.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -2322,6 +2508,10 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #include <sys/utsname.h>
 #include <time.h>
 #include <unistd.h>
+
+#if ORCHI_OS_LINUX
+#include <sys/eventfd.h>
+#endif
 
 #if defined(__has_include)
 #define ORCHI_HAS_INCLUDE(file) __has_include(file)
@@ -2442,6 +2632,7 @@ typedef enum orchi_kind_id {
     ORCHI_TASK,
     ORCHI_TIMER,
     ORCHI_READY,
+    ORCHI_SIGNAL, // a descriptor's readiness that takes a signal
     ORCHI_COUNTS, // from here on kinds have `decided` or `ended`: an input's end is not just queued
     ORCHI_FOLLOW = ORCHI_COUNTS, // locked in to a source
     ORCHI_PROXY,                 // one consumer's registration at a shared future
@@ -2543,6 +2734,10 @@ struct orch_future {
         struct {
             int fd, events;
         } ready;
+        struct {
+            int fd, events; // as in ready
+            orch_signals *from;
+        } signal;
         struct {
             orch_completion *iteration;
         } hub;
@@ -2707,6 +2902,9 @@ struct orch_loop {
     struct orchi_trash *trash; // what this context is freeing, see orchi_retire
     bool stopping;
     orch_future *until; // orch_run: a turn does not sleep when this has settled
+    int interrupted;    // orch_run: the signal that has cancelled it
+    uint32_t quiet;     // waits for descriptors that are no work: that of orch_run for signals
+    uint32_t children;  // processes that have not ended: a virtual clock stands still
     bool running;       // inside a turn
     orchi_timers timers;
     orchi_poller poller;
@@ -4176,7 +4374,7 @@ static void orchi_fd_ready(orch_loop *loop, int fd, int events) {
     orch_future *reader = watch->reader;
     bool both = reader == watch->writer;
     if (reader != NULL && (both || (events & (ORCH_READABLE | ORCHI_BAD_FD)))) {
-        orchi_kinds[ORCHI_READY].fire(reader, events);
+        orchi_kinds[reader->kind].fire(reader, events);
     }
     watch = &loop->poller.watches[fd]; // a rejection's hook may have changed it
     if (watch->writer != NULL && !both && (events & (ORCH_WRITABLE | ORCHI_BAD_FD))) {
@@ -4250,15 +4448,17 @@ static int orchi_look_idle(orch_loop *loop, uint64_t limit) {
     uint64_t next = loop->timers.count > 0 ? loop->timers.entries[0].deadline : UINT64_MAX;
     uint64_t sleep = next == UINT64_MAX ? UINT64_MAX : next > now ? next - now : 0;
     if (sleep > limit) sleep = limit;
-    bool jumps = loop->desc.clock == ORCH_CLOCK_VIRTUAL;
-    int error = jumps ? orchi_jump(loop, sleep) : orchi_sleep(loop, now, sleep);
+    bool jumps = loop->desc.clock == ORCH_CLOCK_VIRTUAL, stands = jumps && loop->children > 0;
+    int error = stands  ? orchi_poll(loop, limit)
+                : jumps ? orchi_jump(loop, sleep)
+                        : orchi_sleep(loop, now, sleep);
     orchi_timers_fire(loop, sleep > 0 ? orchi_now(loop) : now);
     return error;
 }
 
 /* Whether anything is left that could make work ready. */
 static bool orchi_can_wake(const orch_loop *loop) {
-    return !orchi_ring_empty(loop) || loop->timers.count > 0 || loop->poller.count > 0;
+    return !orchi_ring_empty(loop) || loop->timers.count > 0 || loop->poller.count > loop->quiet;
 }
 
 /* One turn. Returns 1 when there is more to do, 0 when nothing can wake the loop, or an error. */
@@ -4954,16 +5154,20 @@ static bool orchi_is_seen(const orch_future *f) {
 }
 
 /* One of many holders is enough, and a handle that nobody has used yet. */
-bool orch_promise_wanted(orch_promise p) {
-    if (!orch_promise_pending(p) || (p.future->flags & ORCHI_CANCEL)) return false;
-    if (!(p.future->flags & ORCHI_LISTED)) return orchi_is_seen(p.future);
+static bool orchi_is_wanted(const orch_future *f) {
+    if (f->flags & ORCHI_CANCEL) return false;
+    if (!(f->flags & ORCHI_LISTED)) return orchi_is_seen(f);
     uint32_t holders = 0;
-    const orch_future *proxy = p.future->waiter.list.first;
+    const orch_future *proxy = f->waiter.list.first;
     for (; proxy != NULL; proxy = proxy->as.follow.next) {
         if (orchi_is_seen(proxy)) return true;
         holders++;
     }
-    return holders < p.future->references;
+    return holders < f->references;
+}
+
+bool orch_promise_wanted(orch_promise p) {
+    return orch_promise_pending(p) && orchi_is_wanted(p.future);
 }
 
 bool orch_promise_describe(orch_promise p, const char *label) {
@@ -8146,6 +8350,405 @@ orch_future *orch_resolve(const char *host, const char *service) {
     return orch_settled(orchi_resolve_now(host, service, 0)); // stands in until the pool is there
 }
 
+// >>signal
+//
+// Signals as futures. A handler may do next to nothing, and may run in any thread, so it only sets
+// a bit in each object that wants the signal and rings its bell, a descriptor; the loop that waits
+// for the descriptor takes the bit. Invariants:
+//   - The handler reads a list that it never locks. An object that goes is unlinked, and then
+//     waited for until no handler is inside: none can ring a bell that was closed.
+//   - A bell is silenced before the bits are looked at, and rung again when some are left. So a bit
+//     that is set is never without a ringing bell, and nothing is lost between two waits.
+//   - A bit is taken in the look that found the bell, and only for a future that is wanted: what
+//     loses a race takes nothing, see orch_promise_wanted.
+//   - The first object that wants a signal installs the handler, the last puts back what was there.
+//   - A child made by fork shares the bells with its parent and must not ring them. The handler
+//     compares process numbers, and in a child does what was done before.
+// Left out: signalfd. It needs the signals blocked in every thread, and in no child.
+
+#if ORCHI_OS_LINUX
+/* One descriptor serves as both ends. */
+static int orchi_bell_open(int bell[2]) {
+    bell[0] = bell[1] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    return bell[0] < 0 ? -errno : 0;
+}
+#else
+static int orchi_bell_open(int bell[2]) {
+    if (pipe(bell) != 0) return -errno;
+    for (int i = 0; i < 2; i++) {
+        fcntl(bell[i], F_SETFD, FD_CLOEXEC);
+        fcntl(bell[i], F_SETFL, O_NONBLOCK);
+    }
+    return 0;
+}
+#endif
+
+/* Async-signal-safe. A full pipe rings already. */
+static void orchi_bell_ring(const int bell[2]) {
+    uint64_t one = 1;
+    ssize_t done = write(bell[1], &one, sizeof one);
+    (void)done;
+}
+
+static void orchi_bell_silence(const int bell[2]) {
+    uint64_t rings[16];
+    while (read(bell[0], rings, sizeof rings) == (ssize_t)sizeof rings) continue;
+}
+
+static void orchi_bell_close(const int bell[2]) {
+    close(bell[0]);
+    if (bell[1] != bell[0]) close(bell[1]);
+}
+
+enum { ORCHI_SIGNALS = 64 };
+
+struct orch_signals {
+    int error; // not 0: nothing is caught
+    orch_loop *loop;
+    orch_signals *next;          // in the list of the handler
+    orch_future *waiting;        // the one next that is pending
+    bool single;                 // of orch_signal: goes with its future
+    bool final;                  // of orch_run: the second signal is not caught
+    pid_t process;               // that made it
+    int bell[2];                 // what is waited for, what rings it
+    uint32_t wanted[2], came[2]; // a bit for each signal
+    uint32_t caught;             // how many, for `final`
+};
+
+// Of the process, as dispositions are. Static, as a handler gets no pointer.
+static struct orchi_registry {
+    orch_signals *first; // read by the handler
+    uint32_t inside;     // handlers that are reading
+    uint32_t lock;       // of those who write; held for a few instructions and system calls
+    pid_t process;
+    uint32_t users[ORCHI_SIGNALS];
+    struct sigaction previous[ORCHI_SIGNALS];
+} orchi_registry;
+
+static bool orchi_signal_in(const uint32_t set[2], int number) {
+    return (__atomic_load_n(&set[(number - 1) / 32], __ATOMIC_ACQUIRE) >> (number - 1) % 32) & 1;
+}
+
+static void orchi_signal_put(uint32_t set[2], int number) {
+    __atomic_fetch_or(&set[(number - 1) / 32], 1u << (number - 1) % 32, __ATOMIC_ACQ_REL);
+}
+
+static void orchi_signal_remove(uint32_t set[2], int number) {
+    __atomic_fetch_and(&set[(number - 1) / 32], ~(1u << (number - 1) % 32), __ATOMIC_ACQ_REL);
+}
+
+// ---- the handler
+
+/* Handles a signal as if the handler were not there: it comes again when the handler returns. */
+static void orchi_signal_pass(int number, const struct sigaction *action) {
+    sigaction(number, action, NULL);
+    raise(number);
+}
+
+/* Whether the process is to end. */
+static bool orchi_signal_note(orch_signals *s, int number) {
+    if (!orchi_signal_in(s->wanted, number)) return false;
+    orchi_signal_put(s->came, number);
+    orchi_bell_ring(s->bell);
+    return s->final && __atomic_fetch_add(&s->caught, 1, __ATOMIC_ACQ_REL) > 0;
+}
+
+static void orchi_signal_handler(int number) {
+    struct orchi_registry *registry = &orchi_registry;
+    int saved = errno;
+    if (__atomic_load_n(&registry->process, __ATOMIC_ACQUIRE) != getpid()) {
+        orchi_signal_pass(number, &registry->previous[number - 1]);
+        errno = saved;
+        return;
+    }
+    bool over = false;
+    __atomic_fetch_add(&registry->inside, 1, __ATOMIC_SEQ_CST);
+    orch_signals *s = __atomic_load_n(&registry->first, __ATOMIC_SEQ_CST);
+    for (; s != NULL; s = __atomic_load_n(&s->next, __ATOMIC_SEQ_CST)) {
+        if (orchi_signal_note(s, number)) over = true;
+    }
+    __atomic_fetch_sub(&registry->inside, 1, __ATOMIC_SEQ_CST);
+    struct sigaction standard;
+    memset(&standard, 0, sizeof standard);
+    standard.sa_handler = SIG_DFL;
+    if (over) orchi_signal_pass(number, &standard);
+    errno = saved;
+}
+
+// ---- the registry
+
+static bool orchi_signal_is_ours(const struct sigaction *action) {
+    return !(action->sa_flags & SA_SIGINFO) && action->sa_handler == orchi_signal_handler;
+}
+
+/* Puts back what was there, unless somebody has replaced the handler meanwhile. */
+static void orchi_signal_restore(int number) {
+    struct sigaction now;
+    if (sigaction(number, NULL, &now) == 0 && orchi_signal_is_ours(&now)) {
+        sigaction(number, &orchi_registry.previous[number - 1], NULL);
+    }
+}
+
+/* The first use in a child made by fork: the parent's objects are not its own. */
+static void orchi_registry_reset(void) {
+    struct orchi_registry *registry = &orchi_registry;
+    registry->first = NULL;
+    registry->inside = registry->lock = 0;
+    for (int number = 1; number <= ORCHI_SIGNALS; number++) {
+        if (registry->users[number - 1] > 0) orchi_signal_restore(number);
+        registry->users[number - 1] = 0;
+    }
+}
+
+static void orchi_registry_lock(void) {
+    pid_t here = getpid(), was = __atomic_load_n(&orchi_registry.process, __ATOMIC_ACQUIRE);
+    if (was != here && __atomic_compare_exchange_n(&orchi_registry.process, &was, here, false,
+                                                   __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE)) {
+        if (was != 0) orchi_registry_reset();
+    }
+    while (__atomic_exchange_n(&orchi_registry.lock, 1, __ATOMIC_ACQUIRE)) sched_yield();
+}
+
+static void orchi_registry_unlock(void) {
+    __atomic_store_n(&orchi_registry.lock, 0, __ATOMIC_RELEASE);
+}
+
+/* The first user of a signal installs the handler. Calls that are interrupted are restarted, and
+ * the stack of a task is spared. */
+static int orchi_signal_use(int number) {
+    if (orchi_registry.users[number - 1] == 0) {
+        struct sigaction action;
+        memset(&action, 0, sizeof action);
+        action.sa_handler = orchi_signal_handler;
+        action.sa_flags = SA_RESTART | SA_ONSTACK;
+        if (sigaction(number, NULL, &orchi_registry.previous[number - 1]) != 0) return -errno;
+        if (sigaction(number, &action, NULL) != 0) return -errno;
+    }
+    orchi_registry.users[number - 1]++;
+    return 0;
+}
+
+static void orchi_signal_leave(int number) {
+    if (--orchi_registry.users[number - 1] == 0) orchi_signal_restore(number);
+}
+
+/* Gives back the signals below `end` that an object uses. */
+static void orchi_signals_leave(const orch_signals *s, int end) {
+    for (int number = 1; number < end; number++) {
+        if (orchi_signal_in(s->wanted, number)) orchi_signal_leave(number);
+    }
+}
+
+/* In the list before the handler is there, so that a signal finds it. */
+static int orchi_signals_enter(orch_signals *s) {
+    int error = 0;
+    orchi_registry_lock();
+    s->next = orchi_registry.first;
+    __atomic_store_n(&orchi_registry.first, s, __ATOMIC_SEQ_CST);
+    for (int number = 1; number <= ORCHI_SIGNALS && error == 0; number++) {
+        if (!orchi_signal_in(s->wanted, number)) continue;
+        error = orchi_signal_use(number);
+        if (error != 0) orchi_signals_leave(s, number);
+    }
+    orchi_registry_unlock();
+    return error;
+}
+
+/* Out of the list; nobody rings its bell any more when this returns. */
+static void orchi_signals_unlink(orch_signals *s) {
+    orch_signals **at = &orchi_registry.first;
+    while (*at != s) at = &(*at)->next;
+    __atomic_store_n(at, s->next, __ATOMIC_SEQ_CST);
+    while (__atomic_load_n(&orchi_registry.inside, __ATOMIC_SEQ_CST) != 0) sched_yield();
+}
+
+static void orchi_signals_exit(orch_signals *s) {
+    if (s->process != getpid()) return; // a copy, in a child made by fork
+    orchi_registry_lock();
+    if (s->error == 0) orchi_signals_leave(s, ORCHI_SIGNALS + 1);
+    orchi_signals_unlink(s);
+    orchi_registry_unlock();
+}
+
+// ---- objects
+
+static const orch_signals orchi_broken_signals[] = {
+    {ORCH_ENOMEM, NULL, NULL, NULL, false, false, 0, {-1, -1}, {0, 0}, {0, 0}, 0},
+    {ORCH_ENOLOOP, NULL, NULL, NULL, false, false, 0, {-1, -1}, {0, 0}, {0, 0}, 0},
+    {ORCH_EINVAL, NULL, NULL, NULL, false, false, 0, {-1, -1}, {0, 0}, {0, 0}, 0}};
+
+/* Never written: every operation looks at the error first, and a free at the loop. */
+static orch_signals *orchi_signals_broken(int error) {
+    size_t i = error == ORCH_ENOMEM ? 0 : error == ORCH_ENOLOOP ? 1 : 2;
+    return (orch_signals *)(uintptr_t)&orchi_broken_signals[i];
+}
+
+/* A program's own faults would come again at once if a handler returned. */
+static bool orchi_signal_can_wait(int number) {
+    static const int not_these[] = {SIGKILL, SIGSTOP, SIGSEGV, SIGBUS, SIGFPE,
+                                    SIGILL,  SIGABRT, SIGTRAP, SIGSYS};
+    for (size_t i = 0; i < sizeof not_these / sizeof not_these[0]; i++) {
+        if (number == not_these[i]) return false;
+    }
+    return number >= 1 && number <= ORCHI_SIGNALS;
+}
+
+static int orchi_signals_want(orch_signals *s, const int *signals, size_t count) {
+    for (size_t i = 0; i < count; i++) {
+        if (!orchi_signal_can_wait(signals[i])) return ORCH_EINVAL;
+        orchi_signal_put(s->wanted, signals[i]);
+    }
+    return 0;
+}
+
+/* A bell, and a place in the list; or neither. */
+static int orchi_signals_open(orch_signals *s) {
+    int error = orchi_bell_open(s->bell);
+    if (error != 0) return error;
+    s->error = error = orchi_signals_enter(s);
+    if (error == 0) return 0;
+    orchi_signals_exit(s);
+    orchi_bell_close(s->bell);
+    return error;
+}
+
+/* Some fields are the caller's to set before it opens it. */
+static orch_signals *orchi_signals_make(orch_loop *loop) {
+    orch_signals *s = (orch_signals *)orchi_allocate(loop, sizeof *s);
+    if (s == NULL) return orchi_signals_broken(ORCH_ENOMEM);
+    memset(s, 0, sizeof *s);
+    s->loop = loop;
+    s->process = getpid();
+    return s;
+}
+
+orch_signals *orch_signals_new(const int *signals, size_t count) {
+    int error = orchi_loop == NULL ? ORCH_ENOLOOP : signals == NULL || count == 0 ? ORCH_EINVAL : 0;
+    if (error != 0) return orchi_signals_broken(orchi_misuse("orch_signals_new", error));
+    orch_signals *s = orchi_signals_make(orchi_loop);
+    if (s->error != 0) return s;
+    s->error = orchi_signals_want(s, signals, count);
+    if (s->error == 0) s->error = orchi_signals_open(s);
+    return s;
+}
+
+/* What is wrong with an object here and now, or 0. */
+static int orchi_signals_error(const orch_signals *s, const char *function) {
+    if (s == NULL) return orchi_misuse(function, ORCH_EINVAL);
+    if (s->error != 0 || s->loop == orchi_loop) return s->error;
+    return orchi_misuse(function, orchi_loop != NULL ? ORCH_ETHREAD : ORCH_ENOLOOP);
+}
+
+static void orchi_signals_dispose(orch_signals *s) {
+    if (s->error == 0) {
+        orchi_signals_exit(s);
+        orchi_bell_close(s->bell);
+    }
+    orchi_free(s->loop, s, sizeof *s);
+}
+
+/* Takes the lowest signal that came, or 0. */
+static int orchi_signals_take(orch_signals *s) {
+    int taken = 0;
+    orchi_bell_silence(s->bell);
+    for (int number = 1; number <= ORCHI_SIGNALS; number++) {
+        if (!orchi_signal_in(s->came, number)) continue;
+        if (taken != 0) {
+            orchi_bell_ring(s->bell);
+            break;
+        }
+        taken = number;
+        orchi_signal_remove(s->came, number);
+    }
+    return taken;
+}
+
+// ---- futures
+
+static orch_future *orchi_signals_wait(orch_signals *s) {
+    orch_loop *loop = s->loop;
+    int error = orchi_watch_reserve(loop, s->bell[0]);
+    orch_future *f = error == 0 ? orchi_slot_new(loop, ORCHI_SIGNAL) : NULL;
+    if (f == NULL) return orch_settled(orch_fail(error != 0 ? error : ORCH_ENOMEM));
+    f->as.signal.fd = s->bell[0];
+    f->as.signal.events = ORCH_READABLE;
+    f->as.signal.from = s;
+    error = orchi_watch_start(loop, f);
+    if (error != 0) orchi_reject(loop, f, error);
+    else s->waiting = f;
+    return f;
+}
+
+/* What every end of a wait does: the object of orch_signal goes with it. */
+static void orchi_signal_settle(orch_future *f, orch_result r) {
+    orch_loop *loop = orchi_loop_of(f);
+    orch_signals *s = f->as.signal.from;
+    orchi_unwatch(loop, f);
+    s->waiting = NULL;
+    if (s->single) orchi_signals_dispose(s);
+    orchi_settle(loop, f, &r);
+}
+
+/* A bell without a bit was rung before the last look. A wait that nobody wants any more is about to
+ * be cancelled. */
+static void orchi_signal_fire(orch_future *f, int events) {
+    bool bad = (events & ORCHI_BAD_FD) != 0, wanted = orchi_is_wanted(f);
+    int number = wanted && !bad ? orchi_signals_take(f->as.signal.from) : 0;
+    if (number != 0) orchi_signal_settle(f, orch_ok_int(number));
+    else if (bad || !wanted) orchi_signal_settle(f, orch_fail(bad ? -EBADF : ORCH_ECANCELED));
+}
+
+static orch_future *orchi_signal_cancel(orch_future *f, int reason) {
+    (void)reason;
+    f->flags |= ORCHI_CANCEL;
+    orchi_signal_settle(f, orch_fail(ORCH_ECANCELED));
+    return NULL;
+}
+
+orch_future *orch_signals_next(orch_signals *s) {
+    int error = orchi_signals_error(s, "orch_signals_next");
+    if (error == 0 && s->waiting != NULL) error = orchi_misuse("orch_signals_next", ORCH_EBUSY);
+    return error == 0 ? orchi_signals_wait(s) : orch_settled(orch_fail(error));
+}
+
+void orch_signals_free(orch_signals *s) {
+    if (s == NULL || s->loop == NULL) return;
+    if (s->loop != orchi_loop) {
+        orchi_misuse("orch_signals_free", ORCH_ETHREAD);
+        return;
+    }
+    if (s->waiting != NULL) orchi_signal_settle(s->waiting, orch_fail(ORCH_ECLOSED));
+    orchi_signals_dispose(s);
+}
+
+orch_future *orch_signal(int signal) {
+    if (orchi_loop == NULL) return orchi_rejected(orchi_misuse("orch_signal", ORCH_ENOLOOP));
+    orch_signals *s = orch_signals_new(&signal, 1);
+    orch_future *f = s->error == 0 ? orchi_signals_wait(s) : orch_settled(orch_fail(s->error));
+    if (s->error == 0 && s->waiting == f) s->single = true;
+    else orch_signals_free(s);
+    return f;
+}
+
+// ---- what orch_run does
+
+/* Catches what ends programs, but not what was ignored: nohup, and shells for their background
+ * jobs, ignore it for a reason. */
+static orch_signals *orchi_signals_final(orch_loop *loop) {
+    static const int numbers[] = {SIGINT, SIGTERM};
+    orch_signals *s = orchi_signals_make(loop);
+    if (s->error != 0) return s;
+    for (size_t i = 0; i < 2; i++) {
+        struct sigaction now;
+        if (sigaction(numbers[i], NULL, &now) == 0 && now.sa_handler != SIG_IGN) {
+            orchi_signal_put(s->wanted, numbers[i]);
+        }
+    }
+    s->final = true;
+    s->error = orchi_signals_open(s);
+    return s;
+}
+
 // ------------------------------------------------------------------------------------------------
 // >>run
 //
@@ -8246,6 +8849,8 @@ static void orchi_discard_visit(orch_future *f, void *context) {
         orchi_free(loop, c, orchi_completion_bytes(c->count));
     } else if (f->kind == ORCHI_SCOPE) {
         orchi_scope_free_members(loop, f->as.scope.own);
+    } else if (f->kind == ORCHI_SIGNAL && f->as.signal.from->single) {
+        orchi_signals_dispose(f->as.signal.from);
     }
 }
 
@@ -8389,6 +8994,41 @@ int orch_loop_free(orch_loop *loop) {
 
 // ---- orch_run
 
+/* What a signal does to main. */
+static void orchi_run_interrupted(orch_result *in, void *context) {
+    orch_loop *loop = (orch_loop *)context;
+    loop->quiet = 0;
+    if (in->error != 0 || loop->until == NULL || orchi_settled(loop->until)) return;
+    loop->interrupted = (int)orch_int(in);
+    orch_cancel(loop->until, 128 + loop->interrupted);
+}
+
+/* Waits for the two, which is no work. Not an error: there is nothing to wait for. */
+static int orchi_run_catch(orch_loop *loop, orch_signals **caught) {
+    *caught = NULL;
+    if (!loop->desc.handle_signals) return 0;
+    *caught = orchi_signals_final(loop);
+    if ((*caught)->error != 0) return (*caught)->error;
+    orch_future *next = orch_signals_next(*caught);
+    if (orchi_settled(next)) {
+        int error = next->as.result.error;
+        orch_drop(next);
+        return error;
+    }
+    loop->quiet = 1;
+    orch_on(next, orchi_run_interrupted, loop);
+    return 0;
+}
+
+/* What a main task that was cancelled by a signal and failed has come to. */
+static orch_result orchi_run_signalled(const orch_loop *loop, orch_result r) {
+    if (loop->interrupted == 0 || r.error == 0) return r;
+    if (r.error == ORCH_ECANCELED) orch_result_free(&r);
+    r.error = ORCH_ESIGNAL;
+    r.index = (unsigned)loop->interrupted;
+    return r;
+}
+
 /* Runs until main has ended; a deadlock that exposing shields does not resolve is an error. */
 static int orchi_run_main(orch_loop *loop, orch_future *main) {
     loop->until = main;
@@ -8447,28 +9087,41 @@ static orch_result orchi_run_outcome(orch_loop *loop, orch_result r) {
     return r;
 }
 
-orch_result orch_run_with(const orch_loop_desc *desc, orch_task_fn main, void *arg) {
-    orch_loop *loop = NULL;
-    int error = main == NULL ? ORCH_EINVAL : orchi_loop_make(desc, &loop);
-    if (error == ORCH_ENOMEM) return orch_fail(error);
-    if (error != 0) return orch_fail(orchi_misuse("orch_run", error));
+/* The main task of a loop, and then the rest. */
+static orch_result orchi_run_all(orch_loop *loop, orch_task_fn main, void *arg) {
     orch_task_desc task = {"main", main, arg, 0, NULL, 0};
     orch_future *f = orch_go_with(&task);
-    error = orchi_run_main(loop, f);
+    int error = orchi_run_main(loop, f);
     loop->until = NULL;
     orch_result r = orch_fail(error);
     if (error == 0) r = orchi_take_result(f);
     else orchi_release(f);
-    if (error == 0 && r.error != 0) orchi_report_seed(loop);
+    r = orchi_run_signalled(loop, r);
+    if (error == 0 && r.error != 0 && r.error != ORCH_ESIGNAL) orchi_report_seed(loop);
     orchi_run_rest(loop);
+    return r;
+}
+
+orch_result orch_run_with(const orch_loop_desc *desc, orch_task_fn main, void *arg) {
+    orch_loop *loop = NULL;
+    orch_signals *caught = NULL;
+    int error = main == NULL ? ORCH_EINVAL : orchi_loop_make(desc, &loop);
+    if (error == ORCH_ENOMEM) return orch_fail(error);
+    if (error != 0) return orch_fail(orchi_misuse("orch_run", error));
+    error = orchi_run_catch(loop, &caught);
+    orch_result r = error == 0 ? orchi_run_all(loop, main, arg) : orch_fail(error);
+    orch_signals_free(caught);
     return orchi_run_outcome(loop, r);
 }
 
 orch_result orch_run(orch_task_fn main, void *arg) { return orch_run_with(NULL, main, arg); }
 
 int orch_exit(orch_result r) {
-    int code = r.error != 0;
-    if (code != 0) fprintf(stderr, "%s\n", orch_message(&r));
+    bool by_signal = r.error == ORCH_ESIGNAL;
+    int code = by_signal ? 128 + (int)r.index : r.error != 0;
+    const char *message = orch_message(&r);
+    bool quiet = by_signal && message == orch_error_text(ORCH_ESIGNAL);
+    if (code != 0 && !quiet) fprintf(stderr, "%s\n", message);
     orch_result_free(&r);
     return code;
 }
@@ -8499,6 +9152,9 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
      NULL, NULL},
     {"readiness", orchi_done_run, orchi_ready_cancel, //
      NULL, NULL, NULL, orchi_ready_fire,              //
+     NULL, NULL},
+    {"signal", orchi_done_run, orchi_signal_cancel, //
+     NULL, NULL, NULL, orchi_signal_fire,           //
      NULL, NULL},
     {"follower", orchi_follow_run, orchi_follow_cancel,       //
      orchi_follow_decided, NULL, orchi_follow_retarget, NULL, //
