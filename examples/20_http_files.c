@@ -36,9 +36,10 @@ static orch_result start(void *arg) {
     orch_socket_address(listener, &address);
     printf("%s on http://%s\n", site.folder, orch_address_text(&address, text, sizeof text));
     fflush(stdout);
-    return orch_fail(orch_serve(
-        listener, http_connected,
-        &(orch_serve_desc){.context = &site.service, .max_connections = HTTP_CONNECTIONS_MAX}));
+    return orch_fail(orch_serve(listener, http_connected,
+                                &(orch_serve_desc){.context = &site.service,
+                                                   .max_connections = HTTP_CONNECTIONS_MAX,
+                                                   .no_drain = true}));
 }
 
 int main(int argc, char **argv) {

@@ -209,23 +209,18 @@ static int http_redirect(http_connection *c, const char *name) {
     return fclose(to) != 0 ? ORCH_ENOMEM : http_reply_status(c, 301, fields);
 }
 
-// Sends bytes from..end of an open file. Each piece has its time. Asked to end, the server goes on
-// with what it has begun, but gives it no more time.
-static int http_send_file(int to, int fd, uint64_t from, uint64_t end) {
-    orch_scope scope;
+// Sends bytes from..end of an open file. Each piece has its time; but when the server is asked to
+// end, what is left has no more than that of the last one.
+static int http_send_file(int to, int fd, uint64_t from, uint64_t end, orch_scope *scope) {
     char *piece = malloc(HTTP_CHUNK);
     ptrdiff_t n = piece != NULL ? 1 : ORCH_ENOMEM;
-    orch_shield_begin();
-    orch_scope_open(&scope, &(orch_scope_desc){.name = "file", .timeout_ms = HTTP_SEND_MS});
     while (from < end && n > 0) {
-        if (orch_cancel_reason() == 0) orch_scope_extend(&scope, HTTP_SEND_MS);
+        if (orch_cancel_reason() == 0) orch_scope_extend(scope, HTTP_SEND_MS);
         size_t size = end - from < HTTP_CHUNK ? (size_t)(end - from) : HTTP_CHUNK;
         n = orch_file_read(fd, piece, size, from);
         if (n > 0) n = orch_write(to, piece, (size_t)n);
         from += n > 0 ? (uint64_t)n : 0;
     }
-    n = http_close_scope(&scope, n);
-    orch_shield_end();
     free(piece);
     return n < 0 ? (int)n : from < end ? -EIO : 0; // too short now: only the end can say so
 }
@@ -235,7 +230,7 @@ static int http_answer_list(http_connection *c, const http_found *f) {
     return http_begin(c, 200, fields, f->read, f->body, f->read);
 }
 
-static int http_answer_file(http_connection *c, const http_found *f) {
+static int http_answer_file(http_connection *c, const http_found *f, orch_scope *scope) {
     const http_request *q = &c->request;
     char fields[512], date[32], range[96] = "";
     http_date(f->modified, date);
@@ -265,27 +260,37 @@ static int http_answer_file(http_connection *c, const http_found *f) {
     if (here > count) here = count;
     int error = http_begin(c, status, fields, count, f->body + from, (size_t)here);
     if (error != 0 || q->head || here == count) return error;
-    return http_send_file(c->fd, f->fd, from + here, from + count);
+    return http_send_file(c->fd, f->fd, from + here, from + count, scope);
 }
 
-// The handler. Its context is the root folder's descriptor, an int.
+static int http_find_and_answer(http_connection *c, const http_wanted *w, orch_scope *scope) {
+    orch_result r = orch_await(orch_offload_with(&(orch_offload_desc){.name = "find",
+                                                                      .fn = http_find_offloaded,
+                                                                      .arg = (void *)(uintptr_t)w,
+                                                                      .arg_size = sizeof *w,
+                                                                      .lane = ORCH_LANE_FILE}));
+    const http_found *f = r.value;
+    int error = r.error;
+    if (error != 0) error = error == ORCH_ENOMEM ? http_reply_status(c, 503, "") : error;
+    else if (f->status == 301) error = http_redirect(c, w->name);
+    else if (f->status != 200) error = http_reply_status(c, f->status, "");
+    else if (f->fd < 0) error = http_answer_list(c, f);
+    else error = http_answer_file(c, f, scope);
+    orch_result_free(&r);
+    return error;
+}
+
+// The handler. Its context is the root folder's descriptor, an int. A request that has come is
+// answered, in bounded time, also when the server is asked to end meanwhile: hence the shield.
 static int http_serve_file(http_connection *c, void *context) {
     http_wanted w = {*(const int *)context, c->request.head, ""};
     int status = http_decode_path(c->request.path, w.name);
     if (status != 0) return http_reply_status(c, status, "");
-    orch_result r = orch_await(orch_offload_with(&(orch_offload_desc){.name = "find",
-                                                                      .fn = http_find_offloaded,
-                                                                      .arg = &w,
-                                                                      .arg_size = sizeof w,
-                                                                      .lane = ORCH_LANE_FILE}));
-    int error = r.error;
-    const http_found *f = r.value;
-    if (error == 0) switch (f->status) {
-        case 200: error = f->fd >= 0 ? http_answer_file(c, f) : http_answer_list(c, f); break;
-        case 301: error = http_redirect(c, w.name); break;
-        default: error = http_reply_status(c, f->status, "");
-        }
-    orch_result_free(&r);
+    orch_scope scope;
+    orch_shield_begin();
+    orch_scope_open(&scope, &(orch_scope_desc){.name = "answer", .timeout_ms = HTTP_SEND_MS});
+    int error = (int)http_close_scope(&scope, http_find_and_answer(c, &w, &scope));
+    orch_shield_end();
     return error;
 }
 

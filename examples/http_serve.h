@@ -8,8 +8,6 @@
 #ifndef HTTP_SERVE_H
 #define HTTP_SERVE_H
 
-#include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <stdio.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
@@ -152,19 +150,19 @@ static int http_serve_one(http_connection *c, http_service *s) {
         if (error == 0) http_linger(c);
         return error;
     }
+    if (orch_cancel_reason() != 0) c->request.keep = false;
     status = s->handler(c, s->context);
     s->requests += status == 0;
     http_consume(c, size);
     return status;
 }
 
-// A connection's task, for orch_serve, whose context is a http_service.
+// A connection's task, for orch_serve, whose context is a http_service. With no_drain the server's
+// end cancels connections at once; what they are sending they finish.
 static orch_result http_connected(int fd, void *context) {
     http_connection c;
-    int on = 1;
     c.fd = fd;
     c.used = c.seen = 0;
-    setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof on);
     while (http_serve_one(&c, context) == 0 && c.request.keep) continue;
     return orch_ok(NULL, NULL); // a client that goes away is not this server's failure
 }

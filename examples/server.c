@@ -236,9 +236,10 @@ static orch_result wait_for_eof(void *arg) {
 static orch_result accept_and_serve(void *arg) {
     int listener = *(int *)arg;
     http_service service = {serve, NULL, 0};
-    return orch_fail(orch_serve(
-        listener, http_connected,
-        &(orch_serve_desc){.context = &service, .max_connections = HTTP_CONNECTIONS_MAX}));
+    return orch_fail(orch_serve(listener, http_connected,
+                                &(orch_serve_desc){.context = &service,
+                                                   .max_connections = HTTP_CONNECTIONS_MAX,
+                                                   .no_drain = true}));
 }
 
 static orch_result start(void *arg) {
