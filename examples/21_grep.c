@@ -3,11 +3,11 @@
 // shows   orch_offload: reading folders and files blocks, so threads do it, while all decisions are
 //         made here, on one thread, without a lock; a channel between who finds files and who
 //         searches them keeps both busy and memory bounded; a progress line on a terminal
-// run     cc -O2 -o search examples/21_grep.c && ./search -n 'keeps both busy' examples
+// run     cc -O2 -o search examples/21_grep.c && ./search -n 'from one process to another' tests
 //         -i ignores the case of ASCII letters, -n prints line numbers; ends with 0 when something
 //         was found, 1 when not, 2 when something could not be read
 // prints  (the lines of a file together, files as they are done)
-//         examples/21_grep.c:5://         searches them keeps both busy and memory bounded; [...]
+//         tests/test_connections.c:1:// Ten thousand connections at a time, from one process [...]
 
 #define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"

@@ -288,8 +288,9 @@ static int http_serve_file(http_connection *c, void *context) {
     if (status != 0) return http_reply_status(c, status, "");
     orch_scope scope;
     orch_shield_begin();
-    orch_scope_open(&scope, &(orch_scope_desc){.name = "answer", .timeout_ms = HTTP_SEND_MS});
-    int error = (int)http_close_scope(&scope, http_find_and_answer(c, &w, &scope));
+    int error = http_open_scope(&scope, "answer", HTTP_SEND_MS);
+    if (error == 0) error = http_find_and_answer(c, &w, &scope);
+    error = (int)http_close_scope(&scope, error);
     orch_shield_end();
     return error;
 }

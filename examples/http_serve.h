@@ -40,6 +40,11 @@ typedef struct http_service {
     size_t requests; // answered so far
 } http_service;
 
+// Opens a scope with a deadline. Where that fails nothing must be waited for, but it is closed too.
+static int http_open_scope(orch_scope *scope, const char *name, uint64_t ms) {
+    return orch_scope_open(scope, &(orch_scope_desc){.name = name, .timeout_ms = ms});
+}
+
 // Closes a scope around I/O that came to n. Returns n, or ORCH_ETIMEDOUT when time was up.
 static ptrdiff_t http_close_scope(orch_scope *scope, ptrdiff_t n) {
     orch_result r = orch_scope_close(scope);
@@ -54,8 +59,9 @@ static ptrdiff_t http_close_scope(orch_scope *scope, ptrdiff_t n) {
 static int http_send(int fd, const struct iovec *parts, int count) {
     orch_scope scope;
     orch_shield_begin();
-    orch_scope_open(&scope, &(orch_scope_desc){.name = "send", .timeout_ms = HTTP_SEND_MS});
-    ptrdiff_t n = http_close_scope(&scope, orch_writev(fd, parts, count));
+    ptrdiff_t n = http_open_scope(&scope, "send", HTTP_SEND_MS);
+    if (n == 0) n = orch_writev(fd, parts, count);
+    n = http_close_scope(&scope, n);
     orch_shield_end();
     return n < 0 ? (int)n : 0;
 }
@@ -103,8 +109,8 @@ static int http_reply_status(http_connection *c, int status, const char *more) {
 static void http_linger(http_connection *c) {
     orch_scope scope;
     shutdown(c->fd, SHUT_WR);
-    orch_scope_open(&scope, &(orch_scope_desc){.name = "linger", .timeout_ms = HTTP_LINGER_MS});
-    for (int i = 0; i < 64 && orch_read(c->fd, c->input, sizeof c->input) > 0; i++) continue;
+    int more = http_open_scope(&scope, "linger", HTTP_LINGER_MS) == 0 ? 64 : 0;
+    while (more-- > 0 && orch_read(c->fd, c->input, sizeof c->input) > 0) continue;
     http_close_scope(&scope, 0);
 }
 
@@ -132,8 +138,9 @@ static int http_fill(http_connection *c, orch_scope *scope, size_t *size) {
 static int http_read_head(http_connection *c, size_t *size) {
     orch_scope scope;
     uint64_t ms = c->used > 0 ? HTTP_HEAD_MS : HTTP_IDLE_MS;
-    orch_scope_open(&scope, &(orch_scope_desc){.name = "request", .timeout_ms = ms});
-    int error = (int)http_close_scope(&scope, http_fill(c, &scope, size));
+    int error = http_open_scope(&scope, "request", ms);
+    if (error == 0) error = http_fill(c, &scope, size);
+    error = (int)http_close_scope(&scope, error);
     return error == ORCH_ETIMEDOUT && c->used > 0 ? 408 : error;
 }
 
