@@ -214,6 +214,25 @@ for bad in "serve" "serve 0" "serve 70000" "load" "load 7000 0" "bogus 7000"; do
     ended "13_echo $bad" 2 $?
 done
 
+# ---- 20_http_files and 21_grep, as in their header comments; test_http.sh does the rest
+
+promised 20_http_files | plain >"$folder/want"
+rm -f "$folder/says"
+mkfifo "$folder/says"
+"$programs/20_http_files" . 0 >"$folder/says" &
+server=$!
+exec 3<"$folder/says" # until its end
+read -r line <&3
+echo "$line" | plain >"$folder/got"
+same 20_http_files "$folder/want" "$folder/got"
+kill "$server"
+wait "$server"
+ended "20_http_files by SIGTERM" 143 $?
+server=
+"$programs/21_grep" -n 'from one process to another' tests >"$folder/out"
+ended 21_grep 0 $?
+has 21_grep "$folder/out" "$(promised 21_grep | sed -n '$s/ \[\.\.\.\]$//p')" 1
+
 # ---- the server's command line
 
 for bad in "--port 70000" "--port" "--delay likes" "--delay nothing=1" "--fail likes=0" \
