@@ -985,9 +985,11 @@ const orch_loop_desc *orch_loop_settings(const orch_loop *loop);
  * Owns nothing. */
 orch_loop_stats orch_loop_statistics(const orch_loop *loop);
 
-/* Reports who awaits what, one line per task and per waiting future, to on_report.
+/* Reports who awaits what to on_report: one line for each task, callback and combinator that waits
+ * and for each open scope, with up to 8 of its inputs or members by kind, name and number, and how
+ * many more there are. A task may call it at any time, for instance on a signal or a slow request.
  * Returns nothing.
- * Context: loop thread.
+ * Context: loop thread; does not suspend. Visits every slot.
  * Owns: borrows loop. */
 void orch_loop_dump(orch_loop *loop);
 
@@ -2173,9 +2175,10 @@ typedef struct orchi_kind {
                                                    // that decides f, and how
     void (*ended)(orch_future *f, uint32_t input); // an input has settled; NULL: queue f
     void (*retarget)(orch_future *f, uint32_t input, orch_future *to); // an input was replaced
-    void (*fire)(orch_future *f, int events);     // its timer or descriptor is due
-    orch_future *(*source)(const orch_future *f); // what it waits for, for reports
-    const char *(*label)(const orch_future *f);   // its name, for reports
+    void (*fire)(orch_future *f, int events);                   // its timer or descriptor is due
+    orch_future *(*source)(const orch_future *f, uint32_t *at); // what it waits for, for reports:
+                                                                // from place *at on, NULL: no more
+    const char *(*label)(const orch_future *f);                 // its name, for reports
 } orchi_kind;
 
 // >>forward: what is declared before its definition, and why.
@@ -3865,23 +3868,58 @@ static void orchi_describe(const orch_future *f, char *buffer, size_t size) {
     unsigned long long id = (unsigned long long)f->generation / 2;
     const char *label = kind->label != NULL ? kind->label(f) : "";
     const char *quote = label[0] != '\0' ? "'" : "";
-    snprintf(buffer, size, "%s %s%s%s#%llu", kind->name, quote, label, quote, id);
+    char descriptor[32] = "";
+    if (f->kind == ORCHI_READY) {
+        snprintf(descriptor, sizeof descriptor, "of descriptor %d", f->as.ready.fd);
+    }
+    snprintf(buffer, size, "%s %s%s%s%s#%llu", kind->name, descriptor, quote, label, quote, id);
 }
 
-/* Whether a future stands for somebody who waits: these are what a deadlock is made of. */
+/* What f waits for from place *at on; NULL when there is no more. A holder stands for what it holds.
+ */
+static orch_future *orchi_next_source(const orch_future *f, uint32_t *at) {
+    orch_future *source = orchi_kinds[f->kind].source(f, at);
+    while (source != NULL && source->kind == ORCHI_PROXY) source = source->as.follow.source;
+    return source;
+}
+
+/* Whether a future stands for somebody who waits: these are what a deadlock is made of. An iteration
+ * waits when somebody has asked it for more. */
 static bool orchi_awaits(const orch_future *f) {
-    return !orchi_settled(f) && (orchi_kinds[f->kind].source != NULL || (f->flags & ORCHI_ENDS_ON));
+    uint32_t at = 0;
+    if (orchi_settled(f)) return false;
+    if (f->kind == ORCHI_HUB) return orchi_next_source(f, &at) != NULL;
+    return orchi_kinds[f->kind].source != NULL || (f->flags & ORCHI_ENDS_ON);
 }
 
+enum { ORCHI_SHOWN = 8 }; // sources a line of a report names
+
+/* Names what f waits for, and counts what does not fit on a line: a combinator may have a million
+ * inputs. */
+static void orchi_describe_sources(const orch_future *f, char *text, size_t size) {
+    uint32_t at = 0, shown = 0, more = 0;
+    const size_t reserve = sizeof " and 4294967295 more";
+    snprintf(text, size, "nothing: it runs, or is ready to");
+    for (;;) {
+        orch_future *source = orchi_next_source(f, &at);
+        char name[160];
+        if (source == NULL) break;
+        size_t used = shown > 0 ? strlen(text) : 0;
+        if (more == 0) orchi_describe(source, name, sizeof name);
+        if (more > 0 || shown == ORCHI_SHOWN || used + strlen(name) + reserve > size) more++;
+        else snprintf(text + used, size - used, "%s%s", shown++ > 0 ? ", " : "", name);
+    }
+    size_t used = strlen(text);
+    if (more > 0) snprintf(text + used, size - used, " and %u more", (unsigned)more);
+}
+
+/* Holders are left out: whoever holds is shown with what it holds. */
 static void orchi_dump_visit(orch_future *f, void *context) {
-    if (!orchi_awaits(f)) return;
+    if (!orchi_awaits(f) || (f->kind == ORCHI_PROXY && (f->flags & ORCHI_WAITED))) return;
     orch_loop *loop = (orch_loop *)context;
-    const orchi_kind *kind = &orchi_kinds[f->kind];
-    char who[160], what[160] = "nothing: it is ready to run";
-    orch_future *source = kind->source != NULL ? kind->source(f) : NULL;
+    char who[160], what[320] = "its producer";
     orchi_describe(f, who, sizeof who);
-    if (source != NULL) orchi_describe(source, what, sizeof what);
-    if (kind->source == NULL) snprintf(what, sizeof what, "its producer");
+    if (orchi_kinds[f->kind].source != NULL) orchi_describe_sources(f, what, sizeof what);
     orchi_report(loop, "asyncorch:   %s awaits %s\n", who, what);
 }
 
@@ -4464,7 +4502,9 @@ static void orchi_follow_retarget(orch_future *f, uint32_t input, orch_future *t
     f->as.follow.source = to; // for every kind whose source stands first
 }
 
-static orch_future *orchi_follow_source(const orch_future *f) { return f->as.follow.source; }
+static orch_future *orchi_follow_source(const orch_future *f, uint32_t *at) {
+    return (*at)++ == 0 ? f->as.follow.source : NULL;
+}
 
 /* Asks the source when nobody else holds it; lets go of it otherwise. */
 static orch_future *orchi_proxy_cancel(orch_future *f, int reason) {
@@ -5179,11 +5219,11 @@ static void orchi_combine_run(orch_future *c) {
     orchi_settle(orchi_loop_of(c), c, &r);
 }
 
-/* For reports: the first input that is still open. */
-static orch_future *orchi_combine_source(const orch_future *c) {
+/* For reports: the inputs that are still open. */
+static orch_future *orchi_combine_source(const orch_future *c, uint32_t *at) {
     const orchi_list *list = c->as.combine.list;
-    for (uint32_t i = 0; list != NULL && i < list->count; i++) {
-        orch_future *item = orchi_not_late(orchi_items(list)[i]);
+    while (list != NULL && *at < list->count) {
+        orch_future *item = orchi_not_late(orchi_items(list)[(*at)++]);
         if (!orchi_settled(item)) return item;
     }
     return NULL;
@@ -5471,6 +5511,16 @@ static void orchi_hub_ended(orch_future *hub, uint32_t input) {
 
 static void orchi_hub_retarget(orch_future *hub, uint32_t input, orch_future *to) {
     hub->as.hub.iteration->items[input] = to;
+}
+
+/* For reports: what may answer a next that was not answered yet. */
+static orch_future *orchi_hub_source(const orch_future *hub, uint32_t *at) {
+    const orch_completion *c = hub->as.hub.iteration;
+    while (orch_promise_pending(c->waiting) && *at < c->count) {
+        orch_future *item = c->items[(*at)++];
+        if (item != NULL && !orchi_settled(item)) return item;
+    }
+    return NULL;
 }
 
 /* The next outcome, moved out of its future. */
@@ -5878,8 +5928,9 @@ static void orchi_scope_retarget(orch_future *f, uint32_t input, orch_future *to
     f->as.scope.own->members[input] = to;
 }
 
-static orch_future *orchi_scope_source(const orch_future *f) {
-    return f->as.scope.count > 0 ? f->as.scope.own->members[0] : NULL;
+/* For reports: its members, in no order. */
+static orch_future *orchi_scope_source(const orch_future *f, uint32_t *at) {
+    return *at < f->as.scope.count ? f->as.scope.own->members[(*at)++] : NULL;
 }
 
 /* It ends when its members have, and its task asks them. */
@@ -6199,7 +6250,9 @@ static void orchi_task_retarget(orch_future *f, uint32_t input, orch_future *to)
     f->as.task.task->waiting = to;
 }
 
-static orch_future *orchi_task_source(const orch_future *f) { return f->as.task.task->waiting; }
+static orch_future *orchi_task_source(const orch_future *f, uint32_t *at) {
+    return (*at)++ == 0 ? f->as.task.task->waiting : NULL;
+}
 
 static const char *orchi_task_label(const orch_future *f) { return f->as.task.task->name; }
 
@@ -7086,10 +7139,12 @@ static bool orchi_expose(orch_loop *loop) {
     return any;
 }
 
-/* What a pending future waits for; NULL at the end of the chain. */
+/* What a pending future waits for; NULL at the end of the chain. Of many inputs the first open one
+ * will do: an `all` that circles through another one is broken off as a wait that never ends. */
 static orch_future *orchi_source_of(const orch_future *f) {
+    uint32_t first = 0;
     if (f == NULL || orchi_settled(f) || orchi_kinds[f->kind].source == NULL) return NULL;
-    return orchi_kinds[f->kind].source(f);
+    return orchi_kinds[f->kind].source(f, &first);
 }
 
 enum { ORCHI_NEW, ORCHI_WALKED, ORCHI_ENDS, ORCHI_CIRCLES }; // orch_future.mark
@@ -7381,7 +7436,7 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
      orchi_combine_source, NULL},
     {"iteration", orchi_hub_run, NULL,                //
      NULL, orchi_hub_ended, orchi_hub_retarget, NULL, //
-     NULL, NULL},
+     orchi_hub_source, NULL},
     {"scope", orchi_scope_run, orchi_scope_cancel,        //
      NULL, orchi_scope_ended, orchi_scope_retarget, NULL, //
      orchi_scope_source, orchi_scope_label},

@@ -14,7 +14,6 @@
 //     order of ready work from a seed, replayed by it      FoundationDB, Loom, Shuttle  seeds_*
 //     a deadlock is an error that names who waits          Go runtime, synctest         deadlock_*
 //     a waiter that is gone gets nothing                   Go select, Trio checkpoints  wanted_*
-#define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
 #include "test.h"
 

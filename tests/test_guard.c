@@ -44,7 +44,6 @@
 // one, in the mean        Netflix Windowed, Gradient  adaptive_tolerance over the limit: waits in
 // order, or is refused     BlockingLimiter, Simple     adaptive_waits, _refuses also built with
 // -DNDEBUG (misuse returns errors there)
-#define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
 #include "test.h"
 

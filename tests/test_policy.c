@@ -47,11 +47,11 @@
 // no delay: all at once                              Polly Delay zero           hedge_at_once
 // losers are cancelled                               gRPC hedging               hedge_losers
 // an error that is fatal starts no further attempt   gRPC nonFatalStatusCodes   hedge_fatal
-#define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
 #include "test.h"
 
 #include <float.h>
+#include <limits.h>
 #include <math.h>
 
 // ---- kit

@@ -41,7 +41,6 @@
 //     children inherit context values                     Go context.WithValue,         local_*
 //                                                         Python contextvars
 //     a child cannot change its parent's values           Python contextvars            local_child
-#define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
 #include "test.h"
 
