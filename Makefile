@@ -47,7 +47,7 @@ help: # this list
 
 $(B)/examples/%: examples/%.c asyncorch.h $(wildcard examples/*.h) Makefile
 	@mkdir -p $(@D)
-	@$(CC) -std=gnu99 -O2 -g $(WARNINGS) $< -o $@ $(call curl_for,$<)
+	@$(CC) -std=gnu99 -O1 -g $(WARNINGS) $< -o $@ $(call curl_for,$<)
 
 $(B)/bench/%: bench/%.c asyncorch.h $(wildcard bench/*.h examples/*.h) Makefile
 	@mkdir -p $(@D)
@@ -82,6 +82,8 @@ build = $(MAKE) -k --no-print-directory -j$(JOBS) \
 lines = $(foreach t,$(TESTS),echo '$(t)$(if $(2),/$(2)) $(4) $(B)/$(strip $(1))/$(t) $(3)';)
 sweeps = $(if $(WRAP),$(call lines,tests,sweep,--sweep,$(1)),echo \
 	'sweep echo "skipped the sweep (no ld --wrap)"; echo "0 passed, 0 failed, 1 skipped"';)
+matrix = $(foreach g,options-gcc options-clang c cxx static cross units,echo \
+	'matrix/$(g) $(1) sh tests/run_matrix.sh $(g)';)
 VALGRIND = TEST_TIME=20 valgrind -q --error-exitcode=9 --leak-check=full \
 	--errors-for-leak-kinds=definite
 harness_without = $(if $(SANITIZE),, no-sanitizers)$(if $(WRAP),, no-sweep)
@@ -100,10 +102,7 @@ test: # everything that fits into five minutes: sanitizers, allocation failures,
 	@{ echo 'harness sh tests/run_harness.sh $(B)/tests/test_harness$(harness_without)'; \
 	$(call lines,tests,,,TEST_SEEDS=$(SEEDS)) \
 	$(foreach s,$(SCRIPTS),echo '$(s) sh tests/$(s).sh $(B)/examples';) \
-	$(call sweeps,TEST_SEEDS=1) \
-	for group in options-gcc options-clang c cxx static cross units; do \
-		echo "matrix/$$group sh tests/run_matrix.sh $$group"; \
-	done; } | JOBS=$(JOBS) $(RUN)
+	$(matrix) $(call sweeps,TEST_SEEDS=1) } | JOBS=$(JOBS) $(RUN)
 
 $(TESTS): %: $(B)/tests/%
 	@$<
@@ -112,7 +111,7 @@ torture: # the tests in every build there is
 	@$(call build,tests release ucontext clang lto thread)
 	@{ $(call lines,release,release) $(call lines,ucontext,ucontext) \
 	$(call lines,clang,clang) $(call lines,lto,lto) \
-	$(call lines,thread,thread,,TEST_TIME=4) \
+	$(call lines,thread,thread,,TEST_TIME=4) $(call matrix,FULL=1) \
 	$(call lines,tests,stack-use,,ASAN_OPTIONS=detect_stack_use_after_return=1) } | JOBS=$(JOBS) $(RUN)
 
 test-seeds: # what runs tasks in an order drawn from a seed, over N=2000 seeds
