@@ -53,8 +53,8 @@ $(B)/bench/%: bench/%.c asyncorch.h $(wildcard bench/*.h examples/*.h) Makefile
 	@mkdir -p $(@D)
 	@$(CC) -std=gnu99 -O2 -DNDEBUG $(WARNINGS) $< -o $@ $(call curl_for,$<)
 
-# way: compiler, its flags. Each of these folders has every test program, and the implementation once
-# for all that do not ask for their own, which saves most of the time it takes to build them.
+# way: compiler, its flags. Each of these folders has every test program, and the implementation
+# once for all that do not ask for their own, which saves most of the time it takes to build them.
 own = $(shell grep -q ASYNCORCH_IMPLEMENTATION $(1) || echo $(2))
 define way
 $(B)/$(strip $(1))/asyncorch.o: asyncorch.h Makefile

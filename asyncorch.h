@@ -112,8 +112,7 @@
 //         orch_scope_desc desc = {"page", 2000, false};   // name, deadline in ms, keep_going
 //         orch_scope_open(&s, &desc);
 //         orch_scope_go(&s, fetch_comments, arg);         // if one fails, the other is cancelled,
-//         orch_scope_go(&s, fetch_likes, arg);            // and so is a wait between open and
-// close
+//         orch_scope_go(&s, fetch_likes, arg);            // and so is a wait before close
 //         return orch_scope_close(&s);                    // waits for both: the first error, or
 //     }                                                   // ORCH_ETIMEDOUT
 //
@@ -175,8 +174,8 @@
 //     a cancelled task that goes on waiting           reported once, in both
 //
 // Not detected: a handle used after its slot was used again (release), a result copied and freed
-// twice, an element of a list kept longer than the list, a
-// ticket, box or future used after its loop was freed, a result of orch_await that is not freed.
+// twice, an element of a list kept longer than the list, a ticket, box or future used after its
+// loop was freed, a result of orch_await that is not freed.
 //
 // 10. Threads
 //
@@ -388,8 +387,7 @@ void orch_result_free(orch_result *r);
 // orch_ref gives one more reference. Giving up the last reference to pending work cancels it.
 
 /* The write end: a ticket, passed by value. It owns nothing, and a late or second use is harmless,
- * until its loop is freed.
- */
+ * until its loop is freed. */
 typedef struct orch_promise {
     orch_future *future;
     uint64_t generation;
@@ -401,11 +399,10 @@ typedef void (*orch_on_fn)(orch_result *in, void *context); // in is lent: orch_
 typedef bool (*orch_cancel_fn)(void *context, int reason);  // true: the work has ended
 
 typedef struct orch_then_desc {
-    orch_then_fn on_ok;    // NULL: value and state pass through
-    orch_then_fn on_error; // NULL: error and detail pass through
-    void *context;         // passed to both
-    void (*release)(
-        void *context); // called exactly once, also when nothing ever ran; NULL: nothing
+    orch_then_fn on_ok;             // NULL: value and state pass through
+    orch_then_fn on_error;          // NULL: error and detail pass through
+    void *context;                  // passed to both
+    void (*release)(void *context); // called exactly once, also when nothing ever ran
 } orch_then_desc;
 
 /* A pending future and the ticket that settles it. With no memory the future is a rejected one and
@@ -424,8 +421,8 @@ ORCH_NODISCARD orch_future *orch_settled(orch_result r);
 /* Settles a promise. r may be orch_chain(f), which follows f.
  * Returns whether this call decided it; if not (settled before, locked in, future gone, wrong
  * thread) r is freed.
- * Context: the loop's own thread; never suspends or allocates, and calls nothing of
- * the user's but on_unhandled for a detached future, and the release of what nobody takes.
+ * Context: the loop's own thread; never suspends or allocates, and calls nothing of the user's but
+ * on_unhandled for a detached future, and the release of what nobody takes.
  * Owns: consumes r. */
 bool orch_settle(orch_promise promise, orch_result r);
 
@@ -1237,16 +1234,17 @@ typedef enum orch_overflow {
 typedef orch_result (*orch_subscriber_fn)(const orch_result *event, void *context);
 
 typedef struct orch_subscribe_desc {
-    const char *name;            // of on_event's task, for reports; borrowed until the end
-    size_t capacity;             // events that may wait; default: 64; SIZE_MAX: any number
-    orch_overflow overflow;      // default: the oldest event is dropped
-    orch_subscriber_fn on_event; // called with each event, in order, one at a time, in a task of
-                                 // its own, which may wait; NULL: orch_subscription_next is used
-    void (*on_error)(const orch_result *error,
-                     void *context); // what on_event failed with, and ORCH_ECLOSED after an
-                                     // overflow that closes; default: the loop's on_unhandled
-    void *context;                   // passed to both
-    void (*release)(void *context);  // called exactly once, when nothing uses context any more
+    const char *name;       // of on_event's task, for reports; borrowed until the end
+    size_t capacity;        // events that may wait; default: 64; SIZE_MAX: any number
+    orch_overflow overflow; // default: the oldest event is dropped
+    // Called with each event, in order, one at a time, in a task of its own, which may wait. NULL:
+    // whoever subscribed uses orch_subscription_next.
+    orch_subscriber_fn on_event;
+    // Told what on_event failed with, and ORCH_ECLOSED after an overflow that closes; default: the
+    // loop's on_unhandled.
+    void (*on_error)(const orch_result *error, void *context);
+    void *context;                  // passed to both
+    void (*release)(void *context); // called exactly once, when nothing uses context any more
 } orch_subscribe_desc;
 
 typedef struct orch_subscription_stats {
@@ -1343,8 +1341,7 @@ typedef struct orch_retry_desc {
     uint64_t timeout_ms;           // for each attempt; default: none
     uint64_t budget_ms;            // for all of it: attempts, hooks and waits; default: none
     orch_retry_if_fn retry_if;     // false: this error will not pass; default: only ORCH_ECANCELED
-    orch_on_attempt_fn on_attempt; // told of each failed attempt, also the last; not 0: the retry
-                                   // stops with this error
+    orch_on_attempt_fn on_attempt; // told of each failed attempt; not 0: stop with this error
     orch_retry_after_fn retry_after; // true: *ms is how long to wait, as the server asks for it
     void *context;                   // passed to the three; borrowed until it has ended
 } orch_retry_desc;
@@ -1381,14 +1378,15 @@ typedef struct orch_map_desc {
     void *context;                  // passed to fn
     void (*release)(void *context); // called exactly once, when the last item has ended
     size_t concurrency;             // at most so many at once; default: all
-    orch_semaphore *limit;        // each item holds one of its permits; default: none. Several maps
-                                  // may share it, and orch_semaphore_resize changes it while they
-                                  // run; borrowed until it has ended
-    bool keep_going;              // an error stops nothing: the list shows every outcome
-    uint64_t timeout_ms;          // for each item, all its attempts together; default: none
-    const orch_retry_desc *retry; // for each item: numbers and hooks, fn is to be NULL; read during
-                                  // the call; default: one attempt
-    size_t stack_size;            // bytes of an item's stack; default: the loop's
+    // Each item holds one of its permits. Several maps may share it, and orch_semaphore_resize
+    // changes it while they run. Borrowed until the map has ended; default: none.
+    orch_semaphore *limit;
+    bool keep_going;     // an error stops nothing: the list shows every outcome
+    uint64_t timeout_ms; // for each item, all its attempts together; default: none
+    // For each item: numbers and hooks, fn is to be NULL. Read during the call; default: one
+    // attempt.
+    const orch_retry_desc *retry;
+    size_t stack_size; // bytes of an item's stack; default: the loop's
 } orch_map_desc;
 
 /* Runs fn for the indices 0 to count - 1, each in a task of its own, started in order, at most
@@ -1416,8 +1414,7 @@ typedef struct orch_hedge_desc {
     unsigned attempts;          // at most, the first included, to 100; default: 2
     uint64_t delay_ms;          // from an attempt's start to the next one's; default: 100
     bool no_delay;              // all start at once
-    orch_retry_if_fn retry_if;  // false: this error will not pass, and no other attempt starts;
-                                // default: all errors may
+    orch_retry_if_fn retry_if;  // false: this error will not pass, no more attempts; default: true
     void *context;              // passed to it; borrowed until it has ended
 } orch_hedge_desc;
 
@@ -1461,10 +1458,9 @@ typedef struct orch_limiter_desc {
     const char *name;     // for reports; borrowed until it is freed; default: ""
     uint32_t limit;       // starts in each interval; required
     uint64_t interval_ms; // required; at most 73 years
-    uint32_t burst;   // token bucket: tokens at most, and at first; default: limit; at most what
-                      // comes in 73 years
-    bool strict;      // any limit + 1 starts in a row span the interval; limit at most 16777216
-    uint32_t waiting; // how many may wait, one more gets ORCH_ELIMIT; default: any number
+    uint32_t burst;       // token bucket: its size; default: limit; at most what 73 years bring
+    bool strict;          // any limit + 1 starts in a row span the interval; limit at most 16777216
+    uint32_t waiting;     // how many may wait, one more gets ORCH_ELIMIT; default: any number
 } orch_limiter_desc;
 
 /* A limit on starts: by default a token bucket (limit tokens come in each interval, evenly; burst
@@ -1663,9 +1659,8 @@ void orch_flight_free(orch_flight *f);
 /* Joins the run for a key; the first caller starts it, as a task. A call after it has ended starts
  * the next. The last caller to give up cancels it; one that calls while that still winds down waits
  * for its end and then starts the next: at no time are there two runs for a key. No caller's
- * deadline ends a run that others wait for. The first caller
- * can give up before the others, but if it lent an arg (not NULL, without arg_size or release) it
- * stays until the run has ended.
+ * deadline ends a run that others wait for. The first caller can give up before the others, but if
+ * it lent an arg (not NULL, without arg_size or release) it stays until the run has ended.
  * Returns the future of the caller's share (orch_take gives NULL when there were several); rejected
  * as the run; ORCH_EINVAL for no key, no fn, or a key that does not fit into half the task's stack;
  * ORCH_ECYCLE inside the run itself; ORCH_ENOMEM.
@@ -1709,8 +1704,9 @@ typedef struct orch_adaptive_desc {
     uint32_t max;        // calls at once at most; default: 200, or min when that is more
     uint32_t initial;    // at first; default: 20, or the nearest of min and max
     uint64_t latency_ms; // a call that takes longer says overload; default: none
-    double tolerance;    // so do 20 calls that in the mean take this times the usual, and 1 ms,
-                         // longer; above 1; default: 2, with latency_ms: none
+    // So do 20 calls that in the mean take this times the usual and 1 ms longer; above 1; default:
+    // 2, with latency_ms: none.
+    double tolerance;
     double backoff;      // overload multiplies the limit by it; above 0, below 1; default: 0.9
     uint32_t waiting;    // how many may wait, one more gets ORCH_ELIMIT; default: any number
     bool no_wait;        // ORCH_ELIMIT at once instead of waiting
@@ -1997,8 +1993,7 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 extern "C" {
 #endif
 
-/* Monotonic nanoseconds: 17 ns a read, so no path but a look at timers and descriptors makes one.
- */
+/* Monotonic nanoseconds: 17 ns a read, so only a look at timers and descriptors makes one. */
 static uint64_t orchi_clock(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -2170,15 +2165,14 @@ typedef struct orchi_kind {
     const char *name;
     void (*run)(orch_future *f);                        // popped from the ready ring
     orch_future *(*cancel)(orch_future *f, int reason); // returns what to ask next
-    bool (*decided)(orch_future *f, uint32_t input,
-                    bool *ok);                     // an input's outcome is final; whether
-                                                   // that decides f, and how
+    // An input's outcome is final: whether that decides f, and how.
+    bool (*decided)(orch_future *f, uint32_t input, bool *ok);
     void (*ended)(orch_future *f, uint32_t input); // an input has settled; NULL: queue f
     void (*retarget)(orch_future *f, uint32_t input, orch_future *to); // an input was replaced
-    void (*fire)(orch_future *f, int events);                   // its timer or descriptor is due
-    orch_future *(*source)(const orch_future *f, uint32_t *at); // what it waits for, for reports:
-                                                                // from place *at on, NULL: no more
-    const char *(*label)(const orch_future *f);                 // its name, for reports
+    void (*fire)(orch_future *f, int events); // its timer or descriptor is due
+    // For reports: what it waits for from place *at on, NULL: no more; and its name.
+    orch_future *(*source)(const orch_future *f, uint32_t *at);
+    const char *(*label)(const orch_future *f);
 } orchi_kind;
 
 // >>forward: what is declared before its definition, and why.
@@ -2320,8 +2314,8 @@ struct orch_loop {
     uint32_t quarantined;
 };
 
-static __thread orch_loop
-    *orchi_loop; // this thread's; the only state outside of loops but >>context's
+// This thread's; the only state outside of loops but >>context's.
+static __thread orch_loop *orchi_loop;
 
 // ---- errors
 
@@ -2401,8 +2395,7 @@ ORCHI_COLD static int orchi_misuse(const char *function, int error) {
 
 // ---- memory
 
-/* malloc's family behind the allocator's one function. The old size is for allocators that want it.
- */
+/* malloc's family behind the allocator's one function. Others may want the old size. */
 static void *orchi_default_resize(void *user, void *old, size_t old_size, size_t size) {
     (void)user;
     (void)old_size;
@@ -2496,8 +2489,7 @@ static inline bool orchi_ring_empty(const orch_loop *loop) {
     return loop->ready.head == loop->ready.tail;
 }
 
-/* Queues what has something to run. Queueing twice is harmless, as what it does then is the same.
- */
+/* Queues what has something to run. Once is enough: what it then does is the same. */
 static inline void orchi_push(orch_loop *loop, orch_future *f) {
     if (f->flags & ORCHI_QUEUED) return;
     f->flags |= ORCHI_QUEUED;
@@ -3189,8 +3181,7 @@ static ORCHI_INLINE void orchi_context_switch(orchi_context *from, orchi_context
 }
 
 #if ORCHI_TSAN
-/* Leaves for good at once: TSan counts returns of functions, and they must not be the next fiber's.
- */
+/* Leaves for good at once: TSan counts returns, and they must not be the next fiber's. */
 static void *orchi_context_end(orchi_context *from, orchi_context *to) {
     orchi_context_switch(from, to);
     return NULL;
@@ -3434,8 +3425,7 @@ static bool orchi_canary_lives(const orchi_stack *stack) {
 // One contract for every way to ask the system which descriptors are ready:
 //   open, close   make and free what the poller needs
 //   update        from now on wait for `events` of a descriptor; 0: forget it; an error code or 0
-//   wait          sleep for at most `ns` (UINT64_MAX: without limit) and pass each descriptor that
-//   has
+//   wait          sleep for at most `ns` (UINT64_MAX: without limit) and pass each descriptor with
 //                 events to `ready`; an interruption by a signal counts as nothing ready
 // Events are ORCH_READABLE and ORCH_WRITABLE, and ORCHI_BAD_FD for a descriptor that is none.
 // Readiness is level-triggered; whoever does not wait any more has said so by update. `ready` only
@@ -3725,8 +3715,7 @@ ORCHI_COLD static void orchi_shuffle(orch_loop *loop) {
     }
 }
 
-/* Runs what is ready, in order. Tasks take from the same ring and budget when they switch directly.
- */
+/* Runs what is ready, in order. Tasks that switch directly take from the same ring and budget. */
 static void orchi_round(orch_loop *loop) {
     while (!orchi_ring_empty(loop) && loop->budget > 0) {
         loop->budget--;
@@ -3875,16 +3864,15 @@ static void orchi_describe(const orch_future *f, char *buffer, size_t size) {
     snprintf(buffer, size, "%s %s%s%s%s#%llu", kind->name, descriptor, quote, label, quote, id);
 }
 
-/* What f waits for from place *at on; NULL when there is no more. A holder stands for what it holds.
- */
+/* What f waits for from place *at on; NULL: no more. A holder stands for what it holds. */
 static orch_future *orchi_next_source(const orch_future *f, uint32_t *at) {
     orch_future *source = orchi_kinds[f->kind].source(f, at);
     while (source != NULL && source->kind == ORCHI_PROXY) source = source->as.follow.source;
     return source;
 }
 
-/* Whether a future stands for somebody who waits: these are what a deadlock is made of. An iteration
- * waits when somebody has asked it for more. */
+/* Whether a future stands for somebody who waits: these are what a deadlock is made of. An
+ * iteration waits when somebody has asked it for more. */
 static bool orchi_awaits(const orch_future *f) {
     uint32_t at = 0;
     if (orchi_settled(f)) return false;
@@ -4420,8 +4408,7 @@ static bool orchi_can_bypass(const orch_future *a) {
     return a->references == 0 || (a->references == 1 && (a->flags & ORCHI_CONSUMED));
 }
 
-/* Puts f in the place of a, which locks in to it and has a single holder: a's consumer becomes f's.
- */
+/* Puts f in the place of a, which follows it and has one holder: a's consumer becomes f's. */
 static void orchi_bypass(orch_loop *loop, orch_future *a, orch_future *f) {
     bool asked = (a->flags & ORCHI_CANCEL) != 0, decided = (f->flags & ORCHI_DECIDED) != 0;
     f->references = a->references;
@@ -4482,8 +4469,7 @@ static void orchi_follow_run(orch_future *f) {
     orchi_settle_as(orchi_loop_of(f), f, f->as.follow.source);
 }
 
-/* Whatever passes a result on asks its source, and settles when that has ended. A decision stands.
- */
+/* What passes a result on asks its source, and settles when that has ended. A decision stands. */
 static orch_future *orchi_follow_cancel(orch_future *f, int reason) {
     (void)reason;
     f->flags |= ORCHI_CANCEL;
@@ -5288,8 +5274,7 @@ static orch_future *orchi_empty_list(orchi_mode mode) {
     return list != NULL ? orch_settled(orchi_list_result(0, 0, list)) : orchi_rejected(ORCH_ENOMEM);
 }
 
-/* What every constructor answers to bad arguments; the inputs are given up where they can be read.
- */
+/* What every constructor answers to bad arguments; inputs that can be read are given up. */
 static orch_future *orchi_combine_refuse(const char *function, int error, size_t count,
                                          orch_future *const *futures) {
     if (futures != NULL && count <= ORCHI_LIST_MOST && orchi_loop != NULL) {
@@ -7131,8 +7116,7 @@ static void orchi_expose_visit(orch_future *f, void *context) {
     orchi_cancel(orchi_task_asks(task), ORCH_ECANCELED);
 }
 
-/* The loop is deadlocked: shields of cancelled tasks do not hold any more. Whether there were any.
- */
+/* In a deadlock the shields of cancelled tasks do not hold any more. Whether there were any. */
 static bool orchi_expose(orch_loop *loop) {
     bool any = false;
     orchi_each_slot(loop, orchi_expose_visit, &any);
@@ -7380,8 +7364,7 @@ orch_future *orch_ready(int fd, int events) {
     return f;
 }
 
-/* One event settles it and takes it out of the poller: nobody is woken for what nobody waits for.
- */
+/* One event settles it and takes it out of the poller: no wake-up that nobody waits for. */
 static void orchi_ready_fire(orch_future *f, int events) {
     orch_loop *loop = orchi_loop_of(f);
     int came = events & f->as.ready.events;
@@ -7469,8 +7452,7 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
 //
 //     receive a, b    a waiter each, and a pump each, as there is something to serve
 //     orch_race       consumes both futures; the task waits
-//     the pump of a   the waiter is wanted: its promise settles with the item, which decides the
-// race
+//     the pump of a   the waiter is wanted: its promise settles with the item, and so the race
 //     the pump of b   the waiter is not wanted any more: the item stays
 //     the race        cancels its loser: the hook frees the waiter
 //
@@ -8745,8 +8727,7 @@ static bool orchi_retry_tell(orchi_attempts *a, orch_result *r, unsigned left, u
     return false;
 }
 
-/* Waits, at least for a turn, so that attempts that never wait cannot keep the loop to themselves.
- */
+/* Waits, at least for a turn: attempts that never wait must not keep the loop to themselves. */
 static bool orchi_retry_wait(orch_result *r, uint64_t delay) {
     int error = delay > 0 ? orch_sleep(delay) : orch_yield();
     if (error == 0) return true;
@@ -9824,8 +9805,7 @@ int orch_limiter_pause(orch_limiter *l, uint64_t ms) {
     return 0;
 }
 
-/* How many whole tokens there are: a search, as a division would have to be of more than 64 bits.
- */
+/* How many whole tokens there are: a search, as a division would need more than 64 bits. */
 static uint32_t orchi_limiter_tokens(orch_limiter *l, int64_t now) {
     uint32_t low = 0, high = l->desc.burst;
     while (low < high) {
@@ -9953,8 +9933,7 @@ void orch_breaker_free(orch_breaker *b) {
     orchi_breaker_leave(b);
 }
 
-/* Changes the state, forgets what was counted in the old one, and then tells. The caller is a user.
- */
+/* Changes the state, forgets what was counted in the old one, then tells. The caller is a user. */
 static void orchi_breaker_enter(orch_breaker *b, orch_breaker_state state, int64_t until) {
     orch_breaker_state from = b->state;
     b->state = state;
@@ -10604,9 +10583,9 @@ static bool orchi_adaptive_slow(const orch_adaptive *a, int64_t latency) {
     return a->desc.latency_ms > 0 && latency > orchi_ms_ns(a->desc.latency_ms);
 }
 
-/* One up for each call at first, later for as many as the limit has; only when it is used, at the
- * call's beginning or end, as the rest would be a guess, and not before the usual latency is known.
- */
+/* One up for each call at first, later for as many as the limit has. Only when the limit is used,
+ * at the call's beginning or end, as the rest would be a guess; not before the usual latency is
+ * known. */
 static void orchi_adaptive_rise(orch_adaptive *a, const orchi_pass *pass) {
     uint32_t beside = pass->beside > a->running ? pass->beside : a->running;
     bool blind = a->desc.tolerance > 1.0 && a->usual < 0.0;
