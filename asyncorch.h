@@ -1969,6 +1969,7 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #define ORCHI_ASSEMBLY 1
 #endif
 
+// An object that may meet shadow stacks carries both ways to switch, and asks the processor.
 #if !ORCHI_ASSEMBLY || ORCHI_CET
 #define ORCHI_UCONTEXT 1
 #include <ucontext.h>
@@ -1976,12 +1977,15 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #define ORCHI_UCONTEXT 0
 #endif
 
+// A constant rather than an #ifdef around code: both builds compile all of it, and neither rots.
 #ifdef NDEBUG
 #define ORCHI_DEBUG 0
 #else
 #define ORCHI_DEBUG 1
 #endif
 
+// COLD and NO_INLINE keep what is rare out of the functions that are called a hundred million times
+// a second: what is inlined there costs registers to save, also when it does not run.
 #define ORCHI_LIKELY(condition) __builtin_expect(!!(condition), 1)
 #define ORCHI_UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 #define ORCHI_SCALAR(variable) __asm__("" : "+r"(variable)) // keeps it in a register of its own
@@ -2990,6 +2994,10 @@ __asm__(
 #endif
 // clang-format on
 
+// ucontext is the way that works everywhere, and what the assembly is tested against. It saves the
+// signal mask too, which is where its two system calls come from; nobody here changes the mask, but
+// there is no portable way to ask for less.
+
 #if ORCHI_UCONTEXT
 typedef struct orchi_start { // at the top of a new stack
     ucontext_t context;
@@ -3243,6 +3251,21 @@ static void orchi_guard_note(orch_loop *loop, orch_guard level) {
         loop->stats.guard = level;
     }
 }
+
+// How a stack gets about:
+//
+//     clean    mapped, never touched or given back: costs address space only
+//     used     a task's
+//     hot      given back by a task that has ended, its pages still there; the next task takes the
+//              one that was used last, as that is in the cache
+//
+// Once a second, before the loop sleeps, what was never needed in that second moves from hot to
+// clean: the least that hot_count has been since then says how many that are. A peak of tasks does
+// not hold its memory for ever, and a steady load never pays for a page fault twice.
+//
+// Left out: growing stacks (a copy would break every pointer into them), and segmented ones (each
+// call would have to look). A page that is not touched is not there: that is most of what these
+// would bring.
 
 /* The records stand behind the map's own, outside the stacks: a stack that is not used is not
  * touched. */
@@ -4972,6 +4995,20 @@ static orch_future *orchi_timer_cancel(orch_future *f, int reason) {
 //     y settles      the race counts it out and queues itself
 //     the race runs  moves x's outcome into its result and settles; the timeout follows
 
+// What decides one with n inputs, as the two counters that go down:
+//
+//                   ok_left   fail_left   value or error
+//     all           n         1           the list; the first error
+//     all_settled   n         not used    the list: every outcome counts down ok_left
+//     any           1         n           the first success; ORCH_EALLFAILED and the list
+//     race          1         1           the first outcome
+//     quorum of k   k         n - k + 1   the list; ORCH_EQUORUM and the list
+//     gather        n         not used    the list; its deadline decides it at once
+//
+// Adding an input is constant, so is counting one; cancelling the losers is one walk over the list.
+// Left out: a result of its own for each combinator, as a struct or a callback per input. orch_at
+// reads them all alike, and a list can be handed on like any other value.
+
 enum { ORCHI_LIST_IN_SLOT = 5 };
 static const size_t ORCHI_LIST_MOST = 0x7ffffff0;
 #define ORCHI_NO_WINNER UINT32_MAX
@@ -5427,6 +5464,12 @@ static void orchi_timeout_run(orch_future *t) {
 }
 
 // ---- as completed
+
+// An iteration is no combinator: it never settles, it is asked. The hub stands as the consumer of
+// all inputs, and notes the order in which they settle; `next` is a promise that is answered from
+// that order, at once or when the next input settles. Two of them at a time would make the order of
+// the answers a matter of chance, so a second one is refused. Left out: cancelling the others when
+// one fails. Whoever iterates decides that, by freeing the iteration.
 
 struct orch_completion {
     orch_future *hub;     // stands as the consumer of every input
@@ -6035,6 +6078,11 @@ static bool orchi_deadline_copy(orch_loop *loop, orch_task *task, orch_future *f
 
 // ---- locals
 
+// A value is set seldom, inherited with every task that is started, and read in between. So a task
+// has a pointer to a table, starting one copies the pointer, and only setting a value copies the
+// table. Tables are short lists: a program has a handful of keys (a trace, a logger, an allocator),
+// and comparing five pointers is cheaper than any hash.
+
 typedef struct orchi_local { // in an extra slot
     const void *key;
     void *value;
@@ -6247,6 +6295,12 @@ static bool orchi_encloses(const orch_future *f, const orch_future *inner) {
     return inner == f;
 }
 
+// Why a drop waits. A child may write through a pointer into its parent's frame: its argument, the
+// list it fills. When the parent gives the child up and moves on, that frame is soon another
+// function's. So inside a task giving up is asking and waiting; that takes no I/O and no time of
+// the clock, unless the child shields. Outside a task nobody could wait, and work must own what it
+// uses.
+
 /* Cancels a claimed future, waits for its end and frees it. What encloses the task itself is asked
  * to end and not waited for: its end waits for this task. */
 static void orchi_join_in(orch_loop *loop, orch_task *task, orch_future *f) {
@@ -6335,6 +6389,16 @@ static inline void orchi_task_start(orch_loop *loop, orch_task *task, char *top)
     if (self == NULL) orchi_serve(loop);
     loop->trash = trash;
 }
+
+// What orch_go, orch_scope_go and orch_spawn differ in is only what the new task inherits:
+//
+//                      deadline            ends with starter's scope   locals
+//     orch_go          a copy, by value    no                          yes
+//     orch_scope_go    the scope's own     yes                         yes
+//     orch_spawn       none                no                          yes
+//
+// A copy, and not a link: who started the task may be gone before the deadline is. Tasks that have
+// nothing to hand on, as most, pay one test of `heir`.
 
 /* What a new task has from whoever starts it: locals, and a scope, a deadline or neither. */
 ORCHI_NO_INLINE static bool orchi_task_inherit(orch_loop *loop, orch_task *task, orch_future *home,
@@ -7208,6 +7272,17 @@ int orch_loop_free(orch_loop *loop) {
 
 // ---- orch_run
 
+// The steps of orch_run:
+//
+//     1  make a loop, start main, which runs until it first waits
+//     2  turns, until main's future has settled. Nothing ready, no timer and no descriptor is a
+//        deadlock; before it is reported, the shields of cancelled tasks are broken
+//     3  ask all that is left to end, and turn until it has, or until nothing happens any more
+//     4  free the loop, or hand it to the result of main, if that shows futures of the loop
+//
+// So main needs no clean-up for what it started, and valgrind finds nothing after orch_run. Step 3
+// has no limit of time: a producer that said in its hook that it will still settle is waited for.
+
 /* Runs until main has ended; a deadlock that exposing shields does not resolve is an error. */
 static int orchi_run_main(orch_loop *loop, orch_future *main) {
     loop->until = main;
@@ -7525,8 +7600,11 @@ struct orch_subscription {
 };
 
 // ---- objects
+//
+// An object that could not be made is one that says why in every operation: a program that makes
+// ten of them checks where it uses them, as it must anyway. What stands for it is one of four const
+// objects, of which only `error` is read.
 
-// What stands for any object that could not be made: only `error` is read of it.
 typedef union orchi_broken_object {
     orchi_object object;
     orch_semaphore semaphore;
@@ -7703,6 +7781,12 @@ static size_t orchi_ring_count(const orchi_link *ring) {
 }
 
 // ---- semaphore
+//
+// Two ways to hold permits. A task counts them by hand: acquire, release. A future owns them: its
+// result gives them back when it is freed, so that they travel with it through then, all and
+// timeout, and cannot be lost. FIFO is strict, by weight too: a request for five at the head is not
+// overtaken by one for one, or it would wait for ever under load. The fast path of acquire is a
+// handful of compares and an addition; it looks at the ring only to see that nobody waits.
 
 static void orchi_semaphore_leave(orch_semaphore *s) {
     if (--s->object.users == 0) orchi_free(s->object.loop, s, sizeof *s);
@@ -7913,6 +7997,10 @@ void orch_semaphore_free(orch_semaphore *s) {
 }
 
 // ---- event
+//
+// It stays set until it is cleared, so a wait that comes late passes. Setting wakes all, in the
+// order in which they came. Left out: a set that wakes one (that is a semaphore) and a pulse that
+// wakes only who waits now (who comes a moment later would wait for ever).
 
 static bool orchi_event_cancel(void *waiter, int reason) {
     (void)reason;
@@ -7957,6 +8045,18 @@ void orch_event_free(orch_event *e) {
 }
 
 // ---- channel
+//
+// A ring of items between a ring of senders and a ring of receivers. In between calls at most one
+// of these holds:
+//
+//     receivers wait    no item, no sender: what is sent goes straight to the first receiver
+//     senders wait      the ring is full (with a capacity of 0: always), nobody receives
+//     neither           some items, and room for more
+//
+// But for who waits as a future: it is served a moment later, by the pump, and then both may be
+// there for a moment. With a capacity of 0 sender and receiver meet: an item is never in the ring.
+// The ring grows with what is in it, so that a capacity of SIZE_MAX is a queue without bound.
+// Left out: a send that overwrites the oldest. A topic's subscription can do that.
 
 static void orchi_channel_leave(orch_channel *c) {
     if (--c->object.users > 0) return;
@@ -8333,6 +8433,19 @@ int orch_publish(orch_topic *t, orch_result event) {
 }
 
 // ---- subscription
+//
+// The life of a reactor (a subscription with on_event):
+//
+//     publish     puts a chain to the event into the channel, and sees to it that the pump comes
+//     the pump    starts a task, unless one runs
+//     the task    calls on_event for one event after the other, and ends when there is none: a
+//                 thousand idle subscribers have no stack
+//     a failure   of on_event goes to on_error; the next event is handed over all the same
+//     the end     the worker is dropped, which in a task waits until on_event has returned; release
+//                 is called when neither subscription nor worker can call anything any more
+//
+// A worker may end its own subscription from inside on_event. Then nobody waits for it: it finds
+// that out when on_event returns, and is itself the last user.
 
 static void orchi_subscription_leave(orch_subscription *s) {
     if (--s->object.users == 0) orchi_free(s->object.loop, s, sizeof *s);
@@ -8598,7 +8711,19 @@ unsigned orch_attempt_number(void) { return (unsigned)(uintptr_t)orch_local(&orc
 // ---- retry
 //
 // A retry needs no timer and no state machine: it is a loop with a sleep in it. What is asked after
-// a failed attempt, and in which order, is orchi_retry_again.
+// a failed attempt, in this order, is orchi_retry_again:
+//
+//     attempts, budget    is one left, and time for it
+//     retry_if            can another one help
+//     retry_after         how long to wait, as the server says; else the back-off
+//     on_attempt          told of it, with the delay and how many are left; may stop it
+//     budget              again, as hooks may take time
+//     the wait            ends at once when the task is cancelled
+//
+// The n-th delay of attempts at 100 ms with factor 2 and a cap of 1000 is 100, 200, 400, 800, 1000,
+// 1000 ...; with full jitter anything from 0 to that; with decorrelated jitter anything from 100 to
+// three times the delay before, below the cap. (M. Brooker, "Exponential Backoff And Jitter", AWS
+// Architecture Blog, 2015.)
 
 typedef struct orchi_attempts {  // a retry under way
     const orch_retry_desc *desc; // its defaults filled in
@@ -8972,6 +9097,13 @@ static void orchi_batch_start(orchi_batch *b, size_t i, orch_future *held) {
 }
 
 // ---- map
+//
+// What waits is the leader, for one place at a time, so items start in order and a map over a
+// million items has at most `concurrency` tasks and one more. The bound comes from two sides:
+// `concurrency` is the map's own, and `limit` a semaphore that several maps may share and that can
+// be resized while they run. A permit is held by the item's task and given back when that has
+// ended, not when its future was read. Left out: a queue of items that grows while it is mapped. A
+// channel with a few tasks that receive from it is that.
 
 enum { ORCHI_MAP_TURN = 128 }; // items that are started without a wait until others get their turn
 static const size_t ORCHI_MAP_MOST = 0x7ffffff0; // what a combinator takes
@@ -9119,6 +9251,11 @@ orch_future *orch_map(const orch_map_desc *desc) {
 }
 
 // ---- hedge
+//
+// The tail of latencies is cut by asking a second server when the first one takes longer than most
+// do: with a delay at the 95th percentile that is one more request in twenty. (J. Dean and L. A.
+// Barroso, "The Tail at Scale", CACM 2013.) It is an `any` whose inputs start late: by the delay,
+// or at once when one fails. What is asked must stand being done twice.
 
 typedef struct orchi_hedge {
     orchi_batch batch;
@@ -9298,6 +9435,10 @@ static void orchi_gate_label(char *label, size_t size, const char *kind, const c
 enum { ORCHI_LABEL = 48 };
 
 // ---- a line of those who wait
+//
+// What a semaphore does for tasks, a guard does for promises: a call under a guard is a future from
+// its beginning, so who waits never lies on a stack. First come, first served, and joining, leaving
+// and serving are constant, however long the line is.
 
 typedef struct orchi_place { // in an extra slot
     orch_promise promise;
@@ -9370,6 +9511,9 @@ static void orchi_line_close(orchi_line *line, int error) {
 }
 
 // ---- an alarm: a call from the loop that can be called off
+//
+// It is a `then` on a timer or on a settled future. Calling it off drops nothing that would have to
+// be waited for: it forgets its owner, and cleans up after itself when the loop comes by.
 
 typedef struct orchi_alarm { // in an extra slot
     void (*ring)(void *owner, int error);
@@ -9509,6 +9653,11 @@ static bool orchi_call_cancelled(const orch_result *r, int reason) {
 }
 
 // ---- a pass: leave for one call, owned by a result until it is recorded
+//
+// For calls that are no task of the guard's: one may ask for a pass, do the call in any way, and
+// record its outcome. A pass that is dropped and not recorded is given back by its release, and
+// says nothing about the service: so a way out in between cannot leave a breaker half-open for
+// ever.
 
 typedef struct orchi_pass { // in an extra slot, or in a call's block
     void *guard;
@@ -9543,6 +9692,15 @@ static bool orchi_pass_take(orch_result *r, void (*unused)(void *pass), orchi_pa
 // 1 / limit.
 // Sliding window: a ring with, for each of the last `limit` starts, when it has left the window. A
 // start of weight w takes the w oldest, so the youngest of these says when it may come.
+//
+// For example, limit 10 in 1000 ms: a token costs 100 ms. At 5000 ms, with `empty` at 4000, there
+// are ten; three starts move it to 4300, and seven are left. Nothing has to be added by a timer: at
+// 5100 there are eight, as 5100 - 4300 says. After a pause until 9000 a full bucket has dragged
+// `empty` to 8000: ten, and no more. This is the generic cell rate algorithm, as ATM networks
+// police with (ITU-T I.371), seen from the other end.
+//
+// A bucket allows limit starts at the end of an interval and limit at the beginning of the next.
+// Servers that count by windows of their own answer that with 429: for them there is `strict`.
 
 typedef struct orchi_instant {
     int64_t ns;
@@ -9869,6 +10027,15 @@ const orch_limiter_desc *orch_limiter_settings(const orch_limiter *l) {
 }
 
 // ---- circuit breaker
+//
+//     closed      calls pass. Enough failures in a row, or a rate of them over the last calls: open
+//     open        calls are refused at once, for open_ms; then half-open
+//     half-open   as many calls as `probes` pass, the others are refused. All good: closed. One bad
+//                 or not back in probe_ms: open
+//
+// No timer: time is looked at when a call comes. Each state has a number, and a call remembers the
+// one it began in, as the end of a call from before it opened says nothing about the service now.
+// (M. Nygard, "Release It!", 2007.)
 
 struct orch_breaker {
     orchi_gate gate;
@@ -10495,6 +10662,13 @@ size_t orch_flight_count(const orch_flight *f) {
 }
 
 // ---- adaptive concurrency
+//
+// How many calls a service stands at once is not known, and changes. So the limit rises by one when
+// calls come back as fast as usual, and falls by a factor when they are slow or fail: additive
+// increase, multiplicative decrease, which lets many clients of one service share it fairly (D.
+// Chiu and R. Jain, 1989). What is usual is the least mean of 20 calls that was seen: a service
+// without a queue. Left out: a target latency that adapts by gradients; it is quicker on a steady
+// load, and on a bursty one takes the burst for the service.
 
 struct orch_adaptive {
     orchi_gate gate;

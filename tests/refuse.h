@@ -2,8 +2,8 @@
 //
 // Each case runs with its Nth allocation refused, N = 1, 2, ... until none was, and again with all
 // from the Nth on refused (unless it asked for none after the Nth: that would be the same run). A
-// failed CHECK is no failure then; a crash, a sanitizer's report, a leak or a hang is. Cases of more
-// than 10,000 allocations are swept at N = 1..200 and 200 points spread over the rest;
+// failed CHECK is no failure then; a crash, a sanitizer's report, a leak or a hang is. Cases of
+// more than 10,000 allocations are swept at N = 1..200 and 200 points spread over the rest;
 // TEST_SWEEP=50 makes that 50 and 50 for cases of more than 100.
 //
 // It needs a linker with --wrap: build with -DTEST_WRAP and
