@@ -113,8 +113,7 @@
 //         orch_scope_desc desc = {"page", 2000, false};   // name, deadline in ms, keep_going
 //         orch_scope_open(&s, &desc);
 //         orch_scope_go(&s, fetch_comments, arg);         // if one fails, the other is cancelled,
-//         orch_scope_go(&s, fetch_likes, arg);            // and so is a wait between open and
-// close
+//         orch_scope_go(&s, fetch_likes, arg);            // and so is a wait before close
 //         return orch_scope_close(&s);                    // waits for both: the first error, or
 //     }                                                   // ORCH_ETIMEDOUT
 //
@@ -176,8 +175,8 @@
 //     a cancelled task that goes on waiting           reported once, in both
 //
 // Not detected: a handle used after its slot was used again (release), a result copied and freed
-// twice, an element of a list kept longer than the list, a
-// ticket, box or future used after its loop was freed, a result of orch_await that is not freed.
+// twice, an element of a list kept longer than the list, a ticket, box or future used after its
+// loop was freed, a result of orch_await that is not freed.
 //
 // 10. Threads
 //
@@ -395,8 +394,7 @@ void orch_result_free(orch_result *r);
 // orch_ref gives one more reference. Giving up the last reference to pending work cancels it.
 
 /* The write end: a ticket, passed by value. It owns nothing, and a late or second use is harmless,
- * until its loop is freed.
- */
+ * until its loop is freed. */
 typedef struct orch_promise {
     orch_future *future;
     uint64_t generation;
@@ -408,11 +406,10 @@ typedef void (*orch_on_fn)(orch_result *in, void *context); // in is lent: orch_
 typedef bool (*orch_cancel_fn)(void *context, int reason);  // true: the work has ended
 
 typedef struct orch_then_desc {
-    orch_then_fn on_ok;    // NULL: value and state pass through
-    orch_then_fn on_error; // NULL: error and detail pass through
-    void *context;         // passed to both
-    void (*release)(
-        void *context); // called exactly once, also when nothing ever ran; NULL: nothing
+    orch_then_fn on_ok;             // NULL: value and state pass through
+    orch_then_fn on_error;          // NULL: error and detail pass through
+    void *context;                  // passed to both
+    void (*release)(void *context); // called exactly once, also when nothing ever ran
 } orch_then_desc;
 
 /* A pending future and the ticket that settles it. With no memory the future is a rejected one and
@@ -431,8 +428,8 @@ ORCH_NODISCARD orch_future *orch_settled(orch_result r);
 /* Settles a promise. r may be orch_chain(f), which follows f.
  * Returns whether this call decided it; if not (settled before, locked in, future gone, wrong
  * thread) r is freed.
- * Context: the loop's own thread; never suspends or allocates, and calls nothing of
- * the user's but on_unhandled for a detached future, and the release of what nobody takes.
+ * Context: the loop's own thread; never suspends or allocates, and calls nothing of the user's but
+ * on_unhandled for a detached future, and the release of what nobody takes.
  * Owns: consumes r. */
 bool orch_settle(orch_promise promise, orch_result r);
 
@@ -1044,9 +1041,11 @@ const orch_loop_desc *orch_loop_settings(const orch_loop *loop);
  * Owns nothing. */
 orch_loop_stats orch_loop_statistics(const orch_loop *loop);
 
-/* Reports who awaits what, one line per task and per waiting future, to on_report.
+/* Reports who awaits what to on_report: one line for each task, callback and combinator that waits
+ * and for each open scope, with up to 8 of its inputs or members by kind, name and number, and how
+ * many more there are. A task may call it at any time, for instance on a signal or a slow request.
  * Returns nothing.
- * Context: loop thread.
+ * Context: loop thread; does not suspend. Visits every slot.
  * Owns: borrows loop. */
 void orch_loop_dump(orch_loop *loop);
 
@@ -1757,16 +1756,17 @@ typedef enum orch_overflow {
 typedef orch_result (*orch_subscriber_fn)(const orch_result *event, void *context);
 
 typedef struct orch_subscribe_desc {
-    const char *name;            // of on_event's task, for reports; borrowed until the end
-    size_t capacity;             // events that may wait; default: 64; SIZE_MAX: any number
-    orch_overflow overflow;      // default: the oldest event is dropped
-    orch_subscriber_fn on_event; // called with each event, in order, one at a time, in a task of
-                                 // its own, which may wait; NULL: orch_subscription_next is used
-    void (*on_error)(const orch_result *error,
-                     void *context); // what on_event failed with, and ORCH_ECLOSED after an
-                                     // overflow that closes; default: the loop's on_unhandled
-    void *context;                   // passed to both
-    void (*release)(void *context);  // called exactly once, when nothing uses context any more
+    const char *name;       // of on_event's task, for reports; borrowed until the end
+    size_t capacity;        // events that may wait; default: 64; SIZE_MAX: any number
+    orch_overflow overflow; // default: the oldest event is dropped
+    // Called with each event, in order, one at a time, in a task of its own, which may wait. NULL:
+    // whoever subscribed uses orch_subscription_next.
+    orch_subscriber_fn on_event;
+    // Told what on_event failed with, and ORCH_ECLOSED after an overflow that closes; default: the
+    // loop's on_unhandled.
+    void (*on_error)(const orch_result *error, void *context);
+    void *context;                  // passed to both
+    void (*release)(void *context); // called exactly once, when nothing uses context any more
 } orch_subscribe_desc;
 
 typedef struct orch_subscription_stats {
@@ -1863,8 +1863,7 @@ typedef struct orch_retry_desc {
     uint64_t timeout_ms;           // for each attempt; default: none
     uint64_t budget_ms;            // for all of it: attempts, hooks and waits; default: none
     orch_retry_if_fn retry_if;     // false: this error will not pass; default: only ORCH_ECANCELED
-    orch_on_attempt_fn on_attempt; // told of each failed attempt, also the last; not 0: the retry
-                                   // stops with this error
+    orch_on_attempt_fn on_attempt; // told of each failed attempt; not 0: stop with this error
     orch_retry_after_fn retry_after; // true: *ms is how long to wait, as the server asks for it
     void *context;                   // passed to the three; borrowed until it has ended
 } orch_retry_desc;
@@ -1901,14 +1900,15 @@ typedef struct orch_map_desc {
     void *context;                  // passed to fn
     void (*release)(void *context); // called exactly once, when the last item has ended
     size_t concurrency;             // at most so many at once; default: all
-    orch_semaphore *limit;        // each item holds one of its permits; default: none. Several maps
-                                  // may share it, and orch_semaphore_resize changes it while they
-                                  // run; borrowed until it has ended
-    bool keep_going;              // an error stops nothing: the list shows every outcome
-    uint64_t timeout_ms;          // for each item, all its attempts together; default: none
-    const orch_retry_desc *retry; // for each item: numbers and hooks, fn is to be NULL; read during
-                                  // the call; default: one attempt
-    size_t stack_size;            // bytes of an item's stack; default: the loop's
+    // Each item holds one of its permits. Several maps may share it, and orch_semaphore_resize
+    // changes it while they run. Borrowed until the map has ended; default: none.
+    orch_semaphore *limit;
+    bool keep_going;     // an error stops nothing: the list shows every outcome
+    uint64_t timeout_ms; // for each item, all its attempts together; default: none
+    // For each item: numbers and hooks, fn is to be NULL. Read during the call; default: one
+    // attempt.
+    const orch_retry_desc *retry;
+    size_t stack_size; // bytes of an item's stack; default: the loop's
 } orch_map_desc;
 
 /* Runs fn for the indices 0 to count - 1, each in a task of its own, started in order, at most
@@ -1936,8 +1936,7 @@ typedef struct orch_hedge_desc {
     unsigned attempts;          // at most, the first included, to 100; default: 2
     uint64_t delay_ms;          // from an attempt's start to the next one's; default: 100
     bool no_delay;              // all start at once
-    orch_retry_if_fn retry_if;  // false: this error will not pass, and no other attempt starts;
-                                // default: all errors may
+    orch_retry_if_fn retry_if;  // false: this error will not pass, no more attempts; default: true
     void *context;              // passed to it; borrowed until it has ended
 } orch_hedge_desc;
 
@@ -1981,10 +1980,9 @@ typedef struct orch_limiter_desc {
     const char *name;     // for reports; borrowed until it is freed; default: ""
     uint32_t limit;       // starts in each interval; required
     uint64_t interval_ms; // required; at most 73 years
-    uint32_t burst;   // token bucket: tokens at most, and at first; default: limit; at most what
-                      // comes in 73 years
-    bool strict;      // any limit + 1 starts in a row span the interval; limit at most 16777216
-    uint32_t waiting; // how many may wait, one more gets ORCH_ELIMIT; default: any number
+    uint32_t burst;       // token bucket: its size; default: limit; at most what 73 years bring
+    bool strict;          // any limit + 1 starts in a row span the interval; limit at most 16777216
+    uint32_t waiting;     // how many may wait, one more gets ORCH_ELIMIT; default: any number
 } orch_limiter_desc;
 
 /* A limit on starts: by default a token bucket (limit tokens come in each interval, evenly; burst
@@ -2183,9 +2181,8 @@ void orch_flight_free(orch_flight *f);
 /* Joins the run for a key; the first caller starts it, as a task. A call after it has ended starts
  * the next. The last caller to give up cancels it; one that calls while that still winds down waits
  * for its end and then starts the next: at no time are there two runs for a key. No caller's
- * deadline ends a run that others wait for. The first caller
- * can give up before the others, but if it lent an arg (not NULL, without arg_size or release) it
- * stays until the run has ended.
+ * deadline ends a run that others wait for. The first caller can give up before the others, but if
+ * it lent an arg (not NULL, without arg_size or release) it stays until the run has ended.
  * Returns the future of the caller's share (orch_take gives NULL when there were several); rejected
  * as the run; ORCH_EINVAL for no key, no fn, or a key that does not fit into half the task's stack;
  * ORCH_ECYCLE inside the run itself; ORCH_ENOMEM.
@@ -2229,8 +2226,9 @@ typedef struct orch_adaptive_desc {
     uint32_t max;        // calls at once at most; default: 200, or min when that is more
     uint32_t initial;    // at first; default: 20, or the nearest of min and max
     uint64_t latency_ms; // a call that takes longer says overload; default: none
-    double tolerance;    // so do 20 calls that in the mean take this times the usual, and 1 ms,
-                         // longer; above 1; default: 2, with latency_ms: none
+    // So do 20 calls that in the mean take this times the usual and 1 ms longer; above 1; default:
+    // 2, with latency_ms: none.
+    double tolerance;
     double backoff;      // overload multiplies the limit by it; above 0, below 1; default: 0.9
     uint32_t waiting;    // how many may wait, one more gets ORCH_ELIMIT; default: any number
     bool no_wait;        // ORCH_ELIMIT at once instead of waiting
@@ -2727,6 +2725,7 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #define ORCHI_ASSEMBLY 1
 #endif
 
+// An object that may meet shadow stacks carries both ways to switch, and asks the processor.
 #if !ORCHI_ASSEMBLY || ORCHI_CET
 #define ORCHI_UCONTEXT 1
 #include <ucontext.h>
@@ -2747,12 +2746,15 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #define ORCHI_PIDFD 0
 #endif
 
+// A constant rather than an #ifdef around code: both builds compile all of it, and neither rots.
 #ifdef NDEBUG
 #define ORCHI_DEBUG 0
 #else
 #define ORCHI_DEBUG 1
 #endif
 
+// COLD and NO_INLINE keep what is rare out of the functions that are called a hundred million times
+// a second: what is inlined there costs registers to save, also when it does not run.
 #define ORCHI_LIKELY(condition) __builtin_expect(!!(condition), 1)
 #define ORCHI_UNLIKELY(condition) __builtin_expect(!!(condition), 0)
 #define ORCHI_SCALAR(variable) __asm__("" : "+r"(variable)) // keeps it in a register of its own
@@ -2764,8 +2766,7 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 extern "C" {
 #endif
 
-/* Monotonic nanoseconds: 17 ns a read, so no path but a look at timers and descriptors makes one.
- */
+/* Monotonic nanoseconds: 17 ns a read, so only a look at timers and descriptors makes one. */
 static uint64_t orchi_clock(void) {
     struct timespec now;
     clock_gettime(CLOCK_MONOTONIC, &now);
@@ -2943,14 +2944,14 @@ typedef struct orchi_kind {
     const char *name;
     void (*run)(orch_future *f);                        // popped from the ready ring
     orch_future *(*cancel)(orch_future *f, int reason); // returns what to ask next
-    bool (*decided)(orch_future *f, uint32_t input,
-                    bool *ok);                     // an input's outcome is final; whether
-                                                   // that decides f, and how
+    // An input's outcome is final: whether that decides f, and how.
+    bool (*decided)(orch_future *f, uint32_t input, bool *ok);
     void (*ended)(orch_future *f, uint32_t input); // an input has settled; NULL: queue f
     void (*retarget)(orch_future *f, uint32_t input, orch_future *to); // an input was replaced
-    void (*fire)(orch_future *f, int events);     // its timer or descriptor is due
-    orch_future *(*source)(const orch_future *f); // what it waits for, for reports
-    const char *(*label)(const orch_future *f);   // its name, for reports
+    void (*fire)(orch_future *f, int events); // its timer or descriptor is due
+    // For reports: what it waits for from place *at on, NULL: no more; and its name.
+    orch_future *(*source)(const orch_future *f, uint32_t *at);
+    const char *(*label)(const orch_future *f);
 } orchi_kind;
 
 // >>forward: what is declared before its definition, and why.
@@ -3139,8 +3140,8 @@ struct orch_loop {
     uint32_t quarantined;
 };
 
-static __thread orch_loop
-    *orchi_loop; // this thread's; the only state outside of loops but >>context's
+// This thread's; the only state outside of loops but >>context's.
+static __thread orch_loop *orchi_loop;
 
 // ---- errors
 
@@ -3220,8 +3221,7 @@ ORCHI_COLD static int orchi_misuse(const char *function, int error) {
 
 // ---- memory
 
-/* malloc's family behind the allocator's one function. The old size is for allocators that want it.
- */
+/* malloc's family behind the allocator's one function. Others may want the old size. */
 static void *orchi_default_resize(void *user, void *old, size_t old_size, size_t size) {
     (void)user;
     (void)old_size;
@@ -3315,8 +3315,7 @@ static inline bool orchi_ring_empty(const orch_loop *loop) {
     return loop->ready.head == loop->ready.tail;
 }
 
-/* Queues what has something to run. Queueing twice is harmless, as what it does then is the same.
- */
+/* Queues what has something to run. Once is enough: what it then does is the same. */
 static inline void orchi_push(orch_loop *loop, orch_future *f) {
     if (f->flags & ORCHI_QUEUED) return;
     f->flags |= ORCHI_QUEUED;
@@ -3818,6 +3817,10 @@ __asm__(
 #endif
 // clang-format on
 
+// ucontext is the way that works everywhere, and what the assembly is tested against. It saves the
+// signal mask too, which is where its two system calls come from; nobody here changes the mask, but
+// there is no portable way to ask for less.
+
 #if ORCHI_UCONTEXT
 typedef struct orchi_start { // at the top of a new stack
     ucontext_t context;
@@ -4009,8 +4012,7 @@ static ORCHI_INLINE void orchi_context_switch(orchi_context *from, orchi_context
 }
 
 #if ORCHI_TSAN
-/* Leaves for good at once: TSan counts returns of functions, and they must not be the next fiber's.
- */
+/* Leaves for good at once: TSan counts returns, and they must not be the next fiber's. */
 static void *orchi_context_end(orchi_context *from, orchi_context *to) {
     orchi_context_switch(from, to);
     return NULL;
@@ -4072,6 +4074,21 @@ static void orchi_guard_note(orch_loop *loop, orch_guard level) {
         loop->stats.guard = level;
     }
 }
+
+// How a stack gets about:
+//
+//     clean    mapped, never touched or given back: costs address space only
+//     used     a task's
+//     hot      given back by a task that has ended, its pages still there; the next task takes the
+//              one that was used last, as that is in the cache
+//
+// Once a second, before the loop sleeps, what was never needed in that second moves from hot to
+// clean: the least that hot_count has been since then says how many that are. A peak of tasks does
+// not hold its memory for ever, and a steady load never pays for a page fault twice.
+//
+// Left out: growing stacks (a copy would break every pointer into them), and segmented ones (each
+// call would have to look). A page that is not touched is not there: that is most of what these
+// would bring.
 
 /* The records stand behind the map's own, outside the stacks: a stack that is not used is not
  * touched. */
@@ -5352,8 +5369,7 @@ ORCHI_COLD static void orchi_shuffle(orch_loop *loop) {
     }
 }
 
-/* Runs what is ready, in order. Tasks take from the same ring and budget when they switch directly.
- */
+/* Runs what is ready, in order. Tasks that switch directly take from the same ring and budget. */
 static void orchi_round(orch_loop *loop) {
     while (!orchi_ring_empty(loop) && loop->budget > 0) {
         loop->budget--;
@@ -5563,23 +5579,57 @@ static void orchi_describe(const orch_future *f, char *buffer, size_t size) {
     unsigned long long id = (unsigned long long)f->generation / 2;
     const char *label = kind->label != NULL ? kind->label(f) : "";
     const char *quote = label[0] != '\0' ? "'" : "";
-    snprintf(buffer, size, "%s %s%s%s#%llu", kind->name, quote, label, quote, id);
+    char descriptor[32] = "";
+    if (f->kind == ORCHI_READY) {
+        snprintf(descriptor, sizeof descriptor, "of descriptor %d", f->as.ready.fd);
+    }
+    snprintf(buffer, size, "%s %s%s%s%s#%llu", kind->name, descriptor, quote, label, quote, id);
 }
 
-/* Whether a future stands for somebody who waits: these are what a deadlock is made of. */
+/* What f waits for from place *at on; NULL: no more. A holder stands for what it holds. */
+static orch_future *orchi_next_source(const orch_future *f, uint32_t *at) {
+    orch_future *source = orchi_kinds[f->kind].source(f, at);
+    while (source != NULL && source->kind == ORCHI_PROXY) source = source->as.follow.source;
+    return source;
+}
+
+/* Whether a future stands for somebody who waits: these are what a deadlock is made of. An
+ * iteration waits when somebody has asked it for more. */
 static bool orchi_awaits(const orch_future *f) {
-    return !orchi_settled(f) && (orchi_kinds[f->kind].source != NULL || (f->flags & ORCHI_ENDS_ON));
+    uint32_t at = 0;
+    if (orchi_settled(f)) return false;
+    if (f->kind == ORCHI_HUB) return orchi_next_source(f, &at) != NULL;
+    return orchi_kinds[f->kind].source != NULL || (f->flags & ORCHI_ENDS_ON);
 }
 
+enum { ORCHI_SHOWN = 8 }; // sources a line of a report names
+
+/* Names what f waits for, and counts what does not fit on a line: a combinator may have a million
+ * inputs. */
+static void orchi_describe_sources(const orch_future *f, char *text, size_t size) {
+    uint32_t at = 0, shown = 0, more = 0;
+    const size_t reserve = sizeof " and 4294967295 more";
+    snprintf(text, size, "nothing: it runs, or is ready to");
+    for (;;) {
+        orch_future *source = orchi_next_source(f, &at);
+        char name[160];
+        if (source == NULL) break;
+        size_t used = shown > 0 ? strlen(text) : 0;
+        if (more == 0) orchi_describe(source, name, sizeof name);
+        if (more > 0 || shown == ORCHI_SHOWN || used + strlen(name) + reserve > size) more++;
+        else snprintf(text + used, size - used, "%s%s", shown++ > 0 ? ", " : "", name);
+    }
+    size_t used = strlen(text);
+    if (more > 0) snprintf(text + used, size - used, " and %u more", (unsigned)more);
+}
+
+/* Holders are left out: whoever holds is shown with what it holds. */
 static void orchi_dump_visit(orch_future *f, void *context) {
-    if (!orchi_awaits(f)) return;
+    if (!orchi_awaits(f) || (f->kind == ORCHI_PROXY && (f->flags & ORCHI_WAITED))) return;
     orch_loop *loop = (orch_loop *)context;
-    const orchi_kind *kind = &orchi_kinds[f->kind];
-    char who[160], what[160] = "nothing: it is ready to run";
-    orch_future *source = kind->source != NULL ? kind->source(f) : NULL;
+    char who[160], what[320] = "its producer";
     orchi_describe(f, who, sizeof who);
-    if (source != NULL) orchi_describe(source, what, sizeof what);
-    if (kind->source == NULL) snprintf(what, sizeof what, "its producer");
+    if (orchi_kinds[f->kind].source != NULL) orchi_describe_sources(f, what, sizeof what);
     orchi_report(loop, "asyncorch:   %s awaits %s\n", who, what);
 }
 
@@ -6156,8 +6206,7 @@ static bool orchi_can_bypass(const orch_future *a) {
     return a->references == 0 || (a->references == 1 && (a->flags & ORCHI_CONSUMED));
 }
 
-/* Puts f in the place of a, which locks in to it and has a single holder: a's consumer becomes f's.
- */
+/* Puts f in the place of a, which follows it and has one holder: a's consumer becomes f's. */
 static void orchi_bypass(orch_loop *loop, orch_future *a, orch_future *f) {
     bool asked = (a->flags & ORCHI_CANCEL) != 0, decided = (f->flags & ORCHI_DECIDED) != 0;
     f->references = a->references;
@@ -6218,8 +6267,7 @@ static void orchi_follow_run(orch_future *f) {
     orchi_settle_as(orchi_loop_of(f), f, f->as.follow.source);
 }
 
-/* Whatever passes a result on asks its source, and settles when that has ended. A decision stands.
- */
+/* What passes a result on asks its source, and settles when that has ended. A decision stands. */
 static orch_future *orchi_follow_cancel(orch_future *f, int reason) {
     (void)reason;
     f->flags |= ORCHI_CANCEL;
@@ -6238,7 +6286,9 @@ static void orchi_follow_retarget(orch_future *f, uint32_t input, orch_future *t
     f->as.follow.source = to; // for every kind whose source stands first
 }
 
-static orch_future *orchi_follow_source(const orch_future *f) { return f->as.follow.source; }
+static orch_future *orchi_follow_source(const orch_future *f, uint32_t *at) {
+    return (*at)++ == 0 ? f->as.follow.source : NULL;
+}
 
 /* Asks the source when nobody else holds it; lets go of it otherwise. */
 static orch_future *orchi_proxy_cancel(orch_future *f, int reason) {
@@ -6724,6 +6774,20 @@ static orch_future *orchi_timer_cancel(orch_future *f, int reason) {
 //     y settles      the race counts it out and queues itself
 //     the race runs  moves x's outcome into its result and settles; the timeout follows
 
+// What decides one with n inputs, as the two counters that go down:
+//
+//                   ok_left   fail_left   value or error
+//     all           n         1           the list; the first error
+//     all_settled   n         not used    the list: every outcome counts down ok_left
+//     any           1         n           the first success; ORCH_EALLFAILED and the list
+//     race          1         1           the first outcome
+//     quorum of k   k         n - k + 1   the list; ORCH_EQUORUM and the list
+//     gather        n         not used    the list; its deadline decides it at once
+//
+// Adding an input is constant, so is counting one; cancelling the losers is one walk over the list.
+// Left out: a result of its own for each combinator, as a struct or a callback per input. orch_at
+// reads them all alike, and a list can be handed on like any other value.
+
 enum { ORCHI_LIST_IN_SLOT = 5 };
 static const size_t ORCHI_LIST_MOST = 0x7ffffff0;
 #define ORCHI_NO_WINNER UINT32_MAX
@@ -6957,11 +7021,11 @@ static void orchi_combine_run(orch_future *c) {
     orchi_settle(orchi_loop_of(c), c, &r);
 }
 
-/* For reports: the first input that is still open. */
-static orch_future *orchi_combine_source(const orch_future *c) {
+/* For reports: the inputs that are still open. */
+static orch_future *orchi_combine_source(const orch_future *c, uint32_t *at) {
     const orchi_list *list = c->as.combine.list;
-    for (uint32_t i = 0; list != NULL && i < list->count; i++) {
-        orch_future *item = orchi_not_late(orchi_items(list)[i]);
+    while (list != NULL && *at < list->count) {
+        orch_future *item = orchi_not_late(orchi_items(list)[(*at)++]);
         if (!orchi_settled(item)) return item;
     }
     return NULL;
@@ -7026,8 +7090,7 @@ static orch_future *orchi_empty_list(orchi_mode mode) {
     return list != NULL ? orch_settled(orchi_list_result(0, 0, list)) : orchi_rejected(ORCH_ENOMEM);
 }
 
-/* What every constructor answers to bad arguments; the inputs are given up where they can be read.
- */
+/* What every constructor answers to bad arguments; inputs that can be read are given up. */
 static orch_future *orchi_combine_refuse(const char *function, int error, size_t count,
                                          orch_future *const *futures) {
     if (futures != NULL && count <= ORCHI_LIST_MOST && orchi_loop != NULL) {
@@ -7181,6 +7244,12 @@ static void orchi_timeout_run(orch_future *t) {
 
 // ---- as completed
 
+// An iteration is no combinator: it never settles, it is asked. The hub stands as the consumer of
+// all inputs, and notes the order in which they settle; `next` is a promise that is answered from
+// that order, at once or when the next input settles. Two of them at a time would make the order of
+// the answers a matter of chance, so a second one is refused. Left out: cancelling the others when
+// one fails. Whoever iterates decides that, by freeing the iteration.
+
 struct orch_completion {
     orch_future *hub;     // stands as the consumer of every input
     orch_promise waiting; // of the last next that was not answered
@@ -7249,6 +7318,16 @@ static void orchi_hub_ended(orch_future *hub, uint32_t input) {
 
 static void orchi_hub_retarget(orch_future *hub, uint32_t input, orch_future *to) {
     hub->as.hub.iteration->items[input] = to;
+}
+
+/* For reports: what may answer a next that was not answered yet. */
+static orch_future *orchi_hub_source(const orch_future *hub, uint32_t *at) {
+    const orch_completion *c = hub->as.hub.iteration;
+    while (orch_promise_pending(c->waiting) && *at < c->count) {
+        orch_future *item = c->items[(*at)++];
+        if (item != NULL && !orchi_settled(item)) return item;
+    }
+    return NULL;
 }
 
 /* The next outcome, moved out of its future. */
@@ -7676,8 +7755,9 @@ static void orchi_scope_retarget(orch_future *f, uint32_t input, orch_future *to
     f->as.scope.own->members[input] = to;
 }
 
-static orch_future *orchi_scope_source(const orch_future *f) {
-    return f->as.scope.count > 0 ? f->as.scope.own->members[0] : NULL;
+/* For reports: its members, in no order. */
+static orch_future *orchi_scope_source(const orch_future *f, uint32_t *at) {
+    return *at < f->as.scope.count ? f->as.scope.own->members[(*at)++] : NULL;
 }
 
 /* It ends when its members have, and its task asks them. */
@@ -7796,6 +7876,11 @@ static bool orchi_deadline_copy(orch_loop *loop, orch_task *task, orch_future *f
 }
 
 // ---- locals
+
+// A value is set seldom, inherited with every task that is started, and read in between. So a task
+// has a pointer to a table, starting one copies the pointer, and only setting a value copies the
+// table. Tables are short lists: a program has a handful of keys (a trace, a logger, an allocator),
+// and comparing five pointers is cheaper than any hash.
 
 typedef struct orchi_local { // in an extra slot
     const void *key;
@@ -7997,7 +8082,9 @@ static void orchi_task_retarget(orch_future *f, uint32_t input, orch_future *to)
     f->as.task.task->waiting = to;
 }
 
-static orch_future *orchi_task_source(const orch_future *f) { return f->as.task.task->waiting; }
+static orch_future *orchi_task_source(const orch_future *f, uint32_t *at) {
+    return (*at)++ == 0 ? f->as.task.task->waiting : NULL;
+}
 
 static const char *orchi_task_label(const orch_future *f) { return f->as.task.task->name; }
 
@@ -8006,6 +8093,12 @@ static bool orchi_encloses(const orch_future *f, const orch_future *inner) {
     while (inner != f && (inner->flags & ORCHI_WAITED)) inner = inner->waiter.one.target;
     return inner == f;
 }
+
+// Why a drop waits. A child may write through a pointer into its parent's frame: its argument, the
+// list it fills. When the parent gives the child up and moves on, that frame is soon another
+// function's. So inside a task giving up is asking and waiting; that takes no I/O and no time of
+// the clock, unless the child shields. Outside a task nobody could wait, and work must own what it
+// uses.
 
 /* Cancels a claimed future, waits for its end and frees it. What encloses the task itself is asked
  * to end and not waited for: its end waits for this task. */
@@ -8095,6 +8188,16 @@ static inline void orchi_task_start(orch_loop *loop, orch_task *task, char *top)
     if (self == NULL) orchi_serve(loop);
     loop->trash = trash;
 }
+
+// What orch_go, orch_scope_go and orch_spawn differ in is only what the new task inherits:
+//
+//                      deadline            ends with starter's scope   locals
+//     orch_go          a copy, by value    no                          yes
+//     orch_scope_go    the scope's own     yes                         yes
+//     orch_spawn       none                no                          yes
+//
+// A copy, and not a link: who started the task may be gone before the deadline is. Tasks that have
+// nothing to hand on, as most, pay one test of `heir`.
 
 /* What a new task has from whoever starts it: locals, and a scope, a deadline or neither. */
 ORCHI_NO_INLINE static bool orchi_task_inherit(orch_loop *loop, orch_task *task, orch_future *home,
@@ -10926,18 +11029,19 @@ static void orchi_expose_visit(orch_future *f, void *context) {
     orchi_cancel(orchi_task_asks(task), ORCH_ECANCELED);
 }
 
-/* The loop is deadlocked: shields of cancelled tasks do not hold any more. Whether there were any.
- */
+/* In a deadlock the shields of cancelled tasks do not hold any more. Whether there were any. */
 static bool orchi_expose(orch_loop *loop) {
     bool any = false;
     orchi_each_slot(loop, orchi_expose_visit, &any);
     return any;
 }
 
-/* What a pending future waits for; NULL at the end of the chain. */
+/* What a pending future waits for; NULL at the end of the chain. Of many inputs the first open one
+ * will do: an `all` that circles through another one is broken off as a wait that never ends. */
 static orch_future *orchi_source_of(const orch_future *f) {
+    uint32_t first = 0;
     if (f == NULL || orchi_settled(f) || orchi_kinds[f->kind].source == NULL) return NULL;
-    return orchi_kinds[f->kind].source(f);
+    return orchi_kinds[f->kind].source(f, &first);
 }
 
 enum { ORCHI_NEW, ORCHI_WALKED, ORCHI_ENDS, ORCHI_CIRCLES }; // orch_future.mark
@@ -11062,6 +11166,16 @@ static orch_result orchi_run_signalled(const orch_loop *loop, orch_result r) {
     r.index = (unsigned)loop->interrupted;
     return r;
 }
+// The steps of orch_run:
+//
+//     1  make a loop, start main, which runs until it first waits
+//     2  turns, until main's future has settled. Nothing ready, no timer and no descriptor is a
+//        deadlock; before it is reported, the shields of cancelled tasks are broken
+//     3  ask all that is left to end, and turn until it has, or until nothing happens any more
+//     4  free the loop, or hand it to the result of main, if that shows futures of the loop
+//
+// So main needs no clean-up for what it started, and valgrind finds nothing after orch_run. Step 3
+// has no limit of time: a producer that said in its hook that it will still settle is waited for.
 
 /* Runs until main has ended; a deadlock that exposing shields does not resolve is an error. */
 static int orchi_run_main(orch_loop *loop, orch_future *main) {
@@ -11210,7 +11324,7 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
      orchi_combine_source, NULL},
     {"iteration", orchi_hub_run, NULL,                //
      NULL, orchi_hub_ended, orchi_hub_retarget, NULL, //
-     NULL, NULL},
+     orchi_hub_source, NULL},
     {"scope", orchi_scope_run, orchi_scope_cancel,        //
      NULL, orchi_scope_ended, orchi_scope_retarget, NULL, //
      orchi_scope_source, orchi_scope_label},
@@ -12428,8 +12542,7 @@ int orch_file_save(const char *path, const void *data, size_t size) {
 //
 //     receive a, b    a waiter each, and a pump each, as there is something to serve
 //     orch_race       consumes both futures; the task waits
-//     the pump of a   the waiter is wanted: its promise settles with the item, which decides the
-// race
+//     the pump of a   the waiter is wanted: its promise settles with the item, and so the race
 //     the pump of b   the waiter is not wanted any more: the item stays
 //     the race        cancels its loser: the hook frees the waiter
 //
@@ -12502,8 +12615,11 @@ struct orch_subscription {
 };
 
 // ---- objects
+//
+// An object that could not be made is one that says why in every operation: a program that makes
+// ten of them checks where it uses them, as it must anyway. What stands for it is one of four const
+// objects, of which only `error` is read.
 
-// What stands for any object that could not be made: only `error` is read of it.
 typedef union orchi_broken_object {
     orchi_object object;
     orch_semaphore semaphore;
@@ -12680,6 +12796,12 @@ static size_t orchi_ring_count(const orchi_link *ring) {
 }
 
 // ---- semaphore
+//
+// Two ways to hold permits. A task counts them by hand: acquire, release. A future owns them: its
+// result gives them back when it is freed, so that they travel with it through then, all and
+// timeout, and cannot be lost. FIFO is strict, by weight too: a request for five at the head is not
+// overtaken by one for one, or it would wait for ever under load. The fast path of acquire is a
+// handful of compares and an addition; it looks at the ring only to see that nobody waits.
 
 static void orchi_semaphore_leave(orch_semaphore *s) {
     if (--s->object.users == 0) orchi_free(s->object.loop, s, sizeof *s);
@@ -12890,6 +13012,10 @@ void orch_semaphore_free(orch_semaphore *s) {
 }
 
 // ---- event
+//
+// It stays set until it is cleared, so a wait that comes late passes. Setting wakes all, in the
+// order in which they came. Left out: a set that wakes one (that is a semaphore) and a pulse that
+// wakes only who waits now (who comes a moment later would wait for ever).
 
 static bool orchi_event_cancel(void *waiter, int reason) {
     (void)reason;
@@ -12934,6 +13060,18 @@ void orch_event_free(orch_event *e) {
 }
 
 // ---- channel
+//
+// A ring of items between a ring of senders and a ring of receivers. In between calls at most one
+// of these holds:
+//
+//     receivers wait    no item, no sender: what is sent goes straight to the first receiver
+//     senders wait      the ring is full (with a capacity of 0: always), nobody receives
+//     neither           some items, and room for more
+//
+// But for who waits as a future: it is served a moment later, by the pump, and then both may be
+// there for a moment. With a capacity of 0 sender and receiver meet: an item is never in the ring.
+// The ring grows with what is in it, so that a capacity of SIZE_MAX is a queue without bound.
+// Left out: a send that overwrites the oldest. A topic's subscription can do that.
 
 static void orchi_channel_leave(orch_channel *c) {
     if (--c->object.users > 0) return;
@@ -13310,6 +13448,19 @@ int orch_publish(orch_topic *t, orch_result event) {
 }
 
 // ---- subscription
+//
+// The life of a reactor (a subscription with on_event):
+//
+//     publish     puts a chain to the event into the channel, and sees to it that the pump comes
+//     the pump    starts a task, unless one runs
+//     the task    calls on_event for one event after the other, and ends when there is none: a
+//                 thousand idle subscribers have no stack
+//     a failure   of on_event goes to on_error; the next event is handed over all the same
+//     the end     the worker is dropped, which in a task waits until on_event has returned; release
+//                 is called when neither subscription nor worker can call anything any more
+//
+// A worker may end its own subscription from inside on_event. Then nobody waits for it: it finds
+// that out when on_event returns, and is itself the last user.
 
 static void orchi_subscription_leave(orch_subscription *s) {
     if (--s->object.users == 0) orchi_free(s->object.loop, s, sizeof *s);
@@ -13575,7 +13726,19 @@ unsigned orch_attempt_number(void) { return (unsigned)(uintptr_t)orch_local(&orc
 // ---- retry
 //
 // A retry needs no timer and no state machine: it is a loop with a sleep in it. What is asked after
-// a failed attempt, and in which order, is orchi_retry_again.
+// a failed attempt, in this order, is orchi_retry_again:
+//
+//     attempts, budget    is one left, and time for it
+//     retry_if            can another one help
+//     retry_after         how long to wait, as the server says; else the back-off
+//     on_attempt          told of it, with the delay and how many are left; may stop it
+//     budget              again, as hooks may take time
+//     the wait            ends at once when the task is cancelled
+//
+// The n-th delay of attempts at 100 ms with factor 2 and a cap of 1000 is 100, 200, 400, 800, 1000,
+// 1000 ...; with full jitter anything from 0 to that; with decorrelated jitter anything from 100 to
+// three times the delay before, below the cap. (M. Brooker, "Exponential Backoff And Jitter", AWS
+// Architecture Blog, 2015.)
 
 typedef struct orchi_attempts {  // a retry under way
     const orch_retry_desc *desc; // its defaults filled in
@@ -13704,8 +13867,7 @@ static bool orchi_retry_tell(orchi_attempts *a, orch_result *r, unsigned left, u
     return false;
 }
 
-/* Waits, at least for a turn, so that attempts that never wait cannot keep the loop to themselves.
- */
+/* Waits, at least for a turn: attempts that never wait must not keep the loop to themselves. */
 static bool orchi_retry_wait(orch_result *r, uint64_t delay) {
     int error = delay > 0 ? orch_sleep(delay) : orch_yield();
     if (error == 0) return true;
@@ -13950,6 +14112,13 @@ static void orchi_batch_start(orchi_batch *b, size_t i, orch_future *held) {
 }
 
 // ---- map
+//
+// What waits is the leader, for one place at a time, so items start in order and a map over a
+// million items has at most `concurrency` tasks and one more. The bound comes from two sides:
+// `concurrency` is the map's own, and `limit` a semaphore that several maps may share and that can
+// be resized while they run. A permit is held by the item's task and given back when that has
+// ended, not when its future was read. Left out: a queue of items that grows while it is mapped. A
+// channel with a few tasks that receive from it is that.
 
 enum { ORCHI_MAP_TURN = 128 }; // items that are started without a wait until others get their turn
 static const size_t ORCHI_MAP_MOST = 0x7ffffff0; // what a combinator takes
@@ -14097,6 +14266,11 @@ orch_future *orch_map(const orch_map_desc *desc) {
 }
 
 // ---- hedge
+//
+// The tail of latencies is cut by asking a second server when the first one takes longer than most
+// do: with a delay at the 95th percentile that is one more request in twenty. (J. Dean and L. A.
+// Barroso, "The Tail at Scale", CACM 2013.) It is an `any` whose inputs start late: by the delay,
+// or at once when one fails. What is asked must stand being done twice.
 
 typedef struct orchi_hedge {
     orchi_batch batch;
@@ -14276,6 +14450,10 @@ static void orchi_gate_label(char *label, size_t size, const char *kind, const c
 enum { ORCHI_LABEL = 48 };
 
 // ---- a line of those who wait
+//
+// What a semaphore does for tasks, a guard does for promises: a call under a guard is a future from
+// its beginning, so who waits never lies on a stack. First come, first served, and joining, leaving
+// and serving are constant, however long the line is.
 
 typedef struct orchi_place { // in an extra slot
     orch_promise promise;
@@ -14348,6 +14526,9 @@ static void orchi_line_close(orchi_line *line, int error) {
 }
 
 // ---- an alarm: a call from the loop that can be called off
+//
+// It is a `then` on a timer or on a settled future. Calling it off drops nothing that would have to
+// be waited for: it forgets its owner, and cleans up after itself when the loop comes by.
 
 typedef struct orchi_alarm { // in an extra slot
     void (*ring)(void *owner, int error);
@@ -14487,6 +14668,11 @@ static bool orchi_call_cancelled(const orch_result *r, int reason) {
 }
 
 // ---- a pass: leave for one call, owned by a result until it is recorded
+//
+// For calls that are no task of the guard's: one may ask for a pass, do the call in any way, and
+// record its outcome. A pass that is dropped and not recorded is given back by its release, and
+// says nothing about the service: so a way out in between cannot leave a breaker half-open for
+// ever.
 
 typedef struct orchi_pass { // in an extra slot, or in a call's block
     void *guard;
@@ -14521,6 +14707,15 @@ static bool orchi_pass_take(orch_result *r, void (*unused)(void *pass), orchi_pa
 // 1 / limit.
 // Sliding window: a ring with, for each of the last `limit` starts, when it has left the window. A
 // start of weight w takes the w oldest, so the youngest of these says when it may come.
+//
+// For example, limit 10 in 1000 ms: a token costs 100 ms. At 5000 ms, with `empty` at 4000, there
+// are ten; three starts move it to 4300, and seven are left. Nothing has to be added by a timer: at
+// 5100 there are eight, as 5100 - 4300 says. After a pause until 9000 a full bucket has dragged
+// `empty` to 8000: ten, and no more. This is the generic cell rate algorithm, as ATM networks
+// police with (ITU-T I.371), seen from the other end.
+//
+// A bucket allows limit starts at the end of an interval and limit at the beginning of the next.
+// Servers that count by windows of their own answer that with 429: for them there is `strict`.
 
 typedef struct orchi_instant {
     int64_t ns;
@@ -14783,8 +14978,7 @@ int orch_limiter_pause(orch_limiter *l, uint64_t ms) {
     return 0;
 }
 
-/* How many whole tokens there are: a search, as a division would have to be of more than 64 bits.
- */
+/* How many whole tokens there are: a search, as a division would need more than 64 bits. */
 static uint32_t orchi_limiter_tokens(orch_limiter *l, int64_t now) {
     uint32_t low = 0, high = l->desc.burst;
     while (low < high) {
@@ -14848,6 +15042,15 @@ const orch_limiter_desc *orch_limiter_settings(const orch_limiter *l) {
 }
 
 // ---- circuit breaker
+//
+//     closed      calls pass. Enough failures in a row, or a rate of them over the last calls: open
+//     open        calls are refused at once, for open_ms; then half-open
+//     half-open   as many calls as `probes` pass, the others are refused. All good: closed. One bad
+//                 or not back in probe_ms: open
+//
+// No timer: time is looked at when a call comes. Each state has a number, and a call remembers the
+// one it began in, as the end of a call from before it opened says nothing about the service now.
+// (M. Nygard, "Release It!", 2007.)
 
 struct orch_breaker {
     orchi_gate gate;
@@ -14912,8 +15115,7 @@ void orch_breaker_free(orch_breaker *b) {
     orchi_breaker_leave(b);
 }
 
-/* Changes the state, forgets what was counted in the old one, and then tells. The caller is a user.
- */
+/* Changes the state, forgets what was counted in the old one, then tells. The caller is a user. */
 static void orchi_breaker_enter(orch_breaker *b, orch_breaker_state state, int64_t until) {
     orch_breaker_state from = b->state;
     b->state = state;
@@ -15475,6 +15677,13 @@ size_t orch_flight_count(const orch_flight *f) {
 }
 
 // ---- adaptive concurrency
+//
+// How many calls a service stands at once is not known, and changes. So the limit rises by one when
+// calls come back as fast as usual, and falls by a factor when they are slow or fail: additive
+// increase, multiplicative decrease, which lets many clients of one service share it fairly (D.
+// Chiu and R. Jain, 1989). What is usual is the least mean of 20 calls that was seen: a service
+// without a queue. Left out: a target latency that adapts by gradients; it is quicker on a steady
+// load, and on a bursty one takes the burst for the service.
 
 struct orch_adaptive {
     orchi_gate gate;
@@ -15563,9 +15772,9 @@ static bool orchi_adaptive_slow(const orch_adaptive *a, int64_t latency) {
     return a->desc.latency_ms > 0 && latency > orchi_ms_ns(a->desc.latency_ms);
 }
 
-/* One up for each call at first, later for as many as the limit has; only when it is used, at the
- * call's beginning or end, as the rest would be a guess, and not before the usual latency is known.
- */
+/* One up for each call at first, later for as many as the limit has. Only when the limit is used,
+ * at the call's beginning or end, as the rest would be a guess; not before the usual latency is
+ * known. */
 static void orchi_adaptive_rise(orch_adaptive *a, const orchi_pass *pass) {
     uint32_t beside = pass->beside > a->running ? pass->beside : a->running;
     bool blind = a->desc.tolerance > 1.0 && a->usual < 0.0;

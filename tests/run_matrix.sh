@@ -7,10 +7,15 @@
 #
 # A compiler, option or emulator that is not there (an empty program cannot be built or run with it)
 # is skipped by name. OUT is the folder for the programs, default .build/matrix.
+#
+# Most of the time goes into optimising 10,000 lines, so as a rule standards are tried without
+# optimisation, and options that do not meddle with each other together. FULL=1 (make torture) tries
+# each by itself.
 set -u
 
 out=${OUT:-.build/matrix}
 here=$(dirname "$0")
+full=${FULL:-0}
 warnings='-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror'
 passed=0 failed=0 skipped=0
 mkdir -p "$out"
@@ -72,22 +77,25 @@ try() { # compiler, flags, source, [runner]
 
 group_c() {
     for cc in gcc clang; do
-        for std in c99 c11 c2x; do try $cc "-std=$std -O2" compile_c.c; done
-        try $cc '-std=gnu99' compile_c.c
+        level=-O0
+        [ "$full" = 0 ] || level=-O2
+        for std in c99 c11 c2x gnu99; do try $cc "-std=$std $level" compile_c.c; done
         # Other headers included first: too late for asyncorch.h to ask for what it needs of them.
-        try $cc '-std=c99 -O1 -D_GNU_SOURCE -DHEADERS_FIRST' compile_c.c
-        try $cc '-std=gnu11 -O1 -DHEADERS_FIRST' compile_c.c
+        try $cc "-std=c99 $level -D_GNU_SOURCE -DHEADERS_FIRST" compile_c.c
+        try $cc "-std=gnu11 $level -DHEADERS_FIRST" compile_c.c
     done
 }
 
 group_cxx() {
     for cxx in g++ clang++; do
-        for std in 11 17 20; do try $cxx "-std=c++$std -O2" compile_cxx.cc; done
-        try $cxx '-std=c++11 -O0' compile_cxx.cc
+        for std in 11 17 20; do try $cxx "-std=c++$std -O0" compile_cxx.cc; done
+        try $cxx '-std=c++17 -O2' compile_cxx.cc
+        [ "$full" = 1 ] || continue
+        for std in 11 20; do try $cxx "-std=c++$std -O2" compile_cxx.cc; done
         try $cxx '-std=c++17 -O1 -g -fsanitize=address,undefined' compile_cxx.cc
         try $cxx '-std=c++17 -O2 -DORCH_USE_UCONTEXT=1' compile_cxx.cc
     done
-    try g++ '-std=c++17 -O3 -flto' compile_cxx.cc
+    [ "$full" = 0 ] || try g++ '-std=c++17 -O3 -flto' compile_cxx.cc
 }
 
 # clang's bytecode needs a linker that can read it.
@@ -97,29 +105,41 @@ lto() { # compiler
 
 group_options() { # compiler
     cc=$1
-    for options in '-O0' '-O2' '-Os' "-O3 $(lto "$cc")" '-O2 -DNDEBUG' \
-        '-O2 -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2' '-O2 -fcf-protection=full' \
-        '-O2 -fstack-clash-protection' '-O2 -fstack-protector-strong' \
-        '-O2 -fPIC -fvisibility=hidden' '-O2 -DORCH_USE_UCONTEXT=1' \
-        '-O1 -g -fsanitize=address,undefined' \
+    hardened='-fstack-clash-protection -fstack-protector-strong -fPIC -fvisibility=hidden'
+    for options in '-O0' '-O2' "-O3 $(lto "$cc")" '-O2 -DNDEBUG' \
+        '-O2 -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2' '-O2 -fcf-protection=full' "-O2 $hardened" \
+        '-O1 -DORCH_USE_UCONTEXT=1' '-O0 -g -fsanitize=address,undefined'; do
+        try "$cc" "-std=c99 $options" compile_c.c
+    done
+    try_tsan "$cc" '-std=c99 -O1 -g -fsanitize=thread'
+    [ "$full" = 1 ] || return 0
+    for options in '-Os' '-O2 -fstack-clash-protection' '-O2 -fstack-protector-strong' \
+        '-O2 -fPIC -fvisibility=hidden' '-O1 -g -fsanitize=address,undefined' \
         '-O1 -g -fsanitize=address -DORCH_USE_UCONTEXT=1'; do
         try "$cc" "-std=c99 $options" compile_c.c
     done
-    # Thread sanitizer maps fixed addresses; kernels that randomise more than it expects need -R. It
-    # counts calls and returns per fiber, and crashes when a switch leaves them uneven.
-    for options in '-std=c99 -O0 -g -fsanitize=thread' '-std=c99 -O2 -g -fsanitize=thread' \
-        '-std=c99 -O1 -g -fsanitize=thread -DORCH_USE_UCONTEXT=1'; do
-        if usable '' "$cc" "$options" c; then
-            try "$cc" "$options" compile_c.c
-        else
-            try "$cc" "$options" compile_c.c "setarch $(uname -m) -R"
-        fi
+    for options in '-O0' '-O2' '-O1 -DORCH_USE_UCONTEXT=1'; do
+        try_tsan "$cc" "-std=c99 -g -fsanitize=thread $options"
     done
+}
+
+# Thread sanitizer maps fixed addresses; kernels that randomise more than it expects need -R. It
+# counts calls and returns per fiber, and crashes when a switch leaves them uneven.
+try_tsan() { # compiler, options
+    if usable '' "$1" "$2" c; then
+        try "$1" "$2" compile_c.c
+    else
+        try "$1" "$2" compile_c.c "setarch $(uname -m) -R"
+    fi
 }
 
 group_static() {
     for cc in gcc clang; do
-        for options in -O0 -O1 -O2 -O3 -Os "-O3 $(lto $cc)" '-O3 -DORCH_USE_UCONTEXT=1'; do
+        for options in -O2 "-O3 $(lto $cc)" '-O1 -DORCH_USE_UCONTEXT=1'; do
+            try $cc "-std=c99 $options" static_seen.c
+        done
+        [ "$full" = 1 ] || continue
+        for options in -O0 -O1 -O3 -Os '-O3 -DORCH_USE_UCONTEXT=1'; do
             try $cc "-std=c99 $options" static_seen.c
         done
     done
@@ -127,14 +147,15 @@ group_static() {
 
 group_cross() {
     try aarch64-linux-gnu-gcc '-std=c99 -O0 -static' compile_c.c qemu-aarch64-static
-    try aarch64-linux-gnu-gcc '-std=c99 -O3 -static' compile_c.c qemu-aarch64-static
     try aarch64-linux-gnu-gcc '-std=c99 -O2 -mbranch-protection=standard -static' compile_c.c \
         qemu-aarch64-static
     try aarch64-linux-gnu-gcc '-std=c99 -O3 -static' static_seen.c qemu-aarch64-static
     try riscv64-linux-gnu-gcc '-std=c99 -O0 -static' compile_c.c qemu-riscv64-static
     try riscv64-linux-gnu-gcc '-std=c99 -O3 -static' compile_c.c qemu-riscv64-static
-    try riscv64-linux-gnu-gcc '-std=c99 -O3 -static' static_seen.c qemu-riscv64-static
     try musl-gcc '-std=c99 -O2' compile_c.c
+    [ "$full" = 1 ] || return 0
+    try aarch64-linux-gnu-gcc '-std=c99 -O3 -static' compile_c.c qemu-aarch64-static
+    try riscv64-linux-gnu-gcc '-std=c99 -O3 -static' static_seen.c qemu-riscv64-static
     try musl-gcc '-std=c99 -O3 -static' static_seen.c
 }
 
@@ -163,10 +184,10 @@ units() { # compiler of a, flags of a, compiler of b, flags of b, flags to link
 group_units() {
     units gcc '-std=c99 -O0' gcc '-std=c99 -O2' ''
     units gcc '-std=c99 -O3 -flto' gcc '-std=c99 -O3 -flto' '-O3 -flto'
-    units clang '-std=c99 -O2' gcc '-std=c11 -O2 -DNDEBUG' ''
-    units gcc '-std=c99 -O2' g++ '-x c++ -std=c++11 -O2' ''
-    units g++ '-x c++ -std=c++17 -O2' gcc '-std=c2x -O2' ''
-    units clang++ '-x c++ -std=c++20 -O2' clang '-std=c99 -O2' ''
+    units clang '-std=c99 -O0' gcc '-std=c11 -O2 -DNDEBUG' ''
+    units gcc '-std=c99 -O0' g++ '-x c++ -std=c++11 -O2' ''
+    units g++ '-x c++ -std=c++17 -O0' gcc '-std=c2x -O2' ''
+    units clang++ '-x c++ -std=c++20 -O0' clang '-std=c99 -O2' ''
 }
 
 for group in ${*:-c cxx options-gcc options-clang static cross units}; do

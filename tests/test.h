@@ -24,7 +24,7 @@ typedef struct test_case {
     struct test_case *next;
 } test_case;
 static volatile struct test_page { // shared with the child; armed: while the case runs
-    long armed, count, fail_at, and_later, refused;
+    long armed, count, fail_at, and_later, refused, heap;
 } * test_shared;
 static test_case *test_first, **test_tail = &test_first;
 static volatile int test_failures; // volatile: tasks change it behind the compiler's back
@@ -63,11 +63,12 @@ static inline bool test_str(const char *got, const char *want, const char *what,
     return test_say(!strcmp(got, want), file, line, "%s is \"%s\", not \"%s\"\n", what, got, want);
 }
 
+#include "refuse.h"
 static __attribute__((noinline)) void test_scrub(void) { // what dead frames hold hides leaks
     for (volatile char space[8192], *p = space; p < space + sizeof space; p++) *p = 0;
 }
 static inline int test_body(const test_case *c, long fail_at, bool and_later) {
-    *test_shared = (struct test_page){1, 0, fail_at, and_later, 0};
+    *test_shared = (struct test_page){1, 0, fail_at, and_later, 0, test_heap()};
     c->fn(), test_scrub();
     test_shared->armed = 0;
     return test_failures ? 10 : 0; // 10: nothing worse than a failed CHECK
@@ -83,7 +84,7 @@ static inline bool test_run(const test_case *c, long fail_at, bool and_later) {
         setrlimit(RLIMIT_FSIZE, &(struct rlimit){1 << 26, 1 << 26}); // an endless loop may print
         if (dup2(fileno(out), 1) < 0 || dup2(fileno(out), 2) < 0 || fclose(out)) abort();
         alarm((unsigned)seconds);
-        exit(test_body(c, fail_at, and_later)); // not _exit: leak check and coverage run here
+        exit(test_end(test_body(c, fail_at, and_later))); // leak check and coverage run here
     }
     if (pid < 0 || waitpid(pid, &status, 0) != pid) abort();
     kill(-pid, SIGKILL); // what the case left running
@@ -100,7 +101,6 @@ static inline bool test_run(const test_case *c, long fail_at, bool and_later) {
     printf("%.9999s\n", text);
     return false;
 }
-#include "refuse.h"
 static inline int test_main(int argc, char **argv) {
     unsigned count[3] = {0, 0, 0}; // passed, failed, skipped
     const char *mode = argc > 1 ? argv[1] : "", *at = getenv("TEST_FAIL_AT");

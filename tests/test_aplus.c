@@ -25,7 +25,6 @@
 //     2.3.3.4     then is no function: x it is      not vacuous: a value is never adopted, even
 //                                                   when it points to a future
 //     2.3.4       x is no object: fulfil with x     not vacuous: numbers and pointers
-#define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
 #include "test.h"
 

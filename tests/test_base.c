@@ -1,5 +1,4 @@
 // test_base.c: error codes, results, the allocator hook, slots and the order of the ready ring.
-#define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
 #include "test.h"
 

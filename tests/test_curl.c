@@ -1,7 +1,6 @@
 // The adapter examples/orch_curl.h, the client examples/http_get.h and the server they talk to,
 // over real sockets. The server is .build/examples/server, or the program that ORCH_SERVER names.
 // Without libcurl (HAVE_CURL not defined) the cases of the adapter are counted as skipped.
-#define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
 #include "test.h"
 

@@ -2,7 +2,6 @@
 //
 // Every value and context that the library owns is a token that counts its releases: finish()
 // aborts when one was not released exactly once or a slot is left, which a sweep notices as well.
-#define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
 #include "test.h"
 

@@ -2,49 +2,51 @@
 // on the virtual clock and over seeds; who owns what on every path; out of memory; misuse.
 //
 // adopted behaviour                                 known from                  case
-// ------------------------------------------------  --------------------------  ------------------
-// a burst at first, then an even rate               x/time/rate, bottleneck
-// bucket_burst_then_rate no token is lost in fractions                     x/time/rate
-//    bucket_loses_no_fraction any window: at most burst + rate * time           x/time/rate
-//         bucket_any_window limit + 1 starts span the interval (strict)       p-throttle,
-// strict-throttle strict_* a call can weigh more than one                    p-throttle, bottleneck
-//      strict_weighted, ... more than the limit can ever allow is refused     x/time/rate WaitN,
-// p-limit  limiter_refuses in order; a heavy one is not starved              bottleneck,
-// x/time/rate     limiter_in_order try: now or not at all, no overtaking             x/time/rate
-// Allow           limiter_try a cancelled wait gives its turn back              x/time/rate,
-// p-throttle     limiter_cancelled_* how many wait can be bounded, and read            bottleneck
-// highWater        limiter_bounded pause for a Retry-After; how long until a turn    bottleneck,
-// Reserve().Delay limiter_pause limit and burst can change while running          SetLimit,
-// updateSettings    limiter_change_* opens after n bad calls in a row                  gobreaker
-//                breaker_opens_in_row opens at a rate over the last n calls
-// resilience4j, Hystrix       breaker_rate not before a minimum of calls
-// resilience4j                breaker_rate half-open after a time, with so many probes       all
-//                      breaker_half_open n good probes close, one bad one opens
-// gobreaker                   breaker_probes an ignored or cancelled probe gives its slot back
-// resilience4j #544           breaker_probe_given_back a probe that never ends does not hang it
-//      resilience4j #903           breaker_probe_hangs outcomes of an earlier state do not count
-//      gobreaker's generation      breaker_late_outcomes what counts is up to the user,
-// three-valued       IsSuccessful, IsExcluded    breaker_judge slow calls are bad calls
-//              resilience4j                breaker_slow state changes are told
-//       OnStateChange               breaker_on_change allow and record for what is no function
-//     TwoStepCircuitBreaker       breaker_pass forced open, reset
-// resilience4j, Polly         breaker_forced concurrent calls for a key share one run
-// singleflight                flight_shares errors are shared as well
-// singleflight                flight_shares_errors a call after the end runs anew; forget
-//  singleflight                flight_again, flight_forget one caller that gives up ends nobody
-// else's call  Tailscale DoChanContext     flight_leave the last one that gives up cancels the run
-//       Tailscale DoChanContext     flight_last_leaves no two runs for a key, cancelled ones
-// included    janos/singleflight #4       flight_winding_down nobody joins a cancelled run
-//             Tailscale #18919            flight_winding_down one caller's deadline is not the
-// run's            Tailscale #18919            flight_deadline up by one a good call, down by a
-// factor           Netflix AIMDLimit           adaptive_rises, _falls it rises only while it is
-// used                    Netflix, RFC 7661           adaptive_rises one decrease for a round of
-// calls                 RFC 5681                    adaptive_falls_once a timeout is overload,
-// other errors are nothing   Netflix onDropped, onIgnore adaptive_judge latency against the usual
-// one, in the mean        Netflix Windowed, Gradient  adaptive_tolerance over the limit: waits in
-// order, or is refused     BlockingLimiter, Simple     adaptive_waits, _refuses also built with
-// -DNDEBUG (misuse returns errors there)
-#define ASYNCORCH_IMPLEMENTATION
+// a burst at first, then an even rate               x/time/rate, bottleneck     bucket_burst_*
+// no token is lost in fractions                     x/time/rate                 bucket_loses_no_*
+// any window: at most burst + rate * time           x/time/rate                 bucket_any_window
+// limit + 1 starts span the interval (strict)       p-throttle, strict-throttle strict_*
+// a call can weigh more than one                    p-throttle, bottleneck      strict_weighted,
+//                                                                               ...
+// more than the limit can ever allow is refused     x/time/rate WaitN, p-limit  limiter_refuses
+// in order; a heavy one is not starved              bottleneck, x/time/rate     limiter_in_order
+// try: now or not at all, no overtaking             x/time/rate Allow           limiter_try
+// a cancelled wait gives its turn back              x/time/rate, p-throttle     limiter_cancelled_*
+// how many wait can be bounded, and read            bottleneck highWater        limiter_bounded
+// pause for a Retry-After; how long until a turn    bottleneck, Reserve().Delay limiter_pause
+// limit and burst can change while running          SetLimit, updateSettings    limiter_change_*
+// opens after n bad calls in a row                  gobreaker                   breaker_opens_in_*
+// opens at a rate over the last n calls             resilience4j, Hystrix       breaker_rate
+// not before a minimum of calls                     resilience4j                breaker_rate
+// half-open after a time, with so many probes       all                         breaker_half_open
+// n good probes close, one bad one opens            gobreaker                   breaker_probes
+// an ignored or cancelled probe gives its slot back resilience4j #544           breaker_probe_*
+// a probe that never ends does not hang it          resilience4j #903           breaker_probe_hangs
+// outcomes of an earlier state do not count         gobreaker's generation      breaker_late_*
+// what counts is up to the user, three-valued       IsSuccessful, IsExcluded    breaker_judge
+// slow calls are bad calls                          resilience4j                breaker_slow
+// state changes are told                            OnStateChange               breaker_on_change
+// allow and record for what is no function          TwoStepCircuitBreaker       breaker_pass
+// forced open, reset                                resilience4j, Polly         breaker_forced
+// concurrent calls for a key share one run          singleflight                flight_shares
+// errors are shared as well                         singleflight                flight_shares_*
+// a call after the end runs anew; forget            singleflight                flight_again,
+//                                                                               flight_forget
+// one caller that gives up ends nobody else's call  Tailscale DoChanContext     flight_leave
+// the last one that gives up cancels the run        Tailscale DoChanContext     flight_last_leaves
+// no two runs for a key, cancelled ones included    janos/singleflight #4       flight_winding_down
+// nobody joins a cancelled run                      Tailscale #18919            flight_winding_down
+// one caller's deadline is not the run's            Tailscale #18919            flight_deadline
+// up by one a good call, down by a factor           Netflix AIMDLimit           adaptive_rises,
+//                                                                               _falls
+// it rises only while it is used                    Netflix, RFC 7661           adaptive_rises
+// one decrease for a round of calls                 RFC 5681                    adaptive_falls_once
+// a timeout is overload, other errors are nothing   Netflix onDropped, onIgnore adaptive_judge
+// latency against the usual one, in the mean        Netflix Windowed, Gradient  adaptive_tolerance
+// over the limit: waits in order, or is refused     BlockingLimiter, Simple     adaptive_waits,
+//                                                                               _refuses
+//
+// Also built with -DNDEBUG: misuse returns errors there.
 #include "../asyncorch.h"
 #include "test.h"
 

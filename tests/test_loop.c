@@ -3,7 +3,6 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
 #include "test.h"
 
@@ -693,6 +692,153 @@ TEST(a_deadlock_report_says_who_awaits_what) {
     CHECK(together);
     orch_result_free(&r);
 }
+
+// The line of a report that starts with `who` (as in "task 'x'"), after its number: "awaits ...".
+static const char *line_of(const notes *n, const char *who) {
+    static char line[600];
+    const char *at = strstr(n->text, who);
+    while (at && (at == n->text || strncmp(at - 3, "   ", 3))) at = strstr(at + 1, who);
+    const char *awaits = at ? strstr(at, " awaits ") : NULL;
+    if (!CHECK(awaits != NULL)) return "";
+    snprintf(line, sizeof line, "%.*s", (int)strcspn(awaits + 1, "\n"), awaits + 1);
+    return line;
+}
+
+static orch_future *named_task(const char *name) {
+    orch_task_desc desc = {.name = name, .fn = wait_for_promise};
+    return orch_go_with(&desc);
+}
+
+static const char *dump(notes *n) {
+    n->text[0] = '\0';
+    n->reports = 0;
+    orch_loop_dump(orch_loop_current());
+    return n->text;
+}
+
+static orch_result dump_combinator(void *arg) {
+    notes *n = arg;
+    orch_future *settled = orch_settled(orch_ok_int(1));
+    orch_future *all = orch_all(named_task("one"), settled, named_task("two"), named_task("three"));
+    dump(n);
+    const char *line = line_of(n, "combinator");
+    CHECK(strstr(line, "task 'one'#") && strstr(line, "task 'two'#"));
+    CHECK(strstr(line, "task 'three'#") != NULL);
+    CHECK(strstr(line, "settled") == NULL && strstr(line, "more") == NULL);
+    CHECK(strstr(line_of(n, "task 'main'"), "nothing: it runs") != NULL);
+    CHECK(strstr(line_of(n, "task 'two'"), "awaits promise") != NULL);
+    orch_drop(all);
+    CHECK(strstr(dump(n), "combinator") == NULL); // what has ended waits for nothing
+    CHECK_INT(n->reports, 1);                     // only main is left
+    return orch_ok_int(1);
+}
+
+static orch_result dump_many(void *arg) {
+    notes *n = arg;
+    orch_future *inputs[1000];
+    orch_promise p;
+    for (int i = 0; i < 1000; i++) inputs[i] = orch_future_new(&p);
+    orch_future *all = orch_all_n(1000, inputs);
+    dump(n);
+    const char *line = line_of(n, "combinator");
+    int named = 0;
+    for (const char *at = line; (at = strstr(at, "promise #")); at++) named++;
+    CHECK_INT(named, 8);
+    CHECK(strstr(line, " and 992 more") != NULL);
+    orch_drop(all);
+    return orch_ok_int(1);
+}
+
+static char long_name[400];
+
+static orch_result dump_long_names(void *arg) {
+    notes *n = arg;
+    memset(long_name, 'x', sizeof long_name - 1);
+    orch_future *all = orch_all(named_task(long_name), named_task("short"), named_task(long_name));
+    dump(n);
+    const char *line = line_of(n, "combinator");
+    CHECK(strlen(line) < 512 && strstr(line, "more") != NULL);
+    orch_drop(all);
+    return orch_ok_int(1);
+}
+
+static orch_result dump_scope(void *arg) {
+    notes *n = arg;
+    orch_scope s;
+    orch_scope_desc desc = {.name = "page"};
+    orch_task_desc posts = {.name = "posts", .fn = wait_for_promise};
+    orch_task_desc likes = {.name = "likes", .fn = wait_for_promise};
+    orch_scope_open(&s, &desc);
+    orch_scope_go_with(&s, &posts);
+    orch_scope_go_with(&s, &likes);
+    dump(n);
+    const char *line = line_of(n, "scope 'page'");
+    CHECK(strstr(line, "task 'posts'#") && strstr(line, "task 'likes'#"));
+    orch_scope_cancel(&s, 0);
+    orch_result r = orch_scope_close(&s);
+    CHECK(strstr(dump(n), "page") == NULL);
+    orch_result_free(&r);
+    return orch_ok_int(1);
+}
+
+static orch_result dump_iteration(void *arg) {
+    notes *n = arg;
+    orch_future *tasks[2] = {named_task("one"), named_task("two")};
+    orch_completion *c = orch_as_completed_n(2, tasks);
+    CHECK(strstr(dump(n), "iteration") == NULL); // nobody has asked it for anything
+    orch_future *next = orch_completion_next(c);
+    dump(n);
+    const char *line = line_of(n, "iteration");
+    CHECK(strstr(line, "task 'one'#") && strstr(line, "task 'two'#"));
+    orch_drop(next);
+    orch_completion_free(c);
+    return orch_ok_int(1);
+}
+
+static orch_result dump_shared(void *arg) {
+    notes *n = arg;
+    orch_future *task = named_task("popular");
+    orch_future *a = orch_then(orch_ref(task), NULL, NULL, NULL);
+    orch_future *b = orch_timeout(orch_ref(task), 100);
+    dump(n);
+    CHECK(strstr(line_of(n, "then"), "awaits task 'popular'#") != NULL);
+    CHECK(strstr(line_of(n, "timeout"), "awaits task 'popular'#") != NULL);
+    CHECK(strstr(n->text, "holder") == NULL);
+    orch_drop(a);
+    orch_drop(b);
+    orch_drop(task);
+    return orch_ok_int(1);
+}
+
+static orch_result dump_descriptor(void *arg) {
+    notes *n = arg;
+    int fd[2];
+    char text[64];
+    if (!CHECK(pipe(fd) == 0)) return orch_ok_int(0);
+    orch_future *all = orch_all(orch_ready(fd[0], ORCH_READABLE));
+    snprintf(text, sizeof text, "readiness of descriptor %d#", fd[0]);
+    dump(n);
+    CHECK(strstr(line_of(n, "combinator"), text) != NULL);
+    orch_drop(all);
+    close(fd[0]);
+    close(fd[1]);
+    return orch_ok_int(1);
+}
+
+#define DUMP_TEST(name, body)                                                                      \
+    TEST(name) {                                                                                   \
+        static notes n;                                                                            \
+        orch_result r = run_noting(&n, body, &n);                                                  \
+        CHECK_INT(orch_int(&r), 1);                                                                \
+        orch_result_free(&r);                                                                      \
+    }
+DUMP_TEST(a_dump_names_all_open_inputs_of_a_combinator, dump_combinator)
+DUMP_TEST(a_dump_names_eight_of_a_thousand_and_counts_the_rest, dump_many)
+DUMP_TEST(a_dump_keeps_its_lines_short_whatever_the_names, dump_long_names)
+DUMP_TEST(a_dump_names_the_members_of_a_scope, dump_scope)
+DUMP_TEST(a_dump_names_what_an_iteration_was_asked_for, dump_iteration)
+DUMP_TEST(a_dump_shows_what_is_shared_and_no_holders, dump_shared)
+DUMP_TEST(a_dump_names_the_descriptor, dump_descriptor)
 
 static orch_result deadlock_by_mutual_wait(void *arg) {
     static orch_future *first;

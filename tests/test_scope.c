@@ -6,42 +6,32 @@
 // what a scope was given has ended when its close returns, every owned value is released exactly
 // once, and no slot, timer or task is left.
 //
-//     adopted behaviour                                   known from                    case
-//     close waits for every child                         Trio nursery, errgroup.Wait   close_waits
-//     a child may start siblings, also during close       Trio start_soon in __aexit__
-// a_member_starts
-//     the first failure cancels siblings and body         Trio, asyncio.TaskGroup
-// first_failure
-//     the close ends with the first error                 errgroup.Wait
-// first_failure
-//     all errors are kept, in order                       Python ExceptionGroup
-// sixteen_failures
-//     a failure leaves the others alone, when asked       errgroup without a context    keep_going
-//     being cancelled is no failure                       Trio Cancelled
-// cancelled_is
-//     cancelled from outside                              Trio CancelScope.cancel       cancel_with
-//     level-triggered: every later wait is refused        Trio                          every_wait
-//     ... but what is there already is delivered          (the design)
-// what_is_settled
-//     the nearest deadline counts                         Trio fail_after, Go context   nearest
-//     a deadline ends its own scope only                  Trio move_on_after
-// inner_deadline
-//     a deadline can be moved while it runs               Trio CancelScope.deadline     extend
-//     the time left can be asked                          Trio current_effective_dead.  time_left
-//     an absolute deadline is handed down                 Go context.WithDeadline       go_copies
-//     a detached child has none                           Go context.WithoutCancel
-// spawn_inherits
-//     a shield keeps outer cancellation and deadlines out Trio CancelScope(shield)      shield_*
-//     a scope's own deadline counts in a shield           Trio                          shield_own
-//     cancellation reaches everything below               Trio, Kotlin, Go context
-// cancel_reaches
-//     a cancelled child may clean up; close waits         Trio, Kotlin NonCancellable   clean_up
-//     work that was started elsewhere can be adopted      Kotlin Job(parent)            add_*
-//     a reason goes along                                 Go context.WithCancelCause    cancel_with
-//     children inherit context values                     Go context.WithValue,         local_*
-//                                                         Python contextvars
-//     a child cannot change its parent's values           Python contextvars            local_child
-#define ASYNCORCH_IMPLEMENTATION
+// adopted behaviour                                   known from                   case
+// close waits for every child                         Trio nursery, errgroup.Wait  close_waits
+// a child may start siblings, also during close       Trio start_soon in __aexit__ a_member_starts
+// the first failure cancels siblings and body         Trio, asyncio.TaskGroup      first_failure
+// the close ends with the first error                 errgroup.Wait                first_failure
+// all errors are kept, in order                       Python ExceptionGroup        sixteen_failures
+// a failure leaves the others alone, when asked       errgroup without a context   keep_going
+// being cancelled is no failure                       Trio Cancelled               cancelled_is
+// cancelled from outside                              Trio CancelScope.cancel      cancel_with
+// level-triggered: every later wait is refused        Trio                         every_wait
+// ... but what is there already is delivered          (the design)                 what_is_settled
+// the nearest deadline counts                         Trio fail_after, Go context  nearest
+// a deadline ends its own scope only                  Trio move_on_after           *_counts_inner
+// a deadline can be moved while it runs               Trio CancelScope.deadline    extend
+// the time left can be asked                          Trio current_effective_dead. time_left
+// an absolute deadline is handed down                 Go context.WithDeadline      go_copies
+// a detached child has none                           Go context.WithoutCancel     spawn_inherits
+// a shield keeps outer cancellation and deadlines out Trio CancelScope(shield)     shield_*
+// a scope's own deadline counts in a shield           Trio                         shield_own
+// cancellation reaches everything below               Trio, Kotlin, Go context     cancel_reaches
+// a cancelled child may clean up; close waits         Trio, Kotlin NonCancellable  clean_up
+// work that was started elsewhere can be adopted      Kotlin Job(parent)           add_*
+// a reason goes along                                 Go context.WithCancelCause   cancel_with
+// children inherit context values                     Go context.WithValue,        local_*
+//                                                     Python contextvars
+// a child cannot change its parent's values           Python contextvars           local_child
 #include "../asyncorch.h"
 #include "test.h"
 

@@ -16,7 +16,6 @@
 //     TEST_SEEDS=5000 test_stress       more seeds than the 80 of each case
 //     TEST_SEED=17 test_stress tasks    one seed; odd ones use no timers and repeat exactly
 
-#define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
 #include "test.h"
 
