@@ -37,11 +37,12 @@ EXAMPLES := $(patsubst examples/%.c,%,$(wildcard examples/*.c))
 SCRIPTS := $(patsubst tests/%.sh,%,$(wildcard tests/test_*.sh))
 BENCHES := $(patsubst bench/%.c,%,$(wildcard bench/bench_*.c))
 TEST_BUILD = -std=gnu99 -D_GNU_SOURCE -g -fno-omit-frame-pointer $(WARNINGS) $(WRAP)
-FORMATTED := asyncorch.h $(wildcard tests/*.[ch] tests/*.cc examples/*.[ch] bench/*.[ch])
+FORMATTED := asyncorch.h $(wildcard tests/*.[ch] tests/*.cc examples/*.[ch] bench/*.[ch] \
+	bench/echo/*.[ch] bench/peers/*.c*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-seeds torture soak bench check deps install uninstall clean format \
+.PHONY: help demo test test-seeds torture soak bench bench-peers check deps install uninstall clean format \
 	coverage examples $(TESTS)
 
 help: # this list
@@ -137,6 +138,9 @@ soak: torture # torture, then valgrind, then 200 repeats on a busy machine; hour
 
 bench: $(BENCHES:%=$(B)/bench/%) # the figures, and sequential against parallel as table and chart
 	@sh bench/run.sh $(B)/bench
+
+bench-peers: # the same four measures with Go, tokio, Node, State Threads, Boost: what is there
+	@sh bench/peers/run.sh $(B)/peers
 
 check: # the source: names, layers, sizes, contracts, samples, format, four analysers
 	@sh tests/check/run.sh
