@@ -4754,7 +4754,7 @@ ORCHI_COLD static void orchi_poller_renew(orch_loop *loop) {
 // descriptors it does not matter. epoll finds again what has been told and not yet been served, so
 // that a backlog counts there, as it should.
 //
-// It is judged after looks at 65,536 descriptors in all, and 16 looks at least; after twice as much
+// It is judged after looks at 65,536 descriptors in all, at least 16 and at most 1,024; after twice as much
 // with each move, and an eighth less each time it stays. A load that changes faster than that is not worth following. Left out: trying both and
 // measuring, which costs moves to find out what the counts say.
 
@@ -5496,7 +5496,8 @@ static int orchi_poll(orch_loop *loop, uint64_t ns) {
     orchi_tell_all(loop, generation, idle);
     if (ORCHI_UNLIKELY(p->stale)) orchi_poller_renew(loop);
     p->looks++;
-    if (ORCHI_UNLIKELY(p->looked_at >= p->trial)) orchi_poller_judge(loop);
+    if (ORCHI_UNLIKELY(p->looked_at >= p->trial || p->looks >= p->trial / 64))
+        orchi_poller_judge(loop);
     orchi_tell_all(loop, loop->generation, idle); // what a move found
     orchi_wake(loop);
     if (sleeps) orchi_inbox_take(loop);
