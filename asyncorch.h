@@ -929,15 +929,17 @@ typedef struct orch_loop_desc {
 } orch_loop_desc;
 
 typedef struct orch_loop_stats {
-    size_t futures;   // slots in use (futures, tasks, registrations)
-    size_t tasks;     // tasks that have not ended
-    size_t stacks;    // stacks made
-    size_t timers;    // timers armed
-    size_t watched;   // descriptors waited for
-    uint64_t turns;   // turns run
-    uint64_t polls;   // system calls that looked for descriptors or slept
-    uint64_t resumes; // tasks resumed and callbacks run
-    orch_guard guard; // the weakest guard in force
+    size_t futures;     // slots in use (futures, tasks, registrations)
+    size_t tasks;       // tasks that have not ended
+    size_t stacks;      // stacks made
+    size_t timers;      // timers armed
+    size_t watched;     // descriptors waited for
+    uint64_t turns;     // turns run
+    uint64_t polls;     // system calls that looked for descriptors or slept
+    uint64_t resumes;   // tasks resumed and callbacks run
+    orch_guard guard;   // the weakest guard in force
+    orch_poller poller; // the poller in force
+    uint64_t moves;     // changes from one poller to another
 } orch_loop_stats;
 
 /* Makes this thread's loop.
@@ -1030,6 +1032,14 @@ ORCH_NODISCARD orch_future *orch_ready(int fd, int events);
  * Context: loop thread, or any without a loop. Does not suspend.
  * Owns: consumes fd. */
 int orch_close(int fd);
+
+/* Promises that a descriptor will be closed with orch_close and by nothing else. Its waits then cost
+ * no system call while the loop uses epoll or kqueue; without the promise one each, as the number
+ * may have got a new owner. What the library makes itself (orch_accept, orch_pipe, ...) needs none.
+ * Returns 0; -EBADF for a bad descriptor; ORCH_ENOMEM; ORCH_ENOLOOP without a loop.
+ * Context: loop thread. Does not suspend.
+ * Owns: borrows fd until orch_close. */
+int orch_adopt(int fd);
 
 /* Makes a loop, runs one main task on it, and when that ends cancels and awaits the rest and frees
  * the loop.
@@ -2291,6 +2301,13 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #define ORCHI_PPOLL 0
 #endif
 
+#if ORCHI_OS_MACOS || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) ||       \
+    defined(__DragonFly__) || defined(ORCH_USE_KQUEUE)
+#define ORCHI_KQUEUE 1
+#else
+#define ORCHI_KQUEUE 0
+#endif
+
 #if defined(_WIN32)
 #error "asyncorch.h: Windows is not supported yet (it needs Fibers and WSAPoll)"
 #endif
@@ -2322,6 +2339,22 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #include <sys/utsname.h>
 #include <time.h>
 #include <unistd.h>
+
+#if ORCHI_OS_LINUX
+#include <sys/epoll.h>
+#include <sys/syscall.h>
+#endif
+#if ORCHI_OS_LINUX && defined(SYS_epoll_pwait2)
+#define ORCHI_EPOLL_PWAIT2 SYS_epoll_pwait2
+#else
+#define ORCHI_EPOLL_PWAIT2 -1 // ENOSYS
+#endif
+#if ORCHI_KQUEUE
+#include <sys/types.h>
+
+#include <sys/event.h>
+#include <sys/stat.h>
+#endif
 
 #if defined(__has_include)
 #define ORCHI_HAS_INCLUDE(file) __has_include(file)
@@ -2678,7 +2711,12 @@ typedef struct orchi_poller {
     uint32_t found_count, found_capacity;
     struct pollfd *fds; // poll(2)
     uint32_t capacity;
-    bool woken; // on_wake is to be called
+    int queue;    // epoll, kqueue: the descriptor of the set
+    void *events; // epoll, kqueue: where a look puts what it finds
+    uint32_t event_capacity;
+    pid_t owner; // the process that made the set, which a child shares
+    bool woken;  // on_wake is to be called
+    bool stale;  // events come for a descriptor that is gone: see orchi_renew
 } orchi_poller;
 
 typedef struct orchi_context { // a point of execution that was left and can be entered again
@@ -3865,13 +3903,14 @@ static bool orchi_canary_lives(const orchi_stack *stack) {
 // One contract for every way to ask the system which descriptors are ready:
 //   open, close   make and free what the poller needs
 //   update        look for the events that a descriptor is waited for (see orchi_wanted); `exact`:
-//                 and for no others. An error code, or 0
+//                 and for no others. An error code, 0, or ORCHI_ALWAYS
 //   wait          sleep for at most `ns` (UINT64_MAX: without limit) and leave what is ready in
 //                 `found`; an interruption by a signal counts as nothing ready
 // Events are ORCH_READABLE and ORCH_WRITABLE, and ORCHI_BAD_FD for a descriptor that is none.
 // Readiness is level-triggered. Nothing of the user's runs inside wait: what was found is told to
 // the waiters after it, see orchi_poll. poll(2) is the reference: arming costs no system call.
 
+enum { ORCHI_ALWAYS = 1 }; // update: the system cannot look for it, as a file is always ready
 enum { ORCHI_BAD_FD = 4, ORCHI_BOTH = ORCH_READABLE | ORCH_WRITABLE };
 
 // Left out: edge-triggered readiness. It saves an update for each wait, but one byte left unread
@@ -3902,6 +3941,11 @@ static bool orchi_found_reserve(orch_loop *loop, size_t wanted) {
     return true;
 }
 
+/* Nothing is armed in a set that is closed. */
+static inline void orchi_watches_disarm(orchi_poller *p) {
+    for (size_t i = 0; i < p->watch_count; i++) p->watches[i].armed = 0;
+}
+
 static void orchi_found_add(orchi_poller *p, int fd, int events) {
     orchi_found *found = &p->found[p->found_count++];
     found->fd = fd;
@@ -3923,7 +3967,7 @@ static int orchi_poll_call(struct pollfd *fds, nfds_t count, uint64_t ns) {
 #endif
 
 static int orchi_poll_open(orch_loop *loop) {
-    loop->poller.fds = NULL;
+    (void)loop; // the array is made when it is needed
     return 0;
 }
 
@@ -3932,6 +3976,7 @@ static void orchi_poll_close(orch_loop *loop) {
     orchi_free(loop, p->fds, p->capacity * sizeof *p->fds);
     p->fds = NULL;
     p->capacity = 0;
+    for (size_t i = 0; i < p->watch_count; i++) p->watches[i].position = 0;
 }
 
 /* The last entry takes the place of the one that goes. */
@@ -3994,6 +4039,328 @@ static int orchi_poll_wait(orch_loop *loop, uint64_t ns) {
 
 static const orchi_poller_ops orchi_poll_ops = {ORCH_POLLER_POLL, orchi_poll_open, orchi_poll_close,
                                                 orchi_poll_update, orchi_poll_wait};
+
+// ---- epoll
+//
+// An interest that is changed costs a system call, so it is changed as seldom as can be:
+//
+//     own descriptors      stay armed after an event. The next wait costs nothing, as long as it is
+//                          for the same direction. An event that nobody waits for disarms them when
+//                          the loop has nothing else to do; while it has, the waiter's turn may not
+//                          have come yet
+//     others               may be closed by anybody at any time (a client library's sockets), and
+//                          the kernel forgets them then without a word. So each wait arms them
+//                          anew, for one event: a descriptor that is new is noticed by that
+//
+// The kernel's entry belongs to the open file and not to the number: it lives on with a duplicate
+// after the number was closed. orch_close takes it out first. Where somebody else closed it, the
+// event of an entry of an earlier generation is dropped, and the entry taken out by making a new
+// set, since no number leads to it any more. What cannot be saved: a wait for a descriptor that
+// somebody else closes stays until it is cancelled, where poll(2) would report -EBADF; and an own
+// descriptor closed with close() whose number then goes to one that is not own.
+
+#if ORCHI_OS_LINUX
+
+enum { ORCHI_EPOLL_OWN = 1 << 16 }; // in an event's data, above the generation
+
+/* Makes room for one more, both for the kernel's events and for what is made of them. */
+static bool orchi_epoll_reserve(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    size_t wanted = p->count + 1u;
+    return orchi_found_reserve(loop, wanted) &&
+           orchi_grow(loop, &p->events, &p->event_capacity, wanted, sizeof(struct epoll_event));
+}
+
+static void orchi_epoll_close(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    if (p->queue >= 0) close(p->queue); // in a child its own copy
+    orchi_free(loop, p->events, p->event_capacity * sizeof(struct epoll_event));
+    p->events = NULL;
+    p->event_capacity = 0;
+    orchi_watches_disarm(p);
+}
+
+static int orchi_epoll_open(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    p->owner = getpid();
+    p->queue = epoll_create1(EPOLL_CLOEXEC);
+    int error = p->queue < 0 ? -errno : orchi_epoll_reserve(loop) ? 0 : ORCH_ENOMEM;
+    if (error != 0) orchi_epoll_close(loop);
+    return error;
+}
+
+static int orchi_epoll_control(orchi_poller *p, int operation, int fd, int events) {
+    const orchi_watch *watch = &p->watches[fd];
+    bool own = (watch->hints & ORCHI_OWN) != 0;
+    struct epoll_event event;
+    memset(&event, 0, sizeof event);
+    if (events & ORCH_READABLE) event.events |= EPOLLIN;
+    if (events & ORCH_WRITABLE) event.events |= EPOLLOUT;
+    if (!own) event.events |= EPOLLONESHOT;
+    uint64_t high = watch->generation | (own ? (uint64_t)ORCHI_EPOLL_OWN : 0);
+    event.data.u64 = high << 32 | (uint32_t)fd;
+    return epoll_ctl(p->queue, operation, fd, &event) == 0 ? 0 : -errno;
+}
+
+/* Adds an entry or changes it. One that should be there and is not was of a file that somebody has
+ * closed: the number has a new owner. One that is there and should not came back with dup2. */
+static int orchi_epoll_set(orchi_poller *p, int fd, int events) {
+    orchi_watch *watch = &p->watches[fd];
+    bool known = (watch->armed & ORCHI_REGISTERED) != 0;
+    int error = orchi_epoll_control(p, known ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, events);
+    if (error == -ENOENT) {
+        watch->generation++;
+        watch->hints = 0;
+        error = orchi_epoll_control(p, EPOLL_CTL_ADD, fd, events);
+    } else if (error == -EEXIST) {
+        error = orchi_epoll_control(p, EPOLL_CTL_MOD, fd, events);
+    }
+    if (error != 0) return error == -EPERM ? ORCHI_ALWAYS : error;
+    p->count += !known;
+    watch->armed = (uint8_t)(events | ORCHI_REGISTERED);
+    return 0;
+}
+
+/* When that fails, the number was closed before, and perhaps used again: an event that comes all the
+ * same is of an earlier generation. */
+static int orchi_epoll_remove(orchi_poller *p, int fd) {
+    orchi_watch *watch = &p->watches[fd];
+    if (epoll_ctl(p->queue, EPOLL_CTL_DEL, fd, NULL) != 0) {
+        watch->generation++;
+        watch->hints = 0;
+    }
+    watch->armed = 0;
+    p->count--;
+    return 0;
+}
+
+/* A child of fork shares the set with its parent, and must not take anything out of it. */
+static int orchi_epoll_update(orch_loop *loop, int fd, bool exact) {
+    orchi_poller *p = &loop->poller;
+    int armed = p->watches[fd].armed, events = orchi_wanted(&p->watches[fd]);
+    if (exact && armed == (events != 0 ? events | ORCHI_REGISTERED : 0)) return 0;
+    if (!exact && (events & ~armed) == 0) return 0;
+    if (exact && getpid() != p->owner) return 0;
+    if (events == 0) return orchi_epoll_remove(p, fd);
+    return orchi_epoll_reserve(loop) ? orchi_epoll_set(p, fd, events) : ORCH_ENOMEM;
+}
+
+/* To the nanosecond where the kernel can (Linux 5.11), else rounded up. */
+static int orchi_epoll_call(const orchi_poller *p, uint64_t ns) {
+    struct epoll_event *events = (struct epoll_event *)p->events;
+    int most = (int)(p->event_capacity < p->found_capacity ? p->event_capacity : p->found_capacity);
+    if (ns == 0 || ns == UINT64_MAX) return epoll_wait(p->queue, events, most, ns == 0 ? 0 : -1);
+    int64_t timeout[2] = {(int64_t)(ns / 1000000000u), (int64_t)(ns % 1000000000u)};
+    long found = syscall(ORCHI_EPOLL_PWAIT2, p->queue, events, most, timeout, NULL, (size_t)0);
+    if (found >= 0 || errno != ENOSYS) return (int)found;
+    uint64_t ms = (ns - 1) / 1000000u + 1;
+    return epoll_wait(p->queue, events, most, ms > INT_MAX ? INT_MAX : (int)ms);
+}
+
+/* What is not own has been disarmed by its event. */
+static void orchi_epoll_note(orchi_poller *p, const struct epoll_event *event) {
+    uint64_t data = event->data.u64;
+    int fd = (int)(uint32_t)data;
+    orchi_watch *watch = &p->watches[fd];
+    if (watch->generation != (uint16_t)(data >> 32) || watch->armed == 0) {
+        p->stale |= (data >> 32 & ORCHI_EPOLL_OWN) != 0; // it would come again and again
+        return;
+    }
+    if (!(watch->hints & ORCHI_OWN)) watch->armed = ORCHI_REGISTERED;
+    int events = event->events & (EPOLLERR | EPOLLHUP) ? ORCHI_BOTH : 0;
+    if (event->events & EPOLLIN) events |= ORCH_READABLE;
+    if (event->events & EPOLLOUT) events |= ORCH_WRITABLE;
+    orchi_found_add(p, fd, events);
+}
+
+static int orchi_epoll_wait(orch_loop *loop, uint64_t ns) {
+    orchi_poller *p = &loop->poller;
+    int found = orchi_epoll_call(p, ns);
+    if (found < 0) return errno == EINTR ? 0 : -errno;
+    const struct epoll_event *events = (const struct epoll_event *)p->events;
+    for (int i = 0; i < found; i++) orchi_epoll_note(p, &events[i]);
+    return 0;
+}
+
+static const orchi_poller_ops orchi_epoll_ops = {
+    ORCH_POLLER_EPOLL, orchi_epoll_open, orchi_epoll_close, orchi_epoll_update, orchi_epoll_wait};
+#endif
+
+// ---- kqueue
+//
+// As with epoll, own descriptors stay armed and others are armed for one event. An entry belongs to
+// the number and goes when that is closed, so nothing stale is left. A child of fork does not have
+// the set at all: the number may be somebody else's there.
+
+#if ORCHI_KQUEUE
+
+/* A descriptor can have two entries, each with an event of its own. */
+static bool orchi_kqueue_reserve(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    size_t wanted = 2 * (p->count + 1u);
+    return orchi_found_reserve(loop, wanted) &&
+           orchi_grow(loop, &p->events, &p->event_capacity, wanted, sizeof(struct kevent));
+}
+
+static void orchi_kqueue_close(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    if (p->queue >= 0 && p->owner == getpid()) close(p->queue);
+    orchi_free(loop, p->events, p->event_capacity * sizeof(struct kevent));
+    p->events = NULL;
+    p->event_capacity = 0;
+    orchi_watches_disarm(p);
+}
+
+static int orchi_kqueue_open(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    p->owner = getpid();
+    p->queue = kqueue();
+    int error = p->queue < 0 ? -errno : orchi_kqueue_reserve(loop) ? 0 : ORCH_ENOMEM;
+    if (error != 0) orchi_kqueue_close(loop);
+    else fcntl(p->queue, F_SETFD, FD_CLOEXEC);
+    return error;
+}
+
+static int orchi_kqueue_change(orchi_poller *p, int fd, int direction, uint16_t flags) {
+    struct kevent change;
+    memset(&change, 0, sizeof change);
+    change.ident = (uintptr_t)fd;
+    change.filter = direction == ORCH_READABLE ? EVFILT_READ : EVFILT_WRITE;
+    change.flags = flags;
+    return kevent(p->queue, &change, 1, NULL, 0, NULL) == 0 ? 0 : -errno;
+}
+
+/* A file is always ready for poll(2), but for kqueue not at its end. The other errors: what kqueue
+ * does not know (devices), and a pipe that nobody reads. */
+static int orchi_kqueue_refused(int error) {
+    return error == -EINVAL || error == -EPERM || error == -ENODEV || error == -EPIPE ? ORCHI_ALWAYS
+                                                                                      : error;
+}
+
+static int orchi_kqueue_arm(orchi_poller *p, int fd, int direction) {
+    orchi_watch *watch = &p->watches[fd];
+    struct stat about;
+    if (fstat(fd, &about) != 0) return -errno;
+    if (S_ISREG(about.st_mode) || S_ISDIR(about.st_mode)) return ORCHI_ALWAYS;
+    int error = orchi_kqueue_change(p, fd, direction,
+                                    watch->hints & ORCHI_OWN ? EV_ADD : EV_ADD | EV_ONESHOT);
+    if (error != 0) return orchi_kqueue_refused(error);
+    p->count += watch->armed == 0;
+    watch->armed |= (uint8_t)(direction | ORCHI_REGISTERED);
+    return 0;
+}
+
+/* Of a number that was closed meanwhile there is nothing left to delete. */
+static void orchi_kqueue_disarm(orchi_poller *p, int fd, int direction) {
+    orchi_watch *watch = &p->watches[fd];
+    orchi_kqueue_change(p, fd, direction, EV_DELETE);
+    watch->armed &= (uint8_t)~direction;
+}
+
+static int orchi_kqueue_update(orch_loop *loop, int fd, bool exact) {
+    orchi_poller *p = &loop->poller;
+    orchi_watch *watch = &p->watches[fd];
+    int events = orchi_wanted(watch), error = 0;
+    int more = events & ~watch->armed, fewer = exact ? watch->armed & ORCHI_BOTH & ~events : 0;
+    if (more != 0 && !orchi_kqueue_reserve(loop)) return ORCH_ENOMEM;
+    if (fewer != 0 && getpid() != p->owner) return 0;
+    if (fewer & ORCH_READABLE) orchi_kqueue_disarm(p, fd, ORCH_READABLE);
+    if (fewer & ORCH_WRITABLE) orchi_kqueue_disarm(p, fd, ORCH_WRITABLE);
+    if (more & ORCH_READABLE) error = orchi_kqueue_arm(p, fd, ORCH_READABLE);
+    if ((more & ORCH_WRITABLE) && error == 0) error = orchi_kqueue_arm(p, fd, ORCH_WRITABLE);
+    if (exact && watch->armed == ORCHI_REGISTERED && events == 0) {
+        watch->armed = 0;
+        p->count--;
+    }
+    return error;
+}
+
+static int orchi_kqueue_wait(orch_loop *loop, uint64_t ns) {
+    orchi_poller *p = &loop->poller;
+    struct timespec timeout = {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)};
+    struct kevent *events = (struct kevent *)p->events;
+    uint32_t most = p->event_capacity < p->found_capacity ? p->event_capacity : p->found_capacity;
+    int found = kevent(p->queue, NULL, 0, events, (int)most, ns == UINT64_MAX ? NULL : &timeout);
+    if (found < 0) return errno == EINTR ? 0 : -errno;
+    for (int i = 0; i < found; i++) {
+        int fd = (int)events[i].ident;
+        int direction = events[i].filter == EVFILT_READ ? ORCH_READABLE : ORCH_WRITABLE;
+        orchi_watch *watch = &p->watches[fd];
+        if (!(watch->hints & ORCHI_OWN)) watch->armed &= (uint8_t)~direction;
+        orchi_found_add(p, fd, direction);
+    }
+    return 0;
+}
+
+static const orchi_poller_ops orchi_kqueue_ops = {ORCH_POLLER_KQUEUE, orchi_kqueue_open,
+                                                  orchi_kqueue_close, orchi_kqueue_update,
+                                                  orchi_kqueue_wait};
+#endif
+
+// ---- which one
+
+#if ORCHI_OS_LINUX && ORCHI_KQUEUE // an emulation, for tests
+#define ORCHI_NATIVE (&orchi_epoll_ops)
+static const orchi_poller_ops *const orchi_pollers[] = {&orchi_poll_ops, &orchi_epoll_ops,
+                                                        &orchi_kqueue_ops};
+#elif ORCHI_OS_LINUX
+#define ORCHI_NATIVE (&orchi_epoll_ops)
+static const orchi_poller_ops *const orchi_pollers[] = {&orchi_poll_ops, &orchi_epoll_ops};
+#elif ORCHI_KQUEUE
+#define ORCHI_NATIVE (&orchi_kqueue_ops)
+static const orchi_poller_ops *const orchi_pollers[] = {&orchi_poll_ops, &orchi_kqueue_ops};
+#else
+#define ORCHI_NATIVE (&orchi_poll_ops)
+static const orchi_poller_ops *const orchi_pollers[] = {&orchi_poll_ops};
+#endif
+
+/* The poller that was asked for; the default begins as poll. NULL when the system has it not. */
+static const orchi_poller_ops *orchi_poller_find(orch_poller asked) {
+    if (asked == ORCH_POLLER_DEFAULT) return &orchi_poll_ops;
+    for (size_t i = 0; i < sizeof orchi_pollers / sizeof orchi_pollers[0]; i++) {
+        if (orchi_pollers[i]->id == asked) return orchi_pollers[i];
+    }
+    return NULL;
+}
+
+/* Hands a descriptor that is waited for to a poller. What it cannot look for is found at once. */
+static int orchi_poller_take(orch_loop *loop, const orchi_poller_ops *to, int fd) {
+    orchi_poller *p = &loop->poller;
+    int events = orchi_wanted(&p->watches[fd]);
+    if (events == 0) return 0;
+    int error = to->update(loop, fd, false);
+    if (error != ORCHI_ALWAYS && error != -EBADF) return error;
+    if (!orchi_found_reserve(loop, p->found_count + 1u)) return ORCH_ENOMEM;
+    orchi_found_add(p, fd, error == ORCHI_ALWAYS ? events : ORCHI_BAD_FD);
+    return 0;
+}
+
+/* Moves every wait to another poller. Readiness is a level, so nothing is lost between the two, and
+ * nothing repeated: what was found before has been told. If it fails, all is as it was. */
+static int orchi_poller_move(orch_loop *loop, const orchi_poller_ops *to) {
+    orchi_poller *p = &loop->poller;
+    const orchi_poller_ops *from = p->ops;
+    uint32_t count = p->count;
+    int error = to->open(loop);
+    if (error != 0) return error;
+    p->count = p->found_count = 0;
+    for (size_t fd = 0; fd < p->watch_count && error == 0; fd++) {
+        error = orchi_poller_take(loop, to, (int)fd);
+    }
+    if (error == 0) from->close(loop);
+    else to->close(loop);
+    if (error == 0) p->ops = to;
+    else p->count = count;
+    if (error != 0) p->found_count = 0;
+    return error;
+}
+
+/* Entries of files that no number leads to any more can only be left behind with their set. */
+ORCHI_COLD static void orchi_poller_renew(orch_loop *loop) {
+    const orchi_poller_ops *ops = loop->poller.ops;
+    loop->poller.stale = false;
+    if (orchi_poller_move(loop, &orchi_poll_ops) == 0) orchi_poller_move(loop, ops);
+}
 
 // ------------------------------------------------------------------------------------------------
 // >>timer
@@ -4216,20 +4583,24 @@ static bool orchi_meant(const orch_future *f, uint64_t generation, int events, i
 
 /* Tells the waiters of a descriptor that was found ready. The table is read again after each, as a
  * rejection's hook may have changed it. */
-static void orchi_tell(orch_loop *loop, orchi_found found, uint64_t generation) {
+static bool orchi_tell(orch_loop *loop, orchi_found found, uint64_t generation) {
     orchi_watch *watch = &loop->poller.watches[found.fd];
     orch_future *reader = watch->reader;
+    bool told = (watch->hints & ORCHI_WAKE) != 0;
     watch->hints &= (uint16_t) ~(found.events & ORCHI_BOTH);
-    if (watch->hints & ORCHI_WAKE) loop->poller.woken = true;
+    loop->poller.woken |= told;
     if (orchi_meant(reader, generation, found.events, ORCH_READABLE)) {
         bool both = reader == watch->writer;
         orchi_kinds[ORCHI_READY].fire(reader, found.events);
-        if (both) return;
+        if (both) return true;
+        told = true;
     }
     orch_future *writer = loop->poller.watches[found.fd].writer;
     if (orchi_meant(writer, generation, found.events, ORCH_WRITABLE)) {
         orchi_kinds[ORCHI_READY].fire(writer, found.events);
+        told = true;
     }
+    return told;
 }
 
 /* A loop with a seed draws the order of what was found. Sorted first, as every poller finds it in
@@ -4249,15 +4620,28 @@ ORCHI_COLD static void orchi_found_shuffle(orch_loop *loop) {
     }
 }
 
+/* Tells all that was found. What nobody waits for is disarmed, so that it comes once; but while
+ * there is other work, it may be that the turn of who was told has not come yet. */
+static void orchi_tell_all(orch_loop *loop, uint64_t generation, bool idle) {
+    orchi_poller *p = &loop->poller;
+    if (ORCHI_UNLIKELY(loop->desc.seed != 0)) orchi_found_shuffle(loop);
+    for (uint32_t i = 0; i < p->found_count; i++) {
+        bool told = orchi_tell(loop, p->found[i], generation);
+        if (!told && idle) p->ops->update(loop, p->found[i].fd, true);
+    }
+    p->found_count = 0;
+}
+
 /* The only place where the loop makes a system call. What was found is told afterwards. */
 static int orchi_poll(orch_loop *loop, uint64_t ns) {
     orchi_poller *p = &loop->poller;
+    bool idle = orchi_ring_empty(loop);
     uint64_t generation = loop->generation;
     loop->stats.polls++;
-    p->found_count = 0;
     int error = p->ops->wait(loop, ns);
-    if (ORCHI_UNLIKELY(loop->desc.seed != 0)) orchi_found_shuffle(loop);
-    for (uint32_t i = 0; i < p->found_count; i++) orchi_tell(loop, p->found[i], generation);
+    orchi_tell_all(loop, generation, idle);
+    if (ORCHI_UNLIKELY(p->stale)) orchi_poller_renew(loop);
+    orchi_tell_all(loop, loop->generation, idle);
     if (p->woken) {
         p->woken = false;
         loop->on_wake(loop);
@@ -4456,6 +4840,7 @@ orch_loop_stats orch_loop_statistics(const orch_loop *loop) {
     if (loop == NULL) return stats;
     stats = loop->stats;
     stats.timers = loop->timers.count;
+    stats.poller = loop->poller.ops->id;
     stats.futures = orchi_live((orch_loop *)(uintptr_t)loop); // visits slots, changes none
     stats.resumes = orchi_resumes(loop);
     return stats;
@@ -7489,7 +7874,8 @@ orch_future *orch_ready(int fd, int events) {
     f->as.ready.fd = fd;
     f->as.ready.events = events;
     error = orchi_watch_start(loop, f);
-    if (error != 0) orchi_reject(loop, f, error);
+    orch_result r = error == ORCHI_ALWAYS ? orch_ok_int(events) : orch_fail(error);
+    if (error != 0) orchi_settle(loop, f, &r);
     return f;
 }
 
@@ -7538,6 +7924,18 @@ static inline int orchi_watch_own(orch_loop *loop, int fd) {
     orchi_watch_end(loop, fd, -EBADF);
     loop->poller.watches[fd].hints = ORCHI_OWN;
     return 0;
+}
+
+/* What is armed for one event is armed anew, to stay. */
+int orch_adopt(int fd) {
+    orch_loop *loop = orchi_loop;
+    if (loop == NULL) return orchi_misuse("orch_adopt", ORCH_ENOLOOP);
+    int error = fd < 0 ? -EBADF : orchi_watch_reserve(loop, fd);
+    if (error != 0) return error;
+    orchi_watch *watch = &loop->poller.watches[fd];
+    watch->hints |= ORCHI_OWN;
+    watch->armed &= ORCHI_REGISTERED;
+    return loop->poller.ops->update(loop, fd, false);
 }
 
 /* After EINTR the descriptor is gone on every system here; calling again would close another's. */
@@ -7605,8 +8003,32 @@ static bool orchi_no_memory_at(const void *data, size_t size) {
     return (data == NULL && size > 0) || size > PTRDIFF_MAX;
 }
 
-/* A wait of a task for one direction. It is its own consumer's and nobody else's, so nothing needs
- * to be claimed. */
+/* Leaves the task until an event has come for its wait, which lies in the table. It is nobody
+ * else's, so nothing needs to be claimed. Meanwhile the direction is taken. Whoever comes back to a
+ * number that was closed in between must not touch its next owner. */
+static int orchi_watch_suspend(orch_loop *loop, orch_task *task, orch_future *f) {
+    int fd = f->as.ready.fd;
+    orchi_watch *watch = &loop->poller.watches[fd];
+    uint16_t generation = watch->generation;
+    uint16_t busy = (uint16_t)(f->as.ready.events * ORCHI_IN_READ);
+    watch->hints |= busy;
+    f = orchi_wait_for(loop, task, f);
+    int error = f->as.result.error;
+    if (ORCHI_LIKELY(!(f->flags & ORCHI_IMMORTAL))) orchi_slot_free(loop, f); // owns nothing
+    watch = &loop->poller.watches[fd]; // the table may have moved
+    if (ORCHI_UNLIKELY(watch->generation != generation)) return ORCH_ECANCELED;
+    watch->hints &= (uint16_t)~busy;
+    return error;
+}
+
+/* What no poller can watch, a file for instance, is always ready, but not for one task alone. */
+static int orchi_watch_always(orch_loop *loop, orch_task *task, int fd) {
+    uint16_t generation = loop->poller.watches[fd].generation;
+    orchi_no_wait(loop, task);
+    return loop->poller.watches[fd].generation == generation ? 0 : ORCH_ECANCELED;
+}
+
+/* Waits for one direction. */
 static int orchi_watch_wait(orch_loop *loop, orch_task *task, int fd, int direction) {
     if (orchi_must_end(task)) return orchi_refuse(loop, task);
     orch_future *f = orchi_slot_new(loop, ORCHI_READY);
@@ -7614,35 +8036,23 @@ static int orchi_watch_wait(orch_loop *loop, orch_task *task, int fd, int direct
     f->as.ready.fd = fd;
     f->as.ready.events = direction;
     int error = orchi_watch_start(loop, f);
-    if (error != 0) {
-        orchi_slot_free(loop, f);
-        return error;
-    }
-    f = orchi_wait_for(loop, task, f);
-    error = f->as.result.error;
-    if (ORCHI_LIKELY(!(f->flags & ORCHI_IMMORTAL))) orchi_slot_free(loop, f); // owns nothing
-    return error;
+    if (ORCHI_LIKELY(error == 0)) return orchi_watch_suspend(loop, task, f);
+    orchi_slot_free(loop, f);
+    return error == ORCHI_ALWAYS ? orchi_watch_always(loop, task, fd) : error;
 }
 
 /* Tries until it need not wait any more. Who was cancelled tries once, unless that could block: a
- * hint may be old. What comes after a wait for a number that orch_close has given back meanwhile
- * must not touch its next owner. */
+ * hint may be old. */
 ORCHI_NO_INLINE static ptrdiff_t orchi_io_wait(orch_task *task, int fd, int direction,
                                                orchi_attempt attempt, orchi_transfer *t) {
     orch_loop *loop = orchi_loop;
     orchi_watch *watch = &loop->poller.watches[fd];
-    uint32_t generation = watch->generation;
-    uint16_t busy = (uint16_t)(direction * ORCHI_IN_READ);
     ptrdiff_t n = -EAGAIN;
-    watch->hints |= busy;
     if (orchi_must_end(task) && !(watch->hints & ORCHI_SLOW)) n = attempt(fd, watch, t);
     while (n == -EAGAIN) {
         int error = orchi_watch_wait(loop, task, fd, direction);
-        watch = &loop->poller.watches[fd]; // the table may have moved
-        if (watch->generation != generation) return ORCH_ECANCELED;
-        n = error != 0 ? error : attempt(fd, watch, t);
+        n = error != 0 ? error : attempt(fd, &loop->poller.watches[fd], t);
     }
-    watch->hints &= (uint16_t)~busy;
     return n;
 }
 
@@ -8284,7 +8694,6 @@ static orch_loop_desc orchi_loop_defaults(const orch_loop_desc *given) {
     memset(&desc, 0, sizeof desc);
     if (given != NULL) desc = *given;
     if (desc.allocator.resize == NULL) desc.allocator.resize = orchi_default_resize;
-    if (desc.poller == ORCH_POLLER_DEFAULT) desc.poller = ORCH_POLLER_POLL;
     if (desc.stack_size == 0) desc.stack_size = 65536;
     if (desc.on_unhandled == NULL) desc.on_unhandled = orchi_print_unhandled;
     if (desc.on_report == NULL) desc.on_report = orchi_print_report;
@@ -8297,7 +8706,7 @@ static void orchi_loop_init(orch_loop *loop, const orch_loop_desc *desc) {
     loop->desc = *desc;
     loop->generation = 3; // 1 belongs to the static futures
     loop->main.fiber = orchi_fiber_self();
-    loop->poller.ops = &orchi_poll_ops;
+    loop->poller.ops = orchi_poller_find(desc->poller);
     loop->budget = loop->round = ORCHI_BUDGET;
     loop->random = desc->seed != 0 ? desc->seed : orchi_clock() ^ (uintptr_t)loop;
     loop->stack_log = orchi_stack_log(desc->stack_size);
@@ -8308,7 +8717,7 @@ static void orchi_loop_init(orch_loop *loop, const orch_loop_desc *desc) {
 /* Makes a loop and says what went wrong. */
 static int orchi_loop_make(const orch_loop_desc *given, orch_loop **made) {
     orch_loop_desc desc = orchi_loop_defaults(given);
-    bool valid = desc.poller == ORCH_POLLER_POLL && orchi_stack_log(desc.stack_size) != 0 &&
+    bool valid = orchi_poller_find(desc.poller) != NULL && orchi_stack_log(desc.stack_size) != 0 &&
                  (desc.clock == ORCH_CLOCK_MONOTONIC ||
                   (desc.clock == ORCH_CLOCK_VIRTUAL && desc.now == NULL));
     if (orchi_loop != NULL) return ORCH_ENESTED;
@@ -8505,11 +8914,13 @@ static int orchi_run_main(orch_loop *loop, orch_future *main) {
 }
 
 /* Asks all that is left to end, what was started meanwhile included, and runs it until it has, or
- * until nothing can happen any more. */
+ * until nothing can happen any more. What is ready may end by itself; but not for long, as a busy
+ * server would go on for ever. */
 static void orchi_run_rest(orch_loop *loop) {
-    uint64_t seen = UINT64_MAX;
+    uint64_t seen = orchi_resumes(loop) - 1;
     for (;;) {
-        if (orchi_ring_empty(loop) && seen != orchi_resumes(loop)) {
+        uint64_t since = orchi_resumes(loop) - seen;
+        if (orchi_ring_empty(loop) ? since > 0 : since > ORCHI_BUSY) {
             orchi_cancel_all(loop);
             seen = orchi_resumes(loop);
         }
@@ -12831,6 +13242,9 @@ const orch_adaptive_desc *orch_adaptive_settings(const orch_adaptive *a) {
 #undef ORCHI_HAS_INCLUDE
 #undef ORCHI_INLINE
 #undef ORCHI_LIKELY
+#undef ORCHI_EPOLL_PWAIT2
+#undef ORCHI_NATIVE
+#undef ORCHI_KQUEUE
 #undef ORCHI_LOAD_FLOATS
 #undef ORCHI_MINCORE
 #undef ORCHI_NOSIGNAL
