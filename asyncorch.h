@@ -4141,8 +4141,8 @@ static int orchi_epoll_set(orchi_poller *p, int fd, int events) {
     return 0;
 }
 
-/* When that fails, the number was closed before, and perhaps used again: an event that comes all the
- * same is of an earlier generation. */
+/* When that fails, the number was closed before, and perhaps used again: an event that comes all
+ * the same is of an earlier generation. */
 static int orchi_epoll_remove(orchi_poller *p, int fd) {
     orchi_watch *watch = &p->watches[fd];
     if (epoll_ctl(p->queue, EPOLL_CTL_DEL, fd, NULL) != 0) {
@@ -8373,6 +8373,18 @@ int orch_adopt(int fd) {
 int orch_close(int fd) {
     if (orchi_loop != NULL) orchi_watch_end(orchi_loop, fd, ORCH_ECANCELED);
     return close(fd) == 0 || errno == EINTR ? 0 : -errno;
+}
+
+/* A descriptor that wakes the loop from its sleep, until it is closed with orch_close: whenever it
+ * is readable, loop->on_wake is called, after the look and outside the poller. It is nobody's wait:
+ * with nothing else to wait for the loop ends, or is deadlocked. */
+static inline int orchi_wake_watch(orch_loop *loop, int fd) {
+    int error = orchi_watch_own(loop, fd);
+    if (error != 0) return error;
+    loop->poller.watches[fd].hints |= ORCHI_WAKE;
+    error = loop->poller.ops->update(loop, fd, false);
+    if (error != 0) loop->poller.watches[fd].hints = 0;
+    return error;
 }
 
 // ---- calls
