@@ -4489,6 +4489,7 @@ static int orchi_epoll_set(orchi_poller *p, int fd, int events) {
     int error = orchi_epoll_control(p, known ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, events);
     if (error == -ENOENT) {
         watch->generation++;
+        watch->hints = 0;
         error = orchi_epoll_control(p, EPOLL_CTL_ADD, fd, events);
     } else if (error == -EEXIST) {
         error = orchi_epoll_control(p, EPOLL_CTL_MOD, fd, events);
@@ -4499,11 +4500,14 @@ static int orchi_epoll_set(orchi_poller *p, int fd, int events) {
     return 0;
 }
 
-/* When that fails, the number was closed before, and perhaps used again: an event that comes all the
- * same is of an earlier generation. */
+/* When that fails, the number was closed before, and perhaps used again: an event that comes all
+ * the same is of an earlier generation. */
 static int orchi_epoll_remove(orchi_poller *p, int fd) {
     orchi_watch *watch = &p->watches[fd];
-    if (epoll_ctl(p->queue, EPOLL_CTL_DEL, fd, NULL) != 0) watch->generation++;
+    if (epoll_ctl(p->queue, EPOLL_CTL_DEL, fd, NULL) != 0) {
+        watch->generation++;
+        watch->hints = 0;
+    }
     watch->armed = 0;
     p->count--;
     return 0;
@@ -7638,7 +7642,6 @@ static ORCHI_INLINE void orchi_fetch_ahead(const orch_loop *loop) {
     const orch_future *first = ring->items[ring->head & ring->mask];
     const orch_future *second = ring->items[(ring->head + 1) & ring->mask];
     if (first->kind != ORCHI_TASK || second->kind != ORCHI_TASK) return;
-    __builtin_prefetch(second->as.task.task, 1);
     const orch_task *next = first->as.task.task;
     const char *sp = (const char *)next->context.sp;
     for (int i = 0; i < ORCHI_FETCHED; i++) __builtin_prefetch(sp + 64 * i, 1);
@@ -9147,8 +9150,32 @@ static bool orchi_no_memory_at(const void *data, size_t size) {
     return (data == NULL && size > 0) || size > PTRDIFF_MAX;
 }
 
-/* A wait of a task for one direction. It is its own consumer's and nobody else's, so nothing needs
- * to be claimed. */
+/* Leaves the task until an event has come for its wait, which lies in the table. It is nobody
+ * else's, so nothing needs to be claimed. Meanwhile the direction is taken. Whoever comes back to a
+ * number that was closed in between must not touch its next owner. */
+static int orchi_watch_suspend(orch_loop *loop, orch_task *task, orch_future *f) {
+    int fd = f->as.ready.fd;
+    orchi_watch *watch = &loop->poller.watches[fd];
+    uint16_t generation = watch->generation;
+    uint16_t busy = (uint16_t)(f->as.ready.events * ORCHI_IN_READ);
+    watch->hints |= busy;
+    f = orchi_wait_for(loop, task, f);
+    int error = f->as.result.error;
+    if (ORCHI_LIKELY(!(f->flags & ORCHI_IMMORTAL))) orchi_slot_free(loop, f); // owns nothing
+    watch = &loop->poller.watches[fd]; // the table may have moved
+    if (ORCHI_UNLIKELY(watch->generation != generation)) return ORCH_ECANCELED;
+    watch->hints &= (uint16_t)~busy;
+    return error;
+}
+
+/* What no poller can watch, a file for instance, is always ready, but not for one task alone. */
+static int orchi_watch_always(orch_loop *loop, orch_task *task, int fd) {
+    uint16_t generation = loop->poller.watches[fd].generation;
+    orchi_no_wait(loop, task);
+    return loop->poller.watches[fd].generation == generation ? 0 : ORCH_ECANCELED;
+}
+
+/* Waits for one direction. */
 static int orchi_watch_wait(orch_loop *loop, orch_task *task, int fd, int direction) {
     if (orchi_must_end(task)) return orchi_refuse(loop, task);
     orch_future *f = orchi_slot_new(loop, ORCHI_READY);
@@ -9156,36 +9183,24 @@ static int orchi_watch_wait(orch_loop *loop, orch_task *task, int fd, int direct
     f->as.ready.fd = fd;
     f->as.ready.events = direction;
     int error = orchi_watch_start(loop, f);
-    if (error != 0) {
-        orchi_slot_free(loop, f);
-        return error;
-    }
-    f = orchi_wait_for(loop, task, f);
-    error = f->as.result.error;
-    if (ORCHI_LIKELY(!(f->flags & ORCHI_IMMORTAL))) orchi_slot_free(loop, f); // owns nothing
-    return error;
+    if (ORCHI_LIKELY(error == 0)) return orchi_watch_suspend(loop, task, f);
+    orchi_slot_free(loop, f);
+    return error == ORCHI_ALWAYS ? orchi_watch_always(loop, task, fd) : error;
 }
 
 /* Tries until it need not wait any more. Who was cancelled tries once, unless that could block: a
- * hint may be old. What comes after a wait for a number that orch_close has given back meanwhile
- * must not touch its next owner. */
+ * hint may be old. */
 ORCHI_NO_INLINE static ptrdiff_t orchi_io_wait(orch_task *task, int fd, int direction,
                                                orchi_attempt attempt, orchi_transfer *t) {
     orch_loop *loop = orchi_loop;
     orchi_watch *watch = &loop->poller.watches[fd];
-    uint32_t generation = watch->generation;
-    uint16_t busy = (uint16_t)(direction * ORCHI_IN_READ);
     ptrdiff_t n = -EAGAIN;
-    watch->hints |= busy;
     if (orchi_must_end(task) && !(watch->hints & ORCHI_SLOW)) n = attempt(fd, watch, t);
     while (n == -EAGAIN) {
         int error = orchi_watch_wait(loop, task, fd, direction);
-        watch = &loop->poller.watches[fd]; // the table may have moved
-        if (watch->generation != generation) return ORCH_ECANCELED;
         orchi_fetch_ahead(loop);
-        n = error != 0 ? error : attempt(fd, watch, t);
+        n = error != 0 ? error : attempt(fd, &loop->poller.watches[fd], t);
     }
-    watch->hints &= (uint16_t)~busy;
     return n;
 }
 
