@@ -209,8 +209,10 @@
 //                                           stay in quarantine, so that a later use is named
 //                             defined       a misuse returns the documented error
 //     ORCH_USE_UCONTEXT       not defined   define to 1 to switch with ucontext instead of assembly
+//     ORCH_USE_SIGCHLD        not defined   define to 1 to wait for children by SIGCHLD where there
+//                                           is a pidfd
 //
-// Neither changes a public struct. Run-time settings are fields of orch_loop_desc.
+// None changes a public struct. Run-time settings are fields of orch_loop_desc.
 
 // The implementation needs more of the system headers than strict ISO C shows.
 #if defined(ASYNCORCH_IMPLEMENTATION) && !defined(_GNU_SOURCE)
@@ -932,15 +934,18 @@ typedef struct orch_loop_desc {
 } orch_loop_desc;
 
 typedef struct orch_loop_stats {
-    size_t futures;   // slots in use (futures, tasks, registrations)
-    size_t tasks;     // tasks that have not ended
-    size_t stacks;    // stacks made
-    size_t timers;    // timers armed
-    size_t watched;   // descriptors waited for
-    uint64_t turns;   // turns run
-    uint64_t polls;   // system calls that looked for descriptors or slept
-    uint64_t resumes; // tasks resumed and callbacks run
-    orch_guard guard; // the weakest guard in force
+    size_t futures;     // slots in use (futures, tasks, registrations)
+    size_t tasks;       // tasks that have not ended
+    size_t stacks;      // stacks made
+    size_t timers;      // timers armed
+    size_t watched;     // descriptors waited for
+    uint64_t turns;     // turns run
+    uint64_t polls;     // system calls that looked for descriptors or slept
+    uint64_t resumes;   // tasks resumed and callbacks run
+    uint64_t wakes;     // times another thread woke it from its sleep
+    orch_guard guard;   // the weakest guard in force
+    orch_poller poller; // the poller in force
+    uint64_t moves;     // changes from one poller to another
 } orch_loop_stats;
 
 /* Makes this thread's loop.
@@ -977,6 +982,49 @@ int orch_loop_step(orch_loop *loop, uint64_t ms);
  * Context: loop thread.
  * Owns: borrows loop. */
 void orch_loop_stop(orch_loop *loop);
+
+// Guest mode: another poll loop does the waiting. Each time round it asks for orch_loop_pollfds and
+// orch_loop_timeout, waits, and calls orch_loop_dispatch:
+//
+//     int count = orch_loop_pollfds(loop, fds, capacity);
+//     poll(fds, (nfds_t)count, (int)orch_loop_timeout(loop));      // and whatever else the host has
+//     orch_loop_dispatch(loop, fds, (size_t)count);
+//
+// There is no report of a deadlock then, since the host may settle what is waited for.
+
+struct pollfd;
+
+/* What the loop waits for, as poll(2) takes it. A loop that moves itself is pinned to poll by this;
+ * one that is pinned to epoll or kqueue waits for one descriptor only.
+ * Returns how many there are; the first `capacity` of them are in fds. ORCH_EINVAL for NULL, or
+ * fds NULL with a capacity; ORCH_ENESTED inside a task or callback; an -errno of the move.
+ * Context: loop thread.
+ * Owns: borrows loop and fds. */
+int orch_loop_pollfds(orch_loop *loop, struct pollfd *fds, size_t capacity);
+
+/* How long the host may wait. Timers that were armed since the last dispatch count from this call.
+ * Returns the time until orch_loop_dispatch is to be called: 0 at once; UINT64_MAX only when a
+ * descriptor is ready. 0 for NULL or another thread's loop.
+ * Context: loop thread.
+ * Owns: borrows loop. Units: milliseconds. */
+uint64_t orch_loop_timeout(orch_loop *loop);
+
+/* Takes what the host's poll has found (revents), fires due timers and runs one round of what is
+ * ready. It does not sleep. What was closed, or waited for, after orch_loop_pollfds does not get the
+ * event of a descriptor that had its number then.
+ * Returns 1 when there is more to do, 0 when nothing can wake the loop any more; ORCH_ENESTED inside
+ * a task or callback; ORCH_EINVAL for NULL, fds NULL with a count, or a virtual clock; an -errno of
+ * the poller.
+ * Context: loop thread.
+ * Owns: borrows loop and fds. */
+int orch_loop_dispatch(orch_loop *loop, const struct pollfd *fds, size_t count);
+
+/* The descriptor of a loop that is pinned to epoll or kqueue, for a host that wants just one: when
+ * it is readable, orch_loop_dispatch(loop, NULL, 0) is due.
+ * Returns the descriptor; -ENOTSUP for another poller; ORCH_EINVAL for NULL.
+ * Context: loop thread.
+ * Owns: borrows loop, which keeps the descriptor. */
+int orch_loop_fd(const orch_loop *loop);
 
 /* This thread's loop.
  * Returns the loop, or NULL.
@@ -1033,6 +1081,14 @@ ORCH_NODISCARD orch_future *orch_ready(int fd, int events);
  * Context: loop thread, or any without a loop. Does not suspend.
  * Owns: consumes fd. */
 int orch_close(int fd);
+
+/* Promises that a descriptor will be closed with orch_close and by nothing else. Its waits then cost
+ * no system call while the loop uses epoll or kqueue; without the promise one each, as the number
+ * may have got a new owner. What the library makes itself (orch_accept, orch_pipe, ...) needs none.
+ * Returns 0; -EBADF for a bad descriptor; ORCH_ENOMEM; ORCH_ENOLOOP without a loop.
+ * Context: loop thread. Does not suspend.
+ * Owns: borrows fd until orch_close. */
+int orch_adopt(int fd);
 
 /* Makes a loop, runs one main task on it, and when that ends cancels and awaits the rest and frees
  * the loop.
@@ -1429,6 +1485,78 @@ typedef struct orch_udp_desc {
  * Context: any thread; does not suspend.
  * Owns: hands the descriptor over, for orch_close. */
 ORCH_NODISCARD int orch_udp(const orch_udp_desc *desc);
+
+// ---- files
+//
+// A file is always ready, and its disk is slow all the same: these calls run in ORCH_LANE_FILE, in
+// the order in which they were made only as far as each is waited for. Cancelled, they return at
+// once; what a thread has begun goes on without the caller, on memory of its own. So a cancelled
+// write or save may or may not happen, and a cancelled read never touches the buffer. A descriptor is
+// duplicated for the call, so that it may be closed after a cancelled one (closing the duplicate
+// gives up fcntl's record locks, as closing always does). Where a block
+// says nothing else, they return 0 or the -errno of the system's call, ORCH_ECANCELED, ORCH_ENOMEM,
+// ORCH_ENOTASK outside a task, and, where debug builds abort, ORCH_EINVAL for NULL.
+
+typedef struct orch_buffer {
+    char *data; // a NUL stands behind the last byte
+    size_t size;
+} orch_buffer;
+
+typedef struct orch_file_info {
+    uint64_t size;       // bytes
+    int64_t modified_ns; // since 1970
+    unsigned mode;       // permissions: the low 12 bits of st_mode
+    bool is_file, is_directory;
+} orch_file_info;
+
+/* Opens a file, with O_CLOEXEC besides the flags. mode is for O_CREAT.
+ * Returns the descriptor, or as above.
+ * Context: task only; suspends.
+ * Owns: hands over the descriptor. One that a cancelled call opened is closed. */
+int orch_file_open(const char *path, int flags, int mode);
+
+/* Reads, or writes, all of `size` bytes at an offset; the descriptor's own position stays. A read
+ * returns less only at the end of the file. What is copied goes in pieces of 1 MiB, between which a
+ * cancelled task stops.
+ * Returns the bytes read, or written; or as above, when some may have been.
+ * Context: task only; suspends.
+ * Owns: borrows the descriptor and the memory during the call. Units: bytes. */
+ptrdiff_t orch_file_read(int fd, void *buffer, size_t size, uint64_t offset);
+ptrdiff_t orch_file_write(int fd, const void *data, size_t size, uint64_t offset);
+
+/* Waits until what was written is on the disk; cuts a file, or extends it with zeros.
+ * Returns as above.
+ * Context: task only; suspends.
+ * Owns: borrows the descriptor. Units: bytes. */
+int orch_file_sync(int fd);
+int orch_file_truncate(int fd, uint64_t size);
+
+/* What there is to know about a path, links followed.
+ * Returns as above; *info is written with 0 only.
+ * Context: task only; suspends.
+ * Owns: borrows path and info during the call. */
+int orch_file_stat(const char *path, orch_file_info *info);
+
+/* Renames a file, in place of one that has the new name; removes a file or an empty directory.
+ * Returns as above.
+ * Context: task only; suspends.
+ * Owns: borrows the paths during the call. */
+int orch_file_rename(const char *from, const char *to);
+int orch_file_remove(const char *path);
+
+/* Reads a whole file, of any kind that can be read to an end.
+ * Returns the result: its value is an orch_buffer, owned by the result, which orch_take and free
+ * work for as well. Else an error as above, with the path in its message.
+ * Context: task only; suspends.
+ * Owns: borrows path during the call; hands over the result. */
+orch_result orch_file_load(const char *path);
+
+/* Writes a whole file: into a new one beside it, which takes its place (and its permissions) when
+ * it is on the disk. So others see the old one or the new one, whole, also after a crash.
+ * Returns as above.
+ * Context: task only; suspends.
+ * Owns: copies the data. Units: bytes. */
+int orch_file_save(const char *path, const void *data, size_t size);
 
 // ---- coordination
 //
@@ -2236,8 +2364,8 @@ enum { // what is behind a descriptor of the child, besides a descriptor of the 
     ORCH_STDIO_DEFAULT = 0,  // start: the caller's own; run: the input, and what is captured
     ORCH_STDIO_INHERIT = -1, // the caller's own
     ORCH_STDIO_NULL = -2,    // /dev/null
-    ORCH_STDIO_PIPE = -3,    // a pipe, whose other end is orch_process_stdin, ..._stdout, ..._stderr
-    ORCH_STDIO_OUT = -4      // err: where out goes
+    ORCH_STDIO_PIPE = -3, // a pipe, whose other end is orch_process_stdin, ..._stdout, ..._stderr
+    ORCH_STDIO_OUT = -4   // err: where out goes
 };
 
 typedef struct orch_process_desc {
@@ -2476,6 +2604,13 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #define ORCHI_PPOLL 0
 #endif
 
+#if ORCHI_OS_MACOS || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) ||       \
+    defined(__DragonFly__) || defined(ORCH_USE_KQUEUE)
+#define ORCHI_KQUEUE 1
+#else
+#define ORCHI_KQUEUE 0
+#endif
+
 #if defined(_WIN32)
 #error "asyncorch.h: Windows is not supported yet (it needs Fibers and WSAPoll)"
 #endif
@@ -2506,11 +2641,25 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #include <sys/uio.h>
 #include <sys/un.h>
 #include <sys/utsname.h>
+#include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
 #if ORCHI_OS_LINUX
+#include <sys/epoll.h>
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
+#endif
+#if ORCHI_OS_LINUX && defined(SYS_epoll_pwait2)
+#define ORCHI_EPOLL_PWAIT2 SYS_epoll_pwait2
+#else
+#define ORCHI_EPOLL_PWAIT2 -1 // ENOSYS
+#endif
+#if ORCHI_KQUEUE
+#include <sys/types.h>
+
+#include <sys/event.h>
+#include <sys/stat.h>
 #endif
 
 #if defined(__has_include)
@@ -2538,6 +2687,17 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #include <sanitizer/tsan_interface.h>
 #else
 #define ORCHI_TSAN 0
+#endif
+
+#if ORCHI_OS_LINUX
+#include <sys/eventfd.h>
+#endif
+
+#if ORCHI_OS_MACOS // has only those with a name
+#define ORCHI_SEMAPHORES 0
+#else
+#define ORCHI_SEMAPHORES 1
+#include <semaphore.h>
 #endif
 
 #if ORCHI_HAS_INCLUDE(<execinfo.h>)
@@ -2572,6 +2732,19 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #include <ucontext.h>
 #else
 #define ORCHI_UCONTEXT 0
+#endif
+
+// ThreadSanitizer knows fork only, and macOS advises against vfork.
+#if ORCHI_OS_LINUX && !ORCHI_TSAN
+#define ORCHI_FORK vfork
+#else
+#define ORCHI_FORK fork
+#endif
+
+#if ORCHI_OS_LINUX && defined(SYS_pidfd_open) && !(defined(ORCH_USE_SIGCHLD) && ORCH_USE_SIGCHLD)
+#define ORCHI_PIDFD 1
+#else
+#define ORCHI_PIDFD 0
 #endif
 
 #ifdef NDEBUG
@@ -2644,6 +2817,7 @@ typedef enum orchi_kind_id {
     ORCHI_DONE,     // settled
     ORCHI_ON,       // settled, with an orch_on callback to run
     ORCHI_EXTRA,    // not a future: 48 bytes of memory for a layer
+    ORCHI_MAIL,     // not a future: what other threads have sent, see >>inbox
     ORCHI_KINDS
 } orchi_kind_id;
 
@@ -2836,31 +3010,53 @@ typedef struct orchi_timers { // entries[0 .. stamped) is a heap; the rest was a
     uint64_t sequence;
 } orchi_timers;
 
-typedef struct orchi_watch { // who waits for a descriptor
-    orch_future *reader, *writer;
-    uint32_t position;   // in the poll array, plus one
-    uint32_t generation; // how often the number changed its owner
-    uint16_t bits;       // what is known of the descriptor: orchi_watch_bit
+enum orchi_hint {               // uint16_t, of a descriptor
+    ORCHI_DRY = ORCH_READABLE,  // the last read took all there was: wait before the next
+    ORCHI_FULL = ORCH_WRITABLE, // the last write filled it
+    ORCHI_OWN = 4,              // it will be closed by orch_close and not otherwise
+    ORCHI_WAKE = 8,             // of the loop itself: its event calls loop->on_wake
+    ORCHI_IN_READ = 16,         // a call that had to wait is in this direction
+    ORCHI_IN_WRITE = 32,
+    ORCHI_NO_SOCKET = 64,
+    ORCHI_PIPE = 128,
+    ORCHI_SLOW = 256, // is blocking: each piece is waited for
+    ORCHI_DATAGRAMS = 512,
+    ORCHI_QUIET = 1024 // a socket that raises no SIGPIPE
+};
+
+enum { ORCHI_REGISTERED = 4 }; // orchi_watch.armed: the poller knows the descriptor
+
+typedef struct orchi_watch {      // a descriptor, by its number
+    orch_future *reader, *writer; // who waits; both directions may have the same one
+    uint32_t position;            // poll: in the array, plus one
+    uint16_t generation;          // goes up when the number gets, or may get, a new owner
+    uint16_t hints;               // an event clears those of its direction
+    uint8_t armed;                // not poll: the events that are looked for, ORCHI_REGISTERED
 } orchi_watch;
 
-enum orchi_watch_bit {
-    ORCHI_DRY = ORCH_READABLE,  // the last read came short: wait first
-    ORCHI_FULL = ORCH_WRITABLE, // the same for writes
-    ORCHI_IN_READ = 4,          // a call that had to wait is in this direction
-    ORCHI_IN_WRITE = 8,
-    ORCHI_NO_SOCKET = 16,
-    ORCHI_PIPE = 32,
-    ORCHI_SLOW = 64, // is blocking: each piece is waited for
-    ORCHI_DATAGRAMS = 128,
-    ORCHI_QUIET = 256 // a socket that raises no SIGPIPE
-};
+typedef struct orchi_found { // a descriptor that a look found ready
+    int fd, events;
+} orchi_found;
 
 typedef struct orchi_poller {
     const struct orchi_poller_ops *ops;
     orchi_watch *watches; // by descriptor
     size_t watch_count;
+    uint32_t count;     // descriptors that the poller looks at
+    orchi_found *found; // by the last look
+    uint32_t found_count, found_capacity;
     struct pollfd *fds; // poll(2)
-    uint32_t count, capacity;
+    uint32_t capacity;
+    int queue;    // epoll, kqueue: the descriptor of the set
+    void *events; // epoll, kqueue: where a look puts what it finds
+    uint32_t event_capacity;
+    pid_t owner;              // the process that made the set, which a child shares
+    bool woken;               // on_wake is to be called
+    bool stale;               // events come for a descriptor that is gone: see orchi_poller_renew
+    bool pinned;              // it does not move
+    uint32_t looks;           // since it was last judged
+    uint64_t looked_at, came; // descriptors in these looks, and those found ready
+    uint64_t trial;           // how many make the next judgement
 } orchi_poller;
 
 typedef struct orchi_context { // a point of execution that was left and can be entered again
@@ -2901,6 +3097,12 @@ struct orch_loop {
     size_t slots;              // in all pages
     struct orchi_trash *trash; // what this context is freeing, see orchi_retire
     bool stopping;
+    struct orchi_inbox *inbox;
+    struct orchi_letter *letters, *letters_last; // taken, and to be opened
+    orch_future mail;                            // stands for them in the ready ring
+    struct orch_remote *remotes;                 // that are out
+    struct orchi_visit *visits;                  // tasks for another loop
+    void (*wake_open)(orch_loop *loop);          // makes what wakes a sleeping loop
     orch_future *until; // orch_run: a turn does not sleep when this has settled
     int interrupted;    // orch_run: the signal that has cancelled it
     uint32_t quiet;     // waits for descriptors that are no work: that of orch_run for signals
@@ -2911,16 +3113,18 @@ struct orch_loop {
     orchi_context main;
     struct orchi_stack_map *maps;
     orchi_stack_pool pools[ORCHI_STACK_POOLS];
-    uint32_t stack_log;             // the default size
-    void *alternate;                // signal stack
-    uint64_t looked;                // when the poller was last asked
-    uint64_t look_cost;             // ns
-    uint64_t now;                   // ns, of a virtual clock
-    uint64_t ticked;                // resumes when a virtual clock was last moved
-    uint64_t random;                // state of the generator
-    uint64_t trimmed;               // when idle stacks were last given back
-    void (*join)(orch_future *f);   // cancels, and in a task waits for the end; set by >>task
-    void (*close)(orch_loop *loop); // frees a loop that was kept for a result; set by >>run
+    uint32_t stack_log;               // the default size
+    void *alternate;                  // signal stack
+    uint64_t looked;                  // when the poller was last asked
+    uint64_t offered;                 // guest mode: what was made since then has not been offered
+    uint64_t look_cost;               // ns
+    uint64_t now;                     // ns, of a virtual clock
+    uint64_t ticked;                  // resumes when a virtual clock was last moved
+    uint64_t random;                  // state of the generator
+    uint64_t trimmed;                 // when idle stacks were last given back
+    void (*join)(orch_future *f);     // cancels, and in a task waits for the end; set by >>task
+    void (*on_wake)(orch_loop *loop); // see orchi_wake_watch
+    void (*close)(orch_loop *loop);   // frees a loop that was kept for a result; set by >>run
     struct {
         void *(*fn)(void *arg);
         void *arg;
@@ -3165,7 +3369,8 @@ static void orchi_unpoison_range(void *p, size_t n) {
 static orchi_region *orchi_region_new(orch_loop *loop) {
     size_t count = loop->regions == NULL ? 16 : loop->regions->count * 2;
     if (count > 256) count = 256;
-    if (!orchi_ring_reserve(loop, loop->slots + count * ORCHI_PAGE_SLOTS)) return NULL;
+    size_t slots = loop->slots + count * ORCHI_PAGE_SLOTS;
+    if (!orchi_ring_reserve(loop, slots + 1)) return NULL; // and `mail`
     size_t bytes = sizeof(orchi_region) + (count + 1) * ORCHI_PAGE;
     orchi_region *region = (orchi_region *)orchi_allocate(loop, bytes);
     if (region == NULL) return NULL;
@@ -3176,7 +3381,7 @@ static orchi_region *orchi_region_new(orch_loop *loop) {
     region->bytes = bytes;
     region->next = loop->regions;
     loop->regions = region;
-    loop->slots += count * ORCHI_PAGE_SLOTS;
+    loop->slots = slots;
     return region;
 }
 
@@ -4048,28 +4253,57 @@ static bool orchi_canary_lives(const orchi_stack *stack) {
 //
 // One contract for every way to ask the system which descriptors are ready:
 //   open, close   make and free what the poller needs
-//   update        from now on wait for `events` of a descriptor; 0: forget it; an error code or 0
-//   wait          sleep for at most `ns` (UINT64_MAX: without limit) and pass each descriptor that
-//   has
-//                 events to `ready`; an interruption by a signal counts as nothing ready
+//   update        look for the events that a descriptor is waited for (see orchi_wanted); `exact`:
+//                 and for no others. An error code, 0, or ORCHI_ALWAYS
+//   wait          sleep for at most `ns` (UINT64_MAX: without limit) and leave what is ready in
+//                 `found`; an interruption by a signal counts as nothing ready
 // Events are ORCH_READABLE and ORCH_WRITABLE, and ORCHI_BAD_FD for a descriptor that is none.
-// Readiness is level-triggered; whoever does not wait any more has said so by update. `ready` only
-// queues: nothing of the user's runs inside wait. poll(2) is the reference: arming costs no system
-// call.
+// Readiness is level-triggered. Nothing of the user's runs inside wait: what was found is told to
+// the waiters after it, see orchi_poll. poll(2) is the reference: arming costs no system call.
 
-enum { ORCHI_BAD_FD = 4 };
+enum { ORCHI_ALWAYS = 1 }; // update: the system cannot look for it, as a file is always ready
+enum { ORCHI_BAD_FD = 4, ORCHI_BOTH = ORCH_READABLE | ORCH_WRITABLE };
 
 // Left out: edge-triggered readiness. It saves an update for each wait, but one byte left unread
 // would hang a connection, and poll(2) has no such thing. Left out as well: a descriptor's own
 // object. The table of watches, by number, is all the state there is, and it dies with the loop.
 
 typedef struct orchi_poller_ops {
-    const char *name;
+    orch_poller id;
     int (*open)(orch_loop *loop);
     void (*close)(orch_loop *loop);
-    int (*update)(orch_loop *loop, int fd, int events);
-    int (*wait)(orch_loop *loop, uint64_t ns, void (*ready)(orch_loop *loop, int fd, int events));
+    int (*update)(orch_loop *loop, int fd, bool exact);
+    int (*wait)(orch_loop *loop, uint64_t ns);
 } orchi_poller_ops;
+
+/* What a descriptor is waited for, in all. */
+static int orchi_wanted(const orchi_watch *watch) {
+    return (watch->reader != NULL || (watch->hints & ORCHI_WAKE) ? ORCH_READABLE : 0) |
+           (watch->writer != NULL ? ORCH_WRITABLE : 0);
+}
+
+/* Makes room for what a look may find. */
+static bool orchi_found_reserve(orch_loop *loop, size_t wanted) {
+    orchi_poller *p = &loop->poller;
+    void *found = p->found;
+    if (ORCHI_LIKELY(wanted <= p->found_capacity)) return true;
+    if (!orchi_grow(loop, &found, &p->found_capacity, wanted, sizeof *p->found)) return false;
+    p->found = (orchi_found *)found;
+    return true;
+}
+
+/* Nothing is armed in a set that is closed. */
+static inline void orchi_watches_disarm(orchi_poller *p) {
+    for (size_t i = 0; i < p->watch_count; i++) p->watches[i].armed = 0;
+}
+
+static void orchi_found_add(orchi_poller *p, int fd, int events) {
+    orchi_found *found = &p->found[p->found_count++];
+    found->fd = fd;
+    found->events = events;
+}
+
+// ---- poll(2)
 
 #if ORCHI_PPOLL
 static int orchi_poll_call(struct pollfd *fds, nfds_t count, uint64_t ns) {
@@ -4084,12 +4318,16 @@ static int orchi_poll_call(struct pollfd *fds, nfds_t count, uint64_t ns) {
 #endif
 
 static int orchi_poll_open(orch_loop *loop) {
-    loop->poller.fds = NULL;
+    (void)loop; // the array is made when it is needed
     return 0;
 }
 
 static void orchi_poll_close(orch_loop *loop) {
-    orchi_free(loop, loop->poller.fds, loop->poller.capacity * sizeof *loop->poller.fds);
+    orchi_poller *p = &loop->poller;
+    orchi_free(loop, p->fds, p->capacity * sizeof *p->fds);
+    p->fds = NULL;
+    p->capacity = 0;
+    for (size_t i = 0; i < p->watch_count; i++) p->watches[i].position = 0;
 }
 
 /* The last entry takes the place of the one that goes. */
@@ -4100,23 +4338,30 @@ static void orchi_poll_remove(orchi_poller *p, orchi_watch *watch) {
     watch->position = 0;
 }
 
-/* Arming and disarming touch only the array: no system call. */
-static int orchi_poll_update(orch_loop *loop, int fd, int events) {
+/* A new entry, at the end. */
+static bool orchi_poll_add(orch_loop *loop, int fd, orchi_watch *watch) {
+    orchi_poller *p = &loop->poller;
+    void *fds = p->fds;
+    if (!orchi_found_reserve(loop, p->count + 1u)) return false;
+    if (!orchi_grow(loop, &fds, &p->capacity, p->count + 1u, sizeof *p->fds)) return false;
+    p->fds = (struct pollfd *)fds;
+    p->fds[p->count].fd = fd;
+    p->fds[p->count].revents = 0;
+    watch->position = ++p->count;
+    return true;
+}
+
+/* Arming and disarming touch only the array, so they are always exact. */
+static int orchi_poll_update(orch_loop *loop, int fd, bool exact) {
     orchi_poller *p = &loop->poller;
     orchi_watch *watch = &p->watches[fd];
+    int events = orchi_wanted(watch);
+    (void)exact;
     if (events == 0) {
         if (watch->position != 0) orchi_poll_remove(p, watch);
         return 0;
     }
-    if (watch->position == 0) {
-        void *fds = p->fds;
-        if (!orchi_grow(loop, &fds, &p->capacity, p->count + 1u, sizeof *p->fds))
-            return ORCH_ENOMEM;
-        p->fds = (struct pollfd *)fds;
-        p->fds[p->count].fd = fd;
-        p->fds[p->count].revents = 0;
-        watch->position = ++p->count;
-    }
+    if (watch->position == 0 && !orchi_poll_add(loop, fd, watch)) return ORCH_ENOMEM;
     p->fds[watch->position - 1].events =
         (short)((events & ORCH_READABLE ? POLLIN : 0) | (events & ORCH_WRITABLE ? POLLOUT : 0));
     return 0;
@@ -4125,29 +4370,393 @@ static int orchi_poll_update(orch_loop *loop, int fd, int events) {
 /* Errors and hang-ups wake both directions, since either call would report them at once. */
 static int orchi_poll_events(short revents) {
     if (revents & POLLNVAL) return ORCHI_BAD_FD;
-    int both = revents & (POLLERR | POLLHUP) ? ORCH_READABLE | ORCH_WRITABLE : 0;
+    int both = revents & (POLLERR | POLLHUP) ? ORCHI_BOTH : 0;
     return both | (revents & (POLLIN | POLLPRI) ? ORCH_READABLE : 0) |
            (revents & POLLOUT ? ORCH_WRITABLE : 0);
 }
 
-/* From the end, because whoever is ready is removed and the last one takes its place. */
-static int orchi_poll_wait(orch_loop *loop, uint64_t ns,
-                           void (*ready)(orch_loop *loop, int fd, int events)) {
+/* The array is read to the last one that has something. */
+static int orchi_poll_wait(orch_loop *loop, uint64_t ns) {
     orchi_poller *p = &loop->poller;
     int found = orchi_poll_call(p->fds, p->count, ns);
     if (found < 0) return errno == EINTR ? 0 : -errno;
-    for (uint32_t i = p->count; i-- > 0 && found > 0;) {
-        short revents = p->fds[i].revents;
-        if (revents == 0) continue;
+    for (const struct pollfd *at = p->fds; found > 0; at++) {
+        if (at->revents == 0) continue;
         found--;
-        p->fds[i].revents = 0;
-        ready(loop, p->fds[i].fd, orchi_poll_events(revents));
+        orchi_found_add(p, at->fd, orchi_poll_events(at->revents));
     }
     return 0;
 }
 
-static const orchi_poller_ops orchi_poll_ops = {"poll", orchi_poll_open, orchi_poll_close,
+static const orchi_poller_ops orchi_poll_ops = {ORCH_POLLER_POLL, orchi_poll_open, orchi_poll_close,
                                                 orchi_poll_update, orchi_poll_wait};
+
+// ---- epoll
+//
+// An interest that is changed costs a system call, so it is changed as seldom as can be:
+//
+//     own descriptors      stay armed after an event. The next wait costs nothing, as long as it is
+//                          for the same direction. An event that nobody waits for disarms them when
+//                          the loop has nothing else to do; while it has, the waiter's turn may not
+//                          have come yet
+//     others               may be closed by anybody at any time (a client library's sockets), and
+//                          the kernel forgets them then without a word. So each wait arms them
+//                          anew, for one event: a descriptor that is new is noticed by that
+//
+// The kernel's entry belongs to the open file and not to the number: it lives on with a duplicate
+// after the number was closed. orch_close takes it out first. Where somebody else closed it, the
+// event of an entry of an earlier generation is dropped, and the entry taken out by making a new
+// set, since no number leads to it any more. What cannot be saved: a wait for a descriptor that
+// somebody else closes stays until it is cancelled, where poll(2) would report -EBADF; and an own
+// descriptor closed with close() whose number then goes to one that is not own.
+
+#if ORCHI_OS_LINUX
+
+enum { ORCHI_EPOLL_OWN = 1 << 16 }; // in an event's data, above the generation
+
+/* Makes room for one more, both for the kernel's events and for what is made of them. */
+static bool orchi_epoll_reserve(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    size_t wanted = p->count + 1u;
+    return orchi_found_reserve(loop, wanted) &&
+           orchi_grow(loop, &p->events, &p->event_capacity, wanted, sizeof(struct epoll_event));
+}
+
+static void orchi_epoll_close(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    if (p->queue >= 0) close(p->queue); // in a child its own copy
+    orchi_free(loop, p->events, p->event_capacity * sizeof(struct epoll_event));
+    p->events = NULL;
+    p->event_capacity = 0;
+    orchi_watches_disarm(p);
+}
+
+static int orchi_epoll_open(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    p->owner = getpid();
+    p->queue = epoll_create1(EPOLL_CLOEXEC);
+    int error = p->queue < 0 ? -errno : orchi_epoll_reserve(loop) ? 0 : ORCH_ENOMEM;
+    if (error != 0) orchi_epoll_close(loop);
+    return error;
+}
+
+static int orchi_epoll_control(orchi_poller *p, int operation, int fd, int events) {
+    const orchi_watch *watch = &p->watches[fd];
+    bool own = (watch->hints & ORCHI_OWN) != 0;
+    struct epoll_event event;
+    memset(&event, 0, sizeof event);
+    if (events & ORCH_READABLE) event.events |= EPOLLIN;
+    if (events & ORCH_WRITABLE) event.events |= EPOLLOUT;
+    if (!own) event.events |= EPOLLONESHOT;
+    uint64_t high = watch->generation | (own ? (uint64_t)ORCHI_EPOLL_OWN : 0);
+    event.data.u64 = high << 32 | (uint32_t)fd;
+    return epoll_ctl(p->queue, operation, fd, &event) == 0 ? 0 : -errno;
+}
+
+/* Adds an entry or changes it. One that should be there and is not was of a file that somebody has
+ * closed: the number has a new owner. One that is there and should not came back with dup2. */
+static int orchi_epoll_set(orchi_poller *p, int fd, int events) {
+    orchi_watch *watch = &p->watches[fd];
+    bool known = (watch->armed & ORCHI_REGISTERED) != 0;
+    int error = orchi_epoll_control(p, known ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, events);
+    if (error == -ENOENT) {
+        watch->generation++;
+        error = orchi_epoll_control(p, EPOLL_CTL_ADD, fd, events);
+    } else if (error == -EEXIST) {
+        error = orchi_epoll_control(p, EPOLL_CTL_MOD, fd, events);
+    }
+    if (error != 0) return error == -EPERM ? ORCHI_ALWAYS : error;
+    p->count += !known;
+    watch->armed = (uint8_t)(events | ORCHI_REGISTERED);
+    return 0;
+}
+
+/* When that fails, the number was closed before, and perhaps used again: an event that comes all the
+ * same is of an earlier generation. */
+static int orchi_epoll_remove(orchi_poller *p, int fd) {
+    orchi_watch *watch = &p->watches[fd];
+    if (epoll_ctl(p->queue, EPOLL_CTL_DEL, fd, NULL) != 0) watch->generation++;
+    watch->armed = 0;
+    p->count--;
+    return 0;
+}
+
+/* A child of fork shares the set with its parent, and must not take anything out of it. */
+static int orchi_epoll_update(orch_loop *loop, int fd, bool exact) {
+    orchi_poller *p = &loop->poller;
+    int armed = p->watches[fd].armed, events = orchi_wanted(&p->watches[fd]);
+    if (exact && armed == (events != 0 ? events | ORCHI_REGISTERED : 0)) return 0;
+    if (!exact && (events & ~armed) == 0) return 0;
+    if (exact && getpid() != p->owner) return 0;
+    if (events == 0) return orchi_epoll_remove(p, fd);
+    return orchi_epoll_reserve(loop) ? orchi_epoll_set(p, fd, events) : ORCH_ENOMEM;
+}
+
+/* To the nanosecond where the kernel can (Linux 5.11), else rounded up. */
+static int orchi_epoll_call(const orchi_poller *p, uint64_t ns) {
+    struct epoll_event *events = (struct epoll_event *)p->events;
+    int most = (int)(p->event_capacity < p->found_capacity ? p->event_capacity : p->found_capacity);
+    if (ns == 0 || ns == UINT64_MAX) return epoll_wait(p->queue, events, most, ns == 0 ? 0 : -1);
+    int64_t timeout[2] = {(int64_t)(ns / 1000000000u), (int64_t)(ns % 1000000000u)};
+    long found = syscall(ORCHI_EPOLL_PWAIT2, p->queue, events, most, timeout, NULL, (size_t)0);
+    if (found >= 0 || errno != ENOSYS) return (int)found;
+    uint64_t ms = (ns - 1) / 1000000u + 1;
+    return epoll_wait(p->queue, events, most, ms > INT_MAX ? INT_MAX : (int)ms);
+}
+
+/* What is not own has been disarmed by its event. */
+static void orchi_epoll_note(orchi_poller *p, const struct epoll_event *event) {
+    uint64_t data = event->data.u64;
+    int fd = (int)(uint32_t)data;
+    orchi_watch *watch = &p->watches[fd];
+    if (watch->generation != (uint16_t)(data >> 32) || watch->armed == 0) {
+        p->stale |= (data >> 32 & ORCHI_EPOLL_OWN) != 0; // it would come again and again
+        return;
+    }
+    if (!(watch->hints & ORCHI_OWN)) watch->armed = ORCHI_REGISTERED;
+    int events = event->events & (EPOLLERR | EPOLLHUP) ? ORCHI_BOTH : 0;
+    if (event->events & EPOLLIN) events |= ORCH_READABLE;
+    if (event->events & EPOLLOUT) events |= ORCH_WRITABLE;
+    orchi_found_add(p, fd, events);
+}
+
+static int orchi_epoll_wait(orch_loop *loop, uint64_t ns) {
+    orchi_poller *p = &loop->poller;
+    int found = orchi_epoll_call(p, ns);
+    if (found < 0) return errno == EINTR ? 0 : -errno;
+    const struct epoll_event *events = (const struct epoll_event *)p->events;
+    for (int i = 0; i < found; i++) orchi_epoll_note(p, &events[i]);
+    return 0;
+}
+
+static const orchi_poller_ops orchi_epoll_ops = {
+    ORCH_POLLER_EPOLL, orchi_epoll_open, orchi_epoll_close, orchi_epoll_update, orchi_epoll_wait};
+#endif
+
+// ---- kqueue
+//
+// As with epoll, own descriptors stay armed and others are armed for one event. An entry belongs to
+// the number and goes when that is closed, so nothing stale is left. A child of fork does not have
+// the set at all: the number may be somebody else's there.
+
+#if ORCHI_KQUEUE
+
+/* A descriptor can have two entries, each with an event of its own. */
+static bool orchi_kqueue_reserve(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    size_t wanted = 2 * (p->count + 1u);
+    return orchi_found_reserve(loop, wanted) &&
+           orchi_grow(loop, &p->events, &p->event_capacity, wanted, sizeof(struct kevent));
+}
+
+static void orchi_kqueue_close(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    if (p->queue >= 0 && p->owner == getpid()) close(p->queue);
+    orchi_free(loop, p->events, p->event_capacity * sizeof(struct kevent));
+    p->events = NULL;
+    p->event_capacity = 0;
+    orchi_watches_disarm(p);
+}
+
+static int orchi_kqueue_open(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    p->owner = getpid();
+    p->queue = kqueue();
+    int error = p->queue < 0 ? -errno : orchi_kqueue_reserve(loop) ? 0 : ORCH_ENOMEM;
+    if (error != 0) orchi_kqueue_close(loop);
+    else fcntl(p->queue, F_SETFD, FD_CLOEXEC);
+    return error;
+}
+
+static int orchi_kqueue_change(orchi_poller *p, int fd, int direction, uint16_t flags) {
+    struct kevent change;
+    memset(&change, 0, sizeof change);
+    change.ident = (uintptr_t)fd;
+    change.filter = direction == ORCH_READABLE ? EVFILT_READ : EVFILT_WRITE;
+    change.flags = flags;
+    return kevent(p->queue, &change, 1, NULL, 0, NULL) == 0 ? 0 : -errno;
+}
+
+/* A file is always ready for poll(2), but for kqueue not at its end. The other errors: what kqueue
+ * does not know (devices), and a pipe that nobody reads. */
+static int orchi_kqueue_refused(int error) {
+    return error == -EINVAL || error == -EPERM || error == -ENODEV || error == -EPIPE ? ORCHI_ALWAYS
+                                                                                      : error;
+}
+
+static int orchi_kqueue_arm(orchi_poller *p, int fd, int direction) {
+    orchi_watch *watch = &p->watches[fd];
+    struct stat about;
+    if (fstat(fd, &about) != 0) return -errno;
+    if (S_ISREG(about.st_mode) || S_ISDIR(about.st_mode)) return ORCHI_ALWAYS;
+    int error = orchi_kqueue_change(p, fd, direction,
+                                    watch->hints & ORCHI_OWN ? EV_ADD : EV_ADD | EV_ONESHOT);
+    if (error != 0) return orchi_kqueue_refused(error);
+    p->count += watch->armed == 0;
+    watch->armed |= (uint8_t)(direction | ORCHI_REGISTERED);
+    return 0;
+}
+
+/* Of a number that was closed meanwhile there is nothing left to delete. */
+static void orchi_kqueue_disarm(orchi_poller *p, int fd, int direction) {
+    orchi_watch *watch = &p->watches[fd];
+    orchi_kqueue_change(p, fd, direction, EV_DELETE);
+    watch->armed &= (uint8_t)~direction;
+}
+
+static int orchi_kqueue_update(orch_loop *loop, int fd, bool exact) {
+    orchi_poller *p = &loop->poller;
+    orchi_watch *watch = &p->watches[fd];
+    int events = orchi_wanted(watch), error = 0;
+    int more = events & ~watch->armed, fewer = exact ? watch->armed & ORCHI_BOTH & ~events : 0;
+    if (more != 0 && !orchi_kqueue_reserve(loop)) return ORCH_ENOMEM;
+    if (fewer != 0 && getpid() != p->owner) return 0;
+    if (fewer & ORCH_READABLE) orchi_kqueue_disarm(p, fd, ORCH_READABLE);
+    if (fewer & ORCH_WRITABLE) orchi_kqueue_disarm(p, fd, ORCH_WRITABLE);
+    if (more & ORCH_READABLE) error = orchi_kqueue_arm(p, fd, ORCH_READABLE);
+    if ((more & ORCH_WRITABLE) && error == 0) error = orchi_kqueue_arm(p, fd, ORCH_WRITABLE);
+    if (exact && watch->armed == ORCHI_REGISTERED && events == 0) {
+        watch->armed = 0;
+        p->count--;
+    }
+    return error;
+}
+
+/* The two directions of a descriptor come one by one, and are put together as one event: the upper
+ * half of `armed` has what has come of it. */
+static void orchi_kqueue_note(orchi_poller *p, const struct kevent *event) {
+    int fd = (int)event->ident;
+    int direction = event->filter == EVFILT_READ ? ORCH_READABLE : ORCH_WRITABLE;
+    orchi_watch *watch = &p->watches[fd];
+    if (!(watch->hints & ORCHI_OWN)) watch->armed &= (uint8_t)~direction;
+    if (watch->armed >> 4 == 0) orchi_found_add(p, fd, 0);
+    watch->armed |= (uint8_t)(direction << 4);
+}
+
+static int orchi_kqueue_wait(orch_loop *loop, uint64_t ns) {
+    orchi_poller *p = &loop->poller;
+    struct timespec timeout = {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)};
+    struct kevent *events = (struct kevent *)p->events;
+    uint32_t most = p->event_capacity < p->found_capacity ? p->event_capacity : p->found_capacity;
+    int count = kevent(p->queue, NULL, 0, events, (int)most, ns == UINT64_MAX ? NULL : &timeout);
+    if (count < 0) return errno == EINTR ? 0 : -errno;
+    for (int i = 0; i < count; i++) orchi_kqueue_note(p, &events[i]);
+    for (uint32_t i = 0; i < p->found_count; i++) {
+        orchi_watch *watch = &p->watches[p->found[i].fd];
+        p->found[i].events = watch->armed >> 4;
+        watch->armed &= 15;
+    }
+    return 0;
+}
+
+static const orchi_poller_ops orchi_kqueue_ops = {ORCH_POLLER_KQUEUE, orchi_kqueue_open,
+                                                  orchi_kqueue_close, orchi_kqueue_update,
+                                                  orchi_kqueue_wait};
+#endif
+
+// ---- which one
+
+#if ORCHI_OS_LINUX && ORCHI_KQUEUE // an emulation, for tests
+#define ORCHI_NATIVE (&orchi_epoll_ops)
+static const orchi_poller_ops *const orchi_pollers[] = {&orchi_poll_ops, &orchi_epoll_ops,
+                                                        &orchi_kqueue_ops};
+#elif ORCHI_OS_LINUX
+#define ORCHI_NATIVE (&orchi_epoll_ops)
+static const orchi_poller_ops *const orchi_pollers[] = {&orchi_poll_ops, &orchi_epoll_ops};
+#elif ORCHI_KQUEUE
+#define ORCHI_NATIVE (&orchi_kqueue_ops)
+static const orchi_poller_ops *const orchi_pollers[] = {&orchi_poll_ops, &orchi_kqueue_ops};
+#else
+#define ORCHI_NATIVE (&orchi_poll_ops)
+static const orchi_poller_ops *const orchi_pollers[] = {&orchi_poll_ops};
+#endif
+
+/* The poller that was asked for; the default begins as poll. NULL when the system has it not. */
+static const orchi_poller_ops *orchi_poller_find(orch_poller asked) {
+    if (asked == ORCH_POLLER_DEFAULT) return &orchi_poll_ops;
+    for (size_t i = 0; i < sizeof orchi_pollers / sizeof orchi_pollers[0]; i++) {
+        if (orchi_pollers[i]->id == asked) return orchi_pollers[i];
+    }
+    return NULL;
+}
+
+/* Hands a descriptor that is waited for to a poller. What it cannot look for is found at once. */
+static int orchi_poller_take(orch_loop *loop, const orchi_poller_ops *to, int fd) {
+    orchi_poller *p = &loop->poller;
+    int events = orchi_wanted(&p->watches[fd]);
+    if (events == 0) return 0;
+    int error = to->update(loop, fd, false);
+    if (error != ORCHI_ALWAYS && error != -EBADF) return error;
+    if (!orchi_found_reserve(loop, p->found_count + 1u)) return ORCH_ENOMEM;
+    orchi_found_add(p, fd, error == ORCHI_ALWAYS ? events : ORCHI_BAD_FD);
+    return 0;
+}
+
+/* Moves every wait to another poller. Readiness is a level, so nothing is lost between the two, and
+ * nothing repeated: what was found before has been told. If it fails, all is as it was. */
+static int orchi_poller_move(orch_loop *loop, const orchi_poller_ops *to) {
+    orchi_poller *p = &loop->poller;
+    const orchi_poller_ops *from = p->ops;
+    uint32_t count = p->count;
+    int error = to->open(loop);
+    if (error != 0) return error;
+    p->count = p->found_count = 0;
+    for (size_t fd = 0; fd < p->watch_count && error == 0; fd++) {
+        error = orchi_poller_take(loop, to, (int)fd);
+    }
+    if (error == 0) from->close(loop);
+    else to->close(loop);
+    if (error == 0) p->ops = to;
+    else p->count = count;
+    if (error != 0) p->found_count = 0;
+    return error;
+}
+
+/* Entries of files that no number leads to any more can only be left behind with their set. */
+ORCHI_COLD static void orchi_poller_renew(orch_loop *loop) {
+    const orchi_poller_ops *ops = loop->poller.ops;
+    loop->poller.stale = false;
+    if (orchi_poller_move(loop, &orchi_poll_ops) == 0) orchi_poller_move(loop, ops);
+}
+
+// When to move. A look of poll(2) costs something for each descriptor it looks at, one of epoll for
+// each it finds, and more. So what counts is how many of those looked at are found: where they are
+// few, epoll is faster by any factor; where a busy server's looks find a good part of them ready,
+// poll is by a fifth. Between the two bounds, 1 in 32 and 1 in 8, it stays as it is, and below 64
+// descriptors it does not matter. epoll finds again what has been told and not yet been served, so
+// that a backlog counts there, as it should.
+//
+// It is judged after looks at 65,536 descriptors in all, and 16 looks at least; after twice as much
+// with each move, and an eighth less each time it stays. A load that changes faster than that is not worth following. Left out: trying both and
+// measuring, which costs moves to find out what the counts say.
+
+enum { ORCHI_TRIAL = 1 << 16, ORCHI_TRIAL_MOST = 1 << 26, ORCHI_TRIAL_LOOKS = 16 };
+
+/* Which poller fits what the last looks came to. */
+static const orchi_poller_ops *orchi_poller_better(const orchi_poller *p) {
+    if (p->ops != &orchi_poll_ops) {
+        bool few = p->looked_at < (uint64_t)p->looks * 32;
+        return few || p->came * 8 > p->looked_at ? &orchi_poll_ops : p->ops;
+    }
+    bool many = p->looked_at > (uint64_t)p->looks * 64;
+    return many && p->came * 32 < p->looked_at ? ORCHI_NATIVE : p->ops;
+}
+
+/* Judges, and moves. Where that fails, it is tried again later. */
+ORCHI_COLD static void orchi_poller_judge(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    if (p->pinned || p->looks < ORCHI_TRIAL_LOOKS) return;
+    const orchi_poller_ops *better = orchi_poller_better(p);
+    uint64_t less = p->trial - p->trial / 8;
+    if (better == p->ops) {
+        p->trial = less > ORCHI_TRIAL ? less : ORCHI_TRIAL;
+    } else {
+        if (p->trial < ORCHI_TRIAL_MOST) p->trial *= 2;
+        loop->stats.moves += orchi_poller_move(loop, better) == 0;
+    }
+    p->looks = 0;
+    p->looked_at = p->came = 0;
+}
 
 // ------------------------------------------------------------------------------------------------
 // >>timer
@@ -4297,6 +4906,409 @@ static void orchi_timers_fire(orch_loop *loop, uint64_t now) {
 }
 
 // ------------------------------------------------------------------------------------------------
+// >>inbox
+//
+// What other threads leave for a loop: letters, each with a function that opens it on the loop's
+// thread. Invariants:
+//   - An inbox comes from malloc and is counted, as those who hold one outlive the loop. Everything
+//     in it is guarded by its mutex; the list of all inboxes by one for the process, which is taken
+//     first.
+//   - A letter has its memory before it is put in: putting cannot fail, but for a loop that is
+//     gone.
+//   - The loop takes all letters at once and opens them from the ready ring, in which `mail` stands
+//     for them: in their order, and in turn with what else is ready.
+//   - A sleeping loop is woken through a descriptor, once: whoever finds it asleep and not woken
+//     yet writes. A loop that never sleeps has none.
+//   - After closing nothing is put in any more. What was put in before has been opened.
+// Left out: a list without locks. Two uncontended locks a sleep cost less than a tenth of it, and
+// every tool can check them. Only `posted` is read without: a hint that saves a busy loop the lock.
+
+typedef struct orchi_letter {
+    struct orchi_letter *next;
+    void (*open)(orch_loop *loop, struct orchi_letter *letter); // and free it
+    bool in;                                                    // it was put in
+} orchi_letter;
+
+typedef struct orchi_inbox {
+    pthread_mutex_t mutex;
+    orch_loop *loop;          // its name: others do not look into it
+    struct orchi_inbox *next; // of all loops
+    uint32_t holders;
+    bool ending;      // only answers are put in: nothing new
+    bool closed;      // nothing is
+    bool asleep;      // the loop sleeps, or is about to
+    bool woken;       // and a wake-up is on its way
+    int posted;       // atomic: there are letters
+    int ends[2];      // to read and to write; -1: none was needed yet
+    uint32_t writers; // that wake the loop just now
+    bool left;        // the loop has gone
+    uint64_t wakes;
+    orchi_letter *first, *last;
+} orchi_inbox;
+
+struct orch_remote {
+    orchi_letter letter;  // first
+    orchi_inbox *inbox;   // held
+    orch_promise promise; // for the loop's thread
+    orch_result result;
+    orch_remote **place; // what points to it in the loop's list; NULL: it is out
+    orch_remote *next;
+    bool lent; // to a thread of this file's: after a fork it does not come back
+};
+
+// The only state of the process, with the pool's in >>thread, and what a signal handler needs.
+static struct {
+    pthread_mutex_t mutex;
+    orchi_inbox *inboxes; // of all loops
+    orchi_inbox *spare;   // of none
+    bool forks;           // the handlers are installed
+} orchi_shared = {PTHREAD_MUTEX_INITIALIZER, NULL, NULL, false};
+
+// A post from thread 2 to the loop of thread 1, which has nothing to do:
+//
+//     1  orchi_doze        no letter: asleep; makes the descriptor the first time
+//     1  the poller        sleeps
+//     2  orch_post         a letter; the loop is asleep, so it is woken: one write
+//     2  orch_post         a second letter; it was woken: no write
+//     1  the poller        the descriptor is ready: one read
+//     1  orchi_inbox_take  awake; both letters; `mail` is queued
+//     1  the round         opens both: two callbacks
+
+// ---- the wake-up
+
+#if ORCHI_OS_LINUX
+static bool orchi_wake_pair(int *ends) {
+    ends[0] = ends[1] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    return ends[0] >= 0;
+}
+static void orchi_wake_close_pair(const int *ends) { close(ends[0]); }
+#else
+static bool orchi_wake_pair(int *ends) {
+    if (pipe(ends) != 0) return false;
+    for (int i = 0; i < 2; i++) {
+        fcntl(ends[i], F_SETFD, FD_CLOEXEC);
+        fcntl(ends[i], F_SETFL, O_NONBLOCK);
+    }
+    return true;
+}
+static void orchi_wake_close_pair(const int *ends) {
+    close(ends[0]);
+    close(ends[1]);
+}
+#endif
+
+/* The loop was woken: eight bytes of an eventfd, or as many wake-ups of a pipe. */
+static void orchi_wake_drain(orch_loop *loop) {
+    uint64_t count;
+    if (read(loop->inbox->ends[0], &count, sizeof count) < 0) return;
+}
+
+/* The last that uses the descriptor closes it: the loop when it goes, or who just wakes it. */
+static void orchi_wake_close(orchi_inbox *inbox) {
+    if (!inbox->left || inbox->writers > 0 || inbox->ends[0] < 0) return;
+    orchi_wake_close_pair(inbox->ends);
+    inbox->ends[0] = inbox->ends[1] = -1;
+}
+
+/* The last holder keeps it for the next loop: a mutex that another thread has just unlocked is not
+ * destroyed, as that thread may still be at it. There are as many as there ever were loops at a
+ * time, and remotes without one. */
+static void orchi_inbox_release(orchi_inbox *inbox) {
+    pthread_mutex_lock(&inbox->mutex);
+    bool last = --inbox->holders == 0;
+    pthread_mutex_unlock(&inbox->mutex);
+    if (!last) return;
+    pthread_mutex_lock(&orchi_shared.mutex);
+    inbox->next = orchi_shared.spare;
+    orchi_shared.spare = inbox;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+}
+
+/* Without the lock: the loop may run at once on another processor, and would have to wait for it. A
+ * full pipe is as good as one more byte. */
+static void orchi_wake(orchi_inbox *inbox, int end) {
+    uint64_t one = 1;
+    bool written = end >= 0 && write(end, &one, sizeof one) > 0;
+    (void)written;
+    pthread_mutex_lock(&inbox->mutex);
+    inbox->writers--;
+    orchi_wake_close(inbox);
+    pthread_mutex_unlock(&inbox->mutex);
+    orchi_inbox_release(inbox);
+}
+
+// ---- putting letters in
+
+/* The inbox is locked, and is not when this returns. `fresh`: asks for something new. False when the
+ * loop does not take it (any more); the letter is the caller's then. */
+static bool orchi_inbox_put_locked(orchi_inbox *inbox, orchi_letter *letter, bool fresh) {
+    bool open = !inbox->closed && !(fresh && inbox->ending),
+         wakes = open && inbox->asleep && !inbox->woken;
+    int end = inbox->ends[1];
+    if (open) {
+        letter->next = NULL;
+        letter->in = true;
+        if (inbox->first != NULL) inbox->last->next = letter;
+        else inbox->first = letter;
+        inbox->last = letter;
+        __atomic_store_n(&inbox->posted, 1, __ATOMIC_RELAXED);
+    }
+    if (wakes) {
+        inbox->woken = true;
+        inbox->wakes++;
+        inbox->writers++;
+        inbox->holders++;
+    }
+    pthread_mutex_unlock(&inbox->mutex);
+    if (wakes) orchi_wake(inbox, end);
+    return open;
+}
+
+static bool orchi_inbox_put(orchi_inbox *inbox, orchi_letter *letter) {
+    pthread_mutex_lock(&inbox->mutex);
+    return orchi_inbox_put_locked(inbox, letter, false);
+}
+
+/* The inbox of a loop, locked; NULL when there is no such loop (any more). */
+static orchi_inbox *orchi_inbox_find(const orch_loop *loop) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_inbox *inbox = orchi_shared.inboxes;
+    while (inbox != NULL && inbox->loop != loop) inbox = inbox->next;
+    if (inbox != NULL) pthread_mutex_lock(&inbox->mutex);
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    return inbox;
+}
+
+static orchi_inbox *orchi_inbox_hold(orchi_inbox *inbox) {
+    pthread_mutex_lock(&inbox->mutex);
+    inbox->holders++;
+    pthread_mutex_unlock(&inbox->mutex);
+    return inbox;
+}
+
+// ---- what the loop does
+
+/* Whether there may be letters. */
+static inline bool orchi_inbox_posted(const orch_loop *loop) {
+    return __atomic_load_n(&loop->inbox->posted, __ATOMIC_RELAXED) != 0;
+}
+
+/* Takes all letters, awake from now on, and queues what opens them. */
+ORCHI_NO_INLINE static void orchi_inbox_take(orch_loop *loop) {
+    orchi_inbox *inbox = loop->inbox;
+    pthread_mutex_lock(&inbox->mutex);
+    orchi_letter *first = inbox->first, *last = inbox->last;
+    inbox->first = inbox->last = NULL;
+    inbox->asleep = inbox->woken = false;
+    __atomic_store_n(&inbox->posted, 0, __ATOMIC_RELAXED);
+    pthread_mutex_unlock(&inbox->mutex);
+    if (first == NULL) return;
+    if (loop->letters != NULL) loop->letters_last->next = first;
+    else loop->letters = first;
+    loop->letters_last = last;
+    orchi_push(loop, &loop->mail);
+}
+
+static uint64_t orchi_inbox_wakes(const orch_loop *loop) {
+    pthread_mutex_lock(&loop->inbox->mutex);
+    uint64_t wakes = loop->inbox->wakes;
+    pthread_mutex_unlock(&loop->inbox->mutex);
+    return wakes;
+}
+
+enum { ORCHI_NAP_NS = 10000000 };
+
+/* Before a sleep: says that there is somebody to wake. Returns how long it may be, which is 0 when
+ * a letter has come. */
+static uint64_t orchi_doze(orch_loop *loop, uint64_t ns) {
+    orchi_inbox *inbox = loop->inbox;
+    if (ORCHI_UNLIKELY(inbox->ends[0] < 0)) loop->wake_open(loop);
+    pthread_mutex_lock(&inbox->mutex);
+    inbox->asleep = inbox->first == NULL;
+    bool asleep = inbox->asleep;
+    pthread_mutex_unlock(&inbox->mutex);
+    if (!asleep) return 0;
+    return inbox->ends[0] >= 0 || ns < ORCHI_NAP_NS ? ns : ORCHI_NAP_NS;
+}
+
+/* Opens letters from the ready ring; the rest when its turn comes again. It has no page that would
+ * name its loop, which is this thread's. */
+static void orchi_mail_run(orch_future *mail) {
+    orch_loop *loop = orchi_loop;
+    for (int n = 0; n < ORCHI_BUDGET && loop->letters != NULL; n++) {
+        orchi_letter *letter = loop->letters;
+        loop->letters = letter->next;
+        loop->budget--;
+        letter->open(loop, letter);
+    }
+    if (loop->letters != NULL) orchi_push(loop, mail);
+}
+
+// ---- remotes
+//
+// A loop knows its remotes, as it must not call itself deadlocked while one can bring something.
+// One whose promise has settled brings nothing: it is taken out when it is met.
+
+static void orchi_remote_out(orch_remote *remote) {
+    if (remote->place == NULL) return;
+    *remote->place = remote->next;
+    if (remote->next != NULL) remote->next->place = remote->place;
+    remote->place = NULL;
+}
+
+static void orchi_remote_in(orch_loop *loop, orch_remote *remote) {
+    remote->next = loop->remotes;
+    remote->place = &loop->remotes;
+    if (remote->next != NULL) remote->next->place = &remote->next;
+    loop->remotes = remote;
+}
+
+/* Whether a thread can still settle something here. Each that cannot is met once. */
+static bool orchi_remotes_wait(orch_loop *loop) {
+    orch_remote *remote = loop->remotes;
+    while (remote != NULL) {
+        const orch_future *f = remote->promise.future;
+        if (f->generation == remote->promise.generation && f->kind == ORCHI_PROMISE) return true;
+        orchi_remote_out(remote);
+        remote = loop->remotes;
+    }
+    return false;
+}
+
+// ---- the life of an inbox
+
+// Around a fork all inboxes and the list of them are locked, so that the child finds them whole.
+// There, no other thread is left: their loops are gone. Its own loop has to make a descriptor of its
+// own before it sleeps, as this one is the parent's too.
+
+static void orchi_fork_prepare(void) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    for (orchi_inbox *i = orchi_shared.inboxes; i != NULL; i = i->next) {
+        pthread_mutex_lock(&i->mutex);
+    }
+}
+
+static void orchi_fork_parent(void) {
+    for (orchi_inbox *i = orchi_shared.inboxes; i != NULL; i = i->next) {
+        pthread_mutex_unlock(&i->mutex);
+    }
+    pthread_mutex_unlock(&orchi_shared.mutex);
+}
+
+static void orchi_wake_unwatch(orch_loop *loop, int fd) {
+    loop->poller.watches[fd].hints = 0;
+    if (loop->poller.ops == &orchi_poll_ops) orchi_poll_update(loop, fd, true);
+}
+
+static void orchi_wake_forget(orchi_inbox *inbox) {
+    if (inbox->ends[0] < 0) return;
+    orchi_wake_close_pair(inbox->ends);
+    if (inbox->loop == orchi_loop) orchi_wake_unwatch(orchi_loop, inbox->ends[0]);
+    inbox->ends[0] = inbox->ends[1] = -1;
+    inbox->asleep = inbox->woken = false;
+    inbox->writers = 0;
+}
+
+static void orchi_fork_child(void) {
+    orchi_inbox *all = orchi_shared.inboxes;
+    orchi_shared.inboxes = NULL;
+    for (orchi_inbox *i = all, *next; i != NULL; i = next) {
+        next = i->next;
+        i->next = NULL;
+        i->closed = i->closed || i->loop != orchi_loop;
+        if (i->loop == orchi_loop) orchi_shared.inboxes = i;
+        orchi_wake_forget(i);
+        pthread_mutex_unlock(&i->mutex);
+    }
+    pthread_mutex_unlock(&orchi_shared.mutex);
+}
+
+/* helgrind takes a relaxed read for a race: it is told to leave the flag alone (its client request
+ * ARANGE_MAKE_UNTRACKED). */
+enum { ORCHI_HELGRIND_UNTRACKED = 0x48470127 };
+
+static orchi_inbox *orchi_inbox_make(void) {
+    orchi_inbox *inbox = (orchi_inbox *)calloc(1, sizeof *inbox);
+    if (inbox == NULL) return NULL;
+    pthread_mutex_init(&inbox->mutex, NULL);
+    uintptr_t request[6] = {
+        ORCHI_HELGRIND_UNTRACKED, (uintptr_t)&inbox->posted, sizeof inbox->posted, 0, 0, 0};
+    orchi_valgrind_request(request);
+    return inbox;
+}
+
+/* One that was used before, or a new one. */
+static orchi_inbox *orchi_inbox_take_spare(void) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_inbox *inbox = orchi_shared.spare;
+    if (inbox != NULL) orchi_shared.spare = inbox->next;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    return inbox != NULL ? inbox : orchi_inbox_make();
+}
+
+static void orchi_inbox_init(orchi_inbox *inbox, orch_loop *loop) {
+    pthread_mutex_lock(&inbox->mutex);
+    inbox->loop = loop;
+    inbox->holders = 1;
+    inbox->ending = inbox->closed = inbox->left = false;
+    inbox->asleep = inbox->woken = false;
+    inbox->ends[0] = inbox->ends[1] = -1;
+    inbox->wakes = 0;
+    pthread_mutex_unlock(&inbox->mutex);
+}
+
+/* Makes a loop's inbox and enters it into the list. */
+static int orchi_inbox_new(orch_loop *loop) {
+    orchi_inbox *inbox = orchi_inbox_take_spare();
+    if (inbox == NULL) return ORCH_ENOMEM;
+    orchi_inbox_init(inbox, loop);
+    loop->inbox = inbox;
+    loop->mail.kind = ORCHI_MAIL;
+    loop->on_wake = orchi_wake_drain;
+    pthread_mutex_lock(&orchi_shared.mutex);
+    if (!orchi_shared.forks) {
+        orchi_shared.forks =
+            pthread_atfork(orchi_fork_prepare, orchi_fork_parent, orchi_fork_child) == 0;
+    }
+    inbox->next = orchi_shared.inboxes;
+    orchi_shared.inboxes = inbox;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    return 0;
+}
+
+/* The loop is about to end, or lives on after all. */
+static void orchi_inbox_ending(orch_loop *loop, bool ending) {
+    pthread_mutex_lock(&loop->inbox->mutex);
+    loop->inbox->ending = ending;
+    loop->inbox->closed = false;
+    pthread_mutex_unlock(&loop->inbox->mutex);
+}
+
+/* From now on nothing is put in. What was put in before is taken. */
+static void orchi_inbox_close(orch_loop *loop) {
+    pthread_mutex_lock(&loop->inbox->mutex);
+    loop->inbox->closed = true;
+    pthread_mutex_unlock(&loop->inbox->mutex);
+    orchi_inbox_take(loop);
+}
+
+/* The loop goes. Whether it was the last one. */
+static bool orchi_inbox_leave(orch_loop *loop) {
+    orchi_inbox *inbox = loop->inbox, **at = &orchi_shared.inboxes;
+    pthread_mutex_lock(&orchi_shared.mutex);
+    while (*at != inbox) at = &(*at)->next;
+    *at = inbox->next;
+    bool last = orchi_shared.inboxes == NULL;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    pthread_mutex_lock(&inbox->mutex);
+    inbox->left = true;
+    orchi_wake_close(inbox);
+    pthread_mutex_unlock(&inbox->mutex);
+    orchi_inbox_release(inbox);
+    return last;
+}
+
+// ------------------------------------------------------------------------------------------------
 // >>loop
 //
 // A turn is a round of ready work, then a look: stamp new timers, ask the poller, fire what is due.
@@ -4352,40 +5364,99 @@ static void orchi_round(orch_loop *loop) {
     loop->budget = loop->round = ORCHI_BUDGET;
 }
 
-/* What a descriptor is waited for, in all. */
-static int orchi_watch_events(const orchi_watch *watch) {
-    return (watch->reader != NULL ? ORCH_READABLE : 0) |
-           (watch->writer != NULL ? ORCH_WRITABLE : 0);
-}
-
-/* Takes a waiting future out of the table. */
-static void orchi_unwatch(orch_loop *loop, orch_future *f) {
+/* Takes a waiting future out of the table. `exact`: without an event, so the poller is to stop. */
+static void orchi_unwatch(orch_loop *loop, orch_future *f, bool exact) {
     int fd = f->as.ready.fd;
     orchi_watch *watch = &loop->poller.watches[fd];
     if (watch->reader == f) watch->reader = NULL;
     if (watch->writer == f) watch->writer = NULL;
     loop->stats.watched--;
-    loop->poller.ops->update(loop, fd, orchi_watch_events(watch));
+    loop->poller.ops->update(loop, fd, exact);
 }
 
-/* What the poller calls: tells the waiters of a descriptor. */
-static void orchi_fd_ready(orch_loop *loop, int fd, int events) {
-    orchi_watch *watch = &loop->poller.watches[fd];
+/* Whether an event is for this waiter. One that was made after the look waits for the next: the
+ * descriptor may have been closed, and its number used again, by a rejection's hook. */
+static bool orchi_meant(const orch_future *f, uint64_t generation, int events, int direction) {
+    return f != NULL && f->generation < generation && (events & (direction | ORCHI_BAD_FD));
+}
+
+/* Tells the waiters of a descriptor that was found ready. The table is read again after each, as a
+ * rejection's hook may have changed it. */
+static bool orchi_tell(orch_loop *loop, orchi_found found, uint64_t generation) {
+    orchi_watch *watch = &loop->poller.watches[found.fd];
     orch_future *reader = watch->reader;
-    bool both = reader == watch->writer;
-    if (reader != NULL && (both || (events & (ORCH_READABLE | ORCHI_BAD_FD)))) {
-        orchi_kinds[reader->kind].fire(reader, events);
+    bool told = (watch->hints & ORCHI_WAKE) != 0;
+    watch->hints &= (uint16_t) ~(found.events & ORCHI_BOTH);
+    loop->poller.woken |= told;
+    if (orchi_meant(reader, generation, found.events, ORCH_READABLE)) {
+        bool both = reader == watch->writer;
+        orchi_kinds[reader->kind].fire(reader, found.events);
+        if (both) return true;
+        told = true;
     }
-    watch = &loop->poller.watches[fd]; // a rejection's hook may have changed it
-    if (watch->writer != NULL && !both && (events & (ORCH_WRITABLE | ORCHI_BAD_FD))) {
-        orchi_kinds[ORCHI_READY].fire(watch->writer, events);
+    orch_future *writer = loop->poller.watches[found.fd].writer;
+    if (orchi_meant(writer, generation, found.events, ORCH_WRITABLE)) {
+        orchi_kinds[writer->kind].fire(writer, found.events);
+        told = true;
+    }
+    return told;
+}
+
+/* A loop with a seed draws the order of what was found. Sorted first, as every poller finds it in
+ * another order. */
+static int orchi_found_compare(const void *a, const void *b) {
+    return ((const orchi_found *)a)->fd - ((const orchi_found *)b)->fd;
+}
+
+ORCHI_COLD static void orchi_found_shuffle(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    qsort(p->found, p->found_count, sizeof *p->found, orchi_found_compare);
+    for (uint32_t i = p->found_count; i > 1; i--) {
+        uint32_t drawn = (uint32_t)(orchi_random(loop) % i);
+        orchi_found last = p->found[i - 1];
+        p->found[i - 1] = p->found[drawn];
+        p->found[drawn] = last;
     }
 }
 
-/* The only place where the loop makes a system call. */
+/* Tells all that was found. What nobody waits for is disarmed, so that it comes once; but while
+ * there is other work, it may be that the turn of who was told has not come yet. */
+static void orchi_tell_all(orch_loop *loop, uint64_t generation, bool idle) {
+    orchi_poller *p = &loop->poller;
+    if (ORCHI_UNLIKELY(loop->desc.seed != 0)) orchi_found_shuffle(loop);
+    for (uint32_t i = 0; i < p->found_count; i++) {
+        bool told = orchi_tell(loop, p->found[i], generation);
+        if (!told && idle) p->ops->update(loop, p->found[i].fd, true);
+    }
+    p->found_count = 0;
+}
+
+/* The loop's own descriptor was among what was found. */
+static void orchi_wake(orch_loop *loop) {
+    if (!loop->poller.woken) return;
+    loop->poller.woken = false;
+    loop->on_wake(loop);
+}
+
+/* The only place where the loop makes a system call. What was found is told afterwards. */
 static int orchi_poll(orch_loop *loop, uint64_t ns) {
+    orchi_poller *p = &loop->poller;
+    bool idle = orchi_ring_empty(loop);
+    uint64_t generation = loop->generation;
+    bool sleeps = ns > 0;
+    if (sleeps) ns = orchi_doze(loop, ns);
     loop->stats.polls++;
-    return loop->poller.ops->wait(loop, ns, orchi_fd_ready);
+    p->looked_at += p->count;
+    int error = p->ops->wait(loop, ns);
+    p->came += p->found_count;
+    orchi_tell_all(loop, generation, idle);
+    if (ORCHI_UNLIKELY(p->stale)) orchi_poller_renew(loop);
+    p->looks++;
+    if (ORCHI_UNLIKELY(p->looked_at >= p->trial)) orchi_poller_judge(loop);
+    orchi_tell_all(loop, loop->generation, idle); // what a move found
+    orchi_wake(loop);
+    if (sleeps) orchi_inbox_take(loop);
+    return error;
 }
 
 /* What a look costs. It may at most double from one to the next, as one that was interrupted by
@@ -4409,11 +5480,11 @@ static void orchi_tick(orch_loop *loop) {
 /* A look while work is ready: not sooner than ten times its cost after the last one. */
 static int orchi_look_busy(orch_loop *loop) {
     orchi_tick(loop);
-    if (loop->timers.count == 0 && loop->poller.count == 0) return 0;
+    if (loop->timers.count == 0 && loop->stats.watched == 0) return 0;
     uint64_t now = orchi_now(loop);
     orchi_timers_stamp(loop, now);
     int error = 0;
-    if (loop->poller.count > 0 && now - loop->looked >= 10 * loop->look_cost) {
+    if (loop->stats.watched > 0 && now - loop->looked >= 10 * loop->look_cost) {
         error = orchi_poll(loop, 0);
         loop->looked = orchi_now(loop);
         loop->look_cost = orchi_look_cost(loop, loop->looked - now);
@@ -4426,39 +5497,45 @@ static int orchi_look_busy(orch_loop *loop) {
 static int orchi_sleep(orch_loop *loop, uint64_t now, uint64_t ns) {
     uint64_t trim = ns > 0 ? orchi_stacks_idle(loop, now) : 0;
     if (ns > trim) ns = trim;
-    return ns > 0 || loop->poller.count > 0 ? orchi_poll(loop, ns) : 0;
+    return ns > 0 || loop->stats.watched > 0 ? orchi_poll(loop, ns) : 0;
 }
 
 /* The same on a virtual clock: descriptors are looked at once, and with nothing ready still the
  * time has passed. Only without a timer the sleep is real, as nothing but a descriptor can end it;
- * and without either, the last timer is one for the end of time. */
-static int orchi_jump(orch_loop *loop, uint64_t ns) {
-    bool watched = loop->poller.count > 0;
+ * and without either, the last timer is one for the end of time. While threads work for the loop,
+ * the sleep is real and time stands still. */
+static int orchi_jump(orch_loop *loop, uint64_t ns, uint64_t limit) {
+    bool watched = loop->stats.watched > 0;
     loop->ticked = orchi_resumes(loop);
+    bool outside = orchi_remotes_wait(loop) || loop->children > 0;
+    if (outside) return watched || limit > 0 ? orchi_poll(loop, limit) : 0;
     int error = watched ? orchi_poll(loop, ns == UINT64_MAX ? ns : 0) : 0;
     if (error != 0 || !orchi_ring_empty(loop) || (watched && ns == UINT64_MAX)) return error;
     loop->now = ns < UINT64_MAX - loop->now ? loop->now + ns : UINT64_MAX;
     return 0;
 }
 
-/* A look with nothing ready: sleeps until an event, the next deadline, or the limit. */
-static int orchi_look_idle(orch_loop *loop, uint64_t limit) {
-    uint64_t now = orchi_now(loop);
+/* Stamps what was armed, and says how long the next timer is off. */
+static uint64_t orchi_until_timer(orch_loop *loop, uint64_t now) {
     orchi_timers_stamp(loop, now);
     uint64_t next = loop->timers.count > 0 ? loop->timers.entries[0].deadline : UINT64_MAX;
-    uint64_t sleep = next == UINT64_MAX ? UINT64_MAX : next > now ? next - now : 0;
+    return next == UINT64_MAX ? UINT64_MAX : next > now ? next - now : 0;
+}
+
+/* A look with nothing ready: sleeps until an event, the next deadline, or the limit. */
+static int orchi_look_idle(orch_loop *loop, uint64_t limit) {
+    uint64_t now = orchi_now(loop), sleep = orchi_until_timer(loop, now);
     if (sleep > limit) sleep = limit;
-    bool jumps = loop->desc.clock == ORCH_CLOCK_VIRTUAL, stands = jumps && loop->children > 0;
-    int error = stands  ? orchi_poll(loop, limit)
-                : jumps ? orchi_jump(loop, sleep)
-                        : orchi_sleep(loop, now, sleep);
+    bool jumps = loop->desc.clock == ORCH_CLOCK_VIRTUAL;
+    int error = jumps ? orchi_jump(loop, sleep, limit) : orchi_sleep(loop, now, sleep);
     orchi_timers_fire(loop, sleep > 0 ? orchi_now(loop) : now);
     return error;
 }
 
 /* Whether anything is left that could make work ready. */
-static bool orchi_can_wake(const orch_loop *loop) {
-    return !orchi_ring_empty(loop) || loop->timers.count > 0 || loop->poller.count > loop->quiet;
+static bool orchi_can_wake(orch_loop *loop) {
+    return !orchi_ring_empty(loop) || loop->timers.count > 0 || loop->stats.watched > loop->quiet ||
+           orchi_inbox_posted(loop) || orchi_remotes_wait(loop);
 }
 
 /* One turn. Returns 1 when there is more to do, 0 when nothing can wake the loop, or an error. */
@@ -4467,6 +5544,7 @@ static int orchi_turn(orch_loop *loop, uint64_t limit) {
     loop->stats.turns++;
     if (ORCHI_UNLIKELY(loop->desc.seed != 0)) orchi_shuffle(loop);
     orchi_round(loop);
+    if (ORCHI_UNLIKELY(orchi_inbox_posted(loop))) orchi_inbox_take(loop);
     int error = 0;
     bool leave = loop->stopping || (loop->until != NULL && orchi_settled(loop->until));
     if (leave) limit = 0;
@@ -4565,6 +5643,80 @@ int orch_loop_run(orch_loop *loop) {
     return orchi_blocked(loop) > 0 ? orchi_deadlock(loop) : 0;
 }
 
+// ---- guest mode
+
+int orch_loop_fd(const orch_loop *loop) {
+    if (loop == NULL) return orchi_misuse("orch_loop_fd", ORCH_EINVAL);
+    bool one = loop->poller.pinned && loop->poller.ops != &orchi_poll_ops;
+    return one ? loop->poller.queue : -ENOTSUP;
+}
+
+/* From now on poll, as what the host waits for has to stay the same. */
+static int orchi_pin(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    int error =
+        p->pinned || p->ops == &orchi_poll_ops ? 0 : orchi_poller_move(loop, &orchi_poll_ops);
+    if (error != 0) return error;
+    p->pinned = true;
+    orchi_tell_all(loop, loop->generation, false);
+    return 0;
+}
+
+int orch_loop_pollfds(orch_loop *loop, struct pollfd *fds, size_t capacity) {
+    int error = orchi_loop_check(loop, "orch_loop_pollfds");
+    if (error != 0) return error;
+    if (fds == NULL && capacity > 0) return orchi_misuse("orch_loop_pollfds", ORCH_EINVAL);
+    error = orchi_pin(loop);
+    if (error != 0) return error;
+    loop->offered = loop->generation;
+    struct pollfd one = {loop->poller.queue, POLLIN, 0};
+    bool all = loop->poller.ops == &orchi_poll_ops;
+    size_t count = all ? loop->poller.count : 1;
+    const struct pollfd *from = all ? loop->poller.fds : &one;
+    for (size_t i = 0; i < count && i < capacity; i++) fds[i] = from[i];
+    return (int)count;
+}
+
+uint64_t orch_loop_timeout(orch_loop *loop) {
+    if (orchi_loop_check(loop, "orch_loop_timeout") != 0) return 0;
+    if (!orchi_ring_empty(loop)) return 0;
+    uint64_t now = orchi_now(loop), ns = orchi_until_timer(loop, now);
+    return ns == UINT64_MAX ? ns : ns / 1000000u + (ns % 1000000u != 0);
+}
+
+/* What the host has found, as a look would have. It may ask about descriptors that nobody waits for
+ * any more. */
+static int orchi_guest_look(orch_loop *loop, const struct pollfd *fds, size_t count) {
+    orchi_poller *p = &loop->poller;
+    if (p->ops != &orchi_poll_ops) return orchi_poll(loop, 0);
+    if (!orchi_found_reserve(loop, count)) return ORCH_ENOMEM;
+    for (size_t i = 0; i < count; i++) {
+        bool known = fds[i].fd >= 0 && (size_t)fds[i].fd < p->watch_count;
+        if (known && fds[i].revents != 0)
+            orchi_found_add(p, fds[i].fd, orchi_poll_events(fds[i].revents));
+    }
+    orchi_tell_all(loop, loop->offered, false);
+    orchi_wake(loop);
+    return 0;
+}
+
+int orch_loop_dispatch(orch_loop *loop, const struct pollfd *fds, size_t count) {
+    int error = orchi_loop_check(loop, "orch_loop_dispatch");
+    if (error != 0) return error;
+    bool valid = (fds != NULL || count == 0) && loop->desc.clock != ORCH_CLOCK_VIRTUAL;
+    if (!valid) return orchi_misuse("orch_loop_dispatch", ORCH_EINVAL);
+    loop->running = true;
+    loop->stats.turns++;
+    error = orchi_guest_look(loop, fds, count);
+    uint64_t now = orchi_now(loop);
+    orchi_timers_stamp(loop, now);
+    orchi_timers_fire(loop, now);
+    if (loop->desc.seed != 0) orchi_shuffle(loop);
+    orchi_round(loop);
+    loop->running = false;
+    return error != 0 ? error : orchi_can_wake(loop);
+}
+
 void orch_loop_stop(orch_loop *loop) {
     if (loop != NULL) loop->stopping = true;
 }
@@ -4581,8 +5733,10 @@ orch_loop_stats orch_loop_statistics(const orch_loop *loop) {
     if (loop == NULL) return stats;
     stats = loop->stats;
     stats.timers = loop->timers.count;
+    stats.poller = loop->poller.ops->id;
     stats.futures = orchi_live((orch_loop *)(uintptr_t)loop); // visits slots, changes none
     stats.resumes = orchi_resumes(loop);
+    stats.wakes = orchi_inbox_wakes(loop);
     return stats;
 }
 
@@ -6180,11 +7334,16 @@ void orch_completion_free(orch_completion *c) {
 //     the end      its result settles its future, its stack is given back, and its first
 //                  function returns the context to go on with
 
-struct orch_task {
+struct orch_task { // first what every wait touches: one cache line
     orchi_context context;
     orch_future *future;
     orch_future *waiting; // NULL: it runs, is ready, or has not waited yet
-    orch_task *starter;   // nested: where to return at the first wait; NULL is the main stack
+    int reason;           // not 0: it, or a scope that it has open, was asked to end
+    bool nested;
+    bool joining;
+    bool ended;
+    bool canary;
+    orch_task *starter; // nested: where to return at the first wait; NULL is the main stack
     orchi_stack *stack;
     const char *name;
     orch_task_fn fn;
@@ -6195,16 +7354,11 @@ struct orch_task {
     orch_future *deadline; // copied by orch_go
     struct orchi_locals *locals;
     int asked;      // not 0: it was asked to end
-    int reason;     // not 0: it, or a scope that it has open, was asked to end
-    uint32_t level; // how many shields were there when that was opened
+    uint32_t level; // how many shields were there when the reason's scope was opened
     uint32_t shields;
     uint32_t refused; // waits, since it was asked to end
-    bool nested;
-    bool heir; // it has, or had, something that what it starts inherits
-    bool joining;
-    bool ended;
-    bool exposed; // the loop is deadlocked: shields do not hold any more
-    bool canary;
+    bool heir;        // it has, or had, something that what it starts inherits
+    bool exposed;     // the loop is deadlocked: shields do not hold any more
 };
 
 typedef char orchi_task_fits[sizeof(struct orch_task) <= ORCHI_STACK_HEAD ? 1 : -1];
@@ -6287,6 +7441,26 @@ ORCHI_COLD static void orchi_suspend_freeing(orch_loop *loop, orch_task *task) {
 static inline void orchi_suspend(orch_loop *loop, orch_task *task) {
     if (ORCHI_UNLIKELY(loop->trash != NULL)) orchi_suspend_freeing(loop, task);
     else orchi_leave(loop, task);
+}
+
+enum { ORCHI_FETCHED = 7 }; // cache lines: the frames of a wait in orch_read, and its buffer
+
+/* Fetches what the next two ready tasks need first: of the second its control block, of the first,
+ * whose block came the last time, what lies at the top of its stack. For who is about to enter the
+ * kernel: of a thousand tasks that wait for descriptors none is in the cache when its turn comes,
+ * and each of these lines would be waited for. Inlined, as gcc takes a function that only fetches
+ * for one without effect. */
+static ORCHI_INLINE void orchi_fetch_ahead(const orch_loop *loop) {
+    const orchi_ring *ring = &loop->ready;
+    if (ring->tail - ring->head < 2) return;
+    const orch_future *first = ring->items[ring->head & ring->mask];
+    const orch_future *second = ring->items[(ring->head + 1) & ring->mask];
+    if (first->kind != ORCHI_TASK || second->kind != ORCHI_TASK) return;
+    __builtin_prefetch(second->as.task.task, 1);
+    const orch_task *next = first->as.task.task;
+    const char *sp = (const char *)next->context.sp;
+    for (int i = 0; i < ORCHI_FETCHED; i++) __builtin_prefetch(sp + 64 * i, 1);
+    __builtin_prefetch(next->waiting, 1);
 }
 
 /* Waits until a claimed pending future has settled. Returns it, or what it was replaced by. */
@@ -7592,12 +8766,12 @@ static int orchi_watch_start(orch_loop *loop, orch_future *f) {
     orchi_watch *watch = &loop->poller.watches[fd];
     if ((events & ORCH_READABLE) && watch->reader != NULL) return ORCH_EBUSY;
     if ((events & ORCH_WRITABLE) && watch->writer != NULL) return ORCH_EBUSY;
-    int error = loop->poller.ops->update(loop, fd, orchi_watch_events(watch) | events);
-    if (error != 0) return error;
     if (events & ORCH_READABLE) watch->reader = f;
     if (events & ORCH_WRITABLE) watch->writer = f;
     loop->stats.watched++;
-    return 0;
+    int error = loop->poller.ops->update(loop, fd, false);
+    if (error != 0) orchi_unwatch(loop, f, true);
+    return error;
 }
 
 /* What can be told before anything is registered. */
@@ -7618,7 +8792,8 @@ orch_future *orch_ready(int fd, int events) {
     f->as.ready.fd = fd;
     f->as.ready.events = events;
     error = orchi_watch_start(loop, f);
-    if (error != 0) orchi_reject(loop, f, error);
+    orch_result r = error == ORCHI_ALWAYS ? orch_ok_int(events) : orch_fail(error);
+    if (error != 0) orchi_settle(loop, f, &r);
     return f;
 }
 
@@ -7627,7 +8802,7 @@ orch_future *orch_ready(int fd, int events) {
 static void orchi_ready_fire(orch_future *f, int events) {
     orch_loop *loop = orchi_loop_of(f);
     int came = events & f->as.ready.events;
-    orchi_unwatch(loop, f);
+    orchi_unwatch(loop, f, false);
     orch_result r = events & ORCHI_BAD_FD ? orch_fail(-EBADF) : orch_ok_int(came);
     orchi_settle(loop, f, &r);
 }
@@ -7637,25 +8812,66 @@ static orch_future *orchi_ready_cancel(orch_future *f, int reason) {
     (void)reason;
     orch_loop *loop = orchi_loop_of(f);
     f->flags |= ORCHI_CANCEL;
-    orchi_unwatch(loop, f);
+    orchi_unwatch(loop, f, true);
     orchi_reject(loop, f, ORCH_ECANCELED);
     return NULL;
 }
 
-/* Wakes who waits for a descriptor that is about to be closed. */
-static void orchi_watch_end(orch_loop *loop, int fd) {
+/* A number loses its owner: who waits for it is told, and nothing of it is left. */
+static void orchi_watch_end(orch_loop *loop, int fd, int error) {
     if (fd < 0 || (size_t)fd >= loop->poller.watch_count) return;
     orchi_watch *watch = &loop->poller.watches[fd];
-    if (watch->reader != NULL) orchi_ready_cancel(watch->reader, ORCH_ECANCELED);
-    if (watch->writer != NULL) orchi_ready_cancel(watch->writer, ORCH_ECANCELED);
+    orch_future *waiting[2] = {watch->reader,
+                               watch->reader == watch->writer ? NULL : watch->writer};
+    for (int i = 0; i < 2; i++) {
+        if (waiting[i] == NULL) continue;
+        waiting[i]->flags |= ORCHI_CANCEL; // not reported
+        orchi_unwatch(loop, waiting[i], true);
+        orchi_reject(loop, waiting[i], error);
+    }
     watch->generation++;
-    watch->bits = 0;
+    watch->hints = 0;
+    loop->poller.ops->update(loop, fd, true);
+}
+
+/* What the library makes itself: it will be closed by orch_close, so that the poller may look for
+ * it as long as it is open. Whoever still waits for the number closed its last owner without. */
+static inline int orchi_watch_own(orch_loop *loop, int fd) {
+    int error = orchi_watch_reserve(loop, fd);
+    if (error != 0) return error;
+    orchi_watch_end(loop, fd, -EBADF);
+    loop->poller.watches[fd].hints = ORCHI_OWN;
+    return 0;
+}
+
+/* What is armed for one event is armed anew, to stay. */
+int orch_adopt(int fd) {
+    orch_loop *loop = orchi_loop;
+    if (loop == NULL) return orchi_misuse("orch_adopt", ORCH_ENOLOOP);
+    int error = fd < 0 ? -EBADF : orchi_watch_reserve(loop, fd);
+    if (error != 0) return error;
+    orchi_watch *watch = &loop->poller.watches[fd];
+    watch->hints |= ORCHI_OWN;
+    watch->armed &= ORCHI_REGISTERED;
+    return loop->poller.ops->update(loop, fd, false);
 }
 
 /* After EINTR the descriptor is gone on every system here; calling again would close another's. */
 int orch_close(int fd) {
-    if (orchi_loop != NULL) orchi_watch_end(orchi_loop, fd);
+    if (orchi_loop != NULL) orchi_watch_end(orchi_loop, fd, ORCH_ECANCELED);
     return close(fd) == 0 || errno == EINTR ? 0 : -errno;
+}
+
+/* A descriptor that wakes the loop from its sleep, until it is closed with orch_close: whenever it
+ * is readable, loop->on_wake is called, after the look and outside the poller. It is nobody's wait:
+ * with nothing else to wait for the loop ends, or is deadlocked. */
+static inline int orchi_wake_watch(orch_loop *loop, int fd) {
+    int error = orchi_watch_own(loop, fd);
+    if (error != 0) return error;
+    loop->poller.watches[fd].hints |= ORCHI_WAKE;
+    error = loop->poller.ops->update(loop, fd, false);
+    if (error != 0) loop->poller.watches[fd].hints = 0;
+    return error;
 }
 
 // ---- calls
@@ -7683,9 +8899,9 @@ int orch_close(int fd) {
 /* Where send knows no MSG_NOSIGNAL the socket is told, once. */
 static void orchi_quiet(int fd, orchi_watch *watch) {
     int on = 1;
-    if (watch->bits & ORCHI_QUIET) return;
+    if (watch->hints & ORCHI_QUIET) return;
     setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on);
-    watch->bits |= ORCHI_QUIET;
+    watch->hints |= ORCHI_QUIET;
 }
 /* Non-blocking and close-on-exec, where no call makes descriptors so. */
 static int orchi_private(int fd) {
@@ -7732,7 +8948,7 @@ static int orchi_watch_wait(orch_loop *loop, orch_task *task, int fd, int direct
     }
     f = orchi_wait_for(loop, task, f);
     error = f->as.result.error;
-    orchi_release(f);
+    if (ORCHI_LIKELY(!(f->flags & ORCHI_IMMORTAL))) orchi_slot_free(loop, f); // owns nothing
     return error;
 }
 
@@ -7746,46 +8962,56 @@ ORCHI_NO_INLINE static ptrdiff_t orchi_io_wait(orch_task *task, int fd, int dire
     uint32_t generation = watch->generation;
     uint16_t busy = (uint16_t)(direction * ORCHI_IN_READ);
     ptrdiff_t n = -EAGAIN;
-    watch->bits |= busy;
-    if (orchi_must_end(task) && !(watch->bits & ORCHI_SLOW)) n = attempt(fd, watch, t);
+    watch->hints |= busy;
+    if (orchi_must_end(task) && !(watch->hints & ORCHI_SLOW)) n = attempt(fd, watch, t);
     while (n == -EAGAIN) {
         int error = orchi_watch_wait(loop, task, fd, direction);
         watch = &loop->poller.watches[fd]; // the table may have moved
         if (watch->generation != generation) return ORCH_ECANCELED;
+        orchi_fetch_ahead(loop);
         n = error != 0 ? error : attempt(fd, watch, t);
     }
-    watch->bits &= (uint16_t)~busy;
+    watch->hints &= (uint16_t)~busy;
     return n;
 }
 
-/* What every call does. The caller has looked at its own arguments. */
-static ptrdiff_t orchi_io(const char *function, int fd, int direction, orchi_attempt attempt,
-                          orchi_transfer *t) {
+/* What every call does. The caller has looked at its own arguments. Inlined where a request comes
+ * by, so that the attempt is. */
+static ORCHI_INLINE ptrdiff_t orchi_io(const char *function, int fd, int direction,
+                                       orchi_attempt attempt, orchi_transfer *t) {
     int error;
     orch_task *task = orchi_here_task(function, &error);
     if (task == NULL) return error;
-    if (fd < 0) return -EBADF;
     orch_loop *loop = orchi_loop;
-    error = orchi_watch_reserve(loop, fd);
-    if (ORCHI_UNLIKELY(error != 0)) return error;
+    if (ORCHI_UNLIKELY((size_t)fd >= loop->poller.watch_count)) { // negative ones too
+        error = fd < 0 ? -EBADF : orchi_watch_reserve(loop, fd);
+        if (error != 0) return error;
+    }
     orchi_watch *watch = &loop->poller.watches[fd];
-    int busy = direction * ORCHI_IN_READ, wait_first = direction * ORCHI_DRY;
-    if (ORCHI_UNLIKELY(watch->bits & busy)) return ORCH_EBUSY;
-    ptrdiff_t n = watch->bits & wait_first ? -EAGAIN : attempt(fd, watch, t);
+    int busy = direction * ORCHI_IN_READ, wait_first = direction * ORCHI_DRY | ORCHI_SLOW;
+    if (ORCHI_UNLIKELY(watch->hints & busy)) return ORCH_EBUSY;
+    ptrdiff_t n = watch->hints & wait_first ? -EAGAIN : attempt(fd, watch, t);
     if (n == -EAGAIN) return orchi_io_wait(task, fd, direction, attempt, t);
     orchi_no_wait(loop, task);
     return n;
 }
 
+/* A call that has nothing to do. recv(2) of no bytes may wait for some. */
+static ptrdiff_t orchi_io_nothing(const char *function, int fd) {
+    int error;
+    if (orchi_here_task(function, &error) == NULL) return error;
+    return fd < 0 ? -EBADF : 0;
+}
+
 /* The same with the check of memory that most calls need. */
-static ptrdiff_t orchi_io_memory(const char *function, int fd, int direction, orchi_attempt attempt,
-                                 orchi_transfer *t) {
+static ORCHI_INLINE ptrdiff_t orchi_io_memory(const char *function, int fd, int direction,
+                                              orchi_attempt attempt, orchi_transfer *t) {
     if (orchi_no_memory_at(t->data, t->size)) return orchi_misuse(function, ORCH_EINVAL);
     return orchi_io(function, fd, direction, attempt, t);
 }
 
 static void orchi_watch_hint(orchi_watch *watch, int bit, bool set) {
-    watch->bits = (uint16_t)(set ? watch->bits | bit : watch->bits & ~bit);
+    watch->hints = (uint16_t)(set ? watch->hints | bit : watch->hints & ~bit);
 }
 
 // ---- descriptors that are no sockets
@@ -7800,17 +9026,17 @@ static void orchi_watch_classify(int fd, orchi_watch *watch) {
     int flags = fcntl(fd, F_GETFL);
     bool known = fstat(fd, &about) == 0;
     bool waits = !known || (!S_ISREG(about.st_mode) && !S_ISBLK(about.st_mode));
-    watch->bits |= ORCHI_NO_SOCKET;
-    if (known && S_ISFIFO(about.st_mode)) watch->bits |= ORCHI_PIPE;
-    if (waits && flags >= 0 && !(flags & O_NONBLOCK)) watch->bits |= ORCHI_SLOW;
+    watch->hints |= ORCHI_NO_SOCKET;
+    if (known && S_ISFIFO(about.st_mode)) watch->hints |= ORCHI_PIPE;
+    if (waits && flags >= 0 && !(flags & O_NONBLOCK)) watch->hints |= ORCHI_SLOW;
 }
 
 /* Whether an attempt goes on with read or write. A blocking descriptor waits first: *error. */
 static bool orchi_no_socket(int fd, orchi_watch *watch, ptrdiff_t *error) {
     if (*error != -ENOTSOCK) return false;
     orchi_watch_classify(fd, watch);
-    if (watch->bits & ORCHI_SLOW) *error = -EAGAIN;
-    return !(watch->bits & ORCHI_SLOW);
+    if (watch->hints & ORCHI_SLOW) *error = -EAGAIN;
+    return !(watch->hints & ORCHI_SLOW);
 }
 
 typedef struct orchi_sigpipe {
@@ -7848,7 +9074,7 @@ static ptrdiff_t orchi_write_parts(int fd, const orchi_watch *watch, const struc
                                    int count) {
     orchi_sigpipe s;
     ptrdiff_t n;
-    bool guarded = (watch->bits & ORCHI_PIPE) != 0;
+    bool guarded = (watch->hints & ORCHI_PIPE) != 0;
     if (guarded) orchi_sigpipe_begin(&s);
     do n = writev(fd, parts, count);
     while (n < 0 && errno == EINTR);
@@ -7864,20 +9090,20 @@ static ptrdiff_t orchi_attempt_recv(int fd, orchi_watch *watch, orchi_transfer *
     do n = recv(fd, t->data, t->size, t->flags | MSG_DONTWAIT);
     while (ORCHI_UNLIKELY(n < 0 && errno == EINTR));
     if (ORCHI_UNLIKELY(n < 0)) return -errno;
-    if ((size_t)n < t->size && !(watch->bits & ORCHI_DATAGRAMS)) watch->bits |= ORCHI_DRY;
+    if ((size_t)n < t->size && !(watch->hints & ORCHI_DATAGRAMS)) watch->hints |= ORCHI_DRY;
     return n;
 }
 
 static ptrdiff_t orchi_attempt_read(int fd, orchi_watch *watch, orchi_transfer *t) {
     ptrdiff_t n = -ENOTSOCK;
-    if (!(watch->bits & ORCHI_NO_SOCKET)) {
+    if (!(watch->hints & ORCHI_NO_SOCKET)) {
         n = orchi_attempt_recv(fd, watch, t);
         if (ORCHI_LIKELY(!orchi_no_socket(fd, watch, &n))) return n;
     }
     do n = read(fd, t->data, t->size);
     while (n < 0 && errno == EINTR);
     if (n < 0) return -errno;
-    orchi_watch_hint(watch, ORCHI_DRY, (size_t)n < t->size || (watch->bits & ORCHI_SLOW));
+    orchi_watch_hint(watch, ORCHI_DRY, (size_t)n < t->size);
     return n;
 }
 
@@ -7890,7 +9116,7 @@ static ptrdiff_t orchi_attempt_read_full(int fd, orchi_watch *watch, orchi_trans
         if (n < 0) return n;
         if (n == 0) break;
         t->done += (size_t)n;
-        if (t->done < t->size && (watch->bits & ORCHI_DRY)) return -EAGAIN;
+        if (t->done < t->size && (watch->hints & (ORCHI_DRY | ORCHI_SLOW))) return -EAGAIN;
     }
     return (ptrdiff_t)t->done;
 }
@@ -7901,28 +9127,29 @@ static ptrdiff_t orchi_attempt_readv(int fd, orchi_watch *watch, orchi_transfer 
     memset(&message, 0, sizeof message);
     message.msg_iov = (struct iovec *)(uintptr_t)t->parts;
     message.msg_iovlen = (size_t)t->count;
-    if (!(watch->bits & ORCHI_NO_SOCKET)) {
+    if (!(watch->hints & ORCHI_NO_SOCKET)) {
         do n = recvmsg(fd, &message, MSG_DONTWAIT);
         while (n < 0 && errno == EINTR);
         if (n < 0) n = -errno;
     }
-    if (n == -ENOTSOCK && ((watch->bits & ORCHI_NO_SOCKET) || orchi_no_socket(fd, watch, &n))) {
+    if (n == -ENOTSOCK && ((watch->hints & ORCHI_NO_SOCKET) || orchi_no_socket(fd, watch, &n))) {
         do n = readv(fd, t->parts, t->count);
         while (n < 0 && errno == EINTR);
         if (n < 0) n = -errno;
     }
-    if (n >= 0)
-        orchi_watch_hint(watch, ORCHI_DRY, (size_t)n < t->size || (watch->bits & ORCHI_SLOW));
+    if (n >= 0) orchi_watch_hint(watch, ORCHI_DRY, (size_t)n < t->size);
     return n;
 }
 
 ptrdiff_t orch_read(int fd, void *buffer, size_t size) {
     orchi_transfer t = {(char *)buffer, size, 0, 0, 0, NULL, NULL};
+    if (size == 0) return orchi_io_nothing("orch_read", fd);
     return orchi_io_memory("orch_read", fd, ORCH_READABLE, orchi_attempt_read, &t);
 }
 
 ptrdiff_t orch_read_full(int fd, void *buffer, size_t size) {
     orchi_transfer t = {(char *)buffer, size, 0, 0, 0, NULL, NULL};
+    if (size == 0) return orchi_io_nothing("orch_read_full", fd);
     return orchi_io_memory("orch_read_full", fd, ORCH_READABLE, orchi_attempt_read_full, &t);
 }
 
@@ -7940,7 +9167,7 @@ static ptrdiff_t orchi_parts_size(const char *function, const struct iovec *part
 
 ptrdiff_t orch_readv(int fd, const struct iovec *parts, int count) {
     ptrdiff_t size = orchi_parts_size("orch_readv", parts, count);
-    if (size < 0) return size;
+    if (size <= 0) return size < 0 ? size : orchi_io_nothing("orch_readv", fd);
     orchi_transfer t = {NULL, (size_t)size, 0, 0, count, parts, NULL};
     return orchi_io("orch_readv", fd, ORCH_READABLE, orchi_attempt_readv, &t);
 }
@@ -7951,7 +9178,7 @@ ptrdiff_t orch_readv(int fd, const struct iovec *parts, int count) {
 static ptrdiff_t orchi_wrote(orchi_watch *watch, orchi_transfer *t, ptrdiff_t n) {
     if (n < 0) return n;
     t->done += (size_t)n;
-    orchi_watch_hint(watch, ORCHI_FULL, t->done < t->size || (watch->bits & ORCHI_SLOW));
+    orchi_watch_hint(watch, ORCHI_FULL, t->done < t->size);
     return t->done < t->size ? -EAGAIN : (ptrdiff_t)t->done;
 }
 
@@ -7966,12 +9193,12 @@ static ptrdiff_t orchi_attempt_send(int fd, orchi_watch *watch, orchi_transfer *
 
 static ptrdiff_t orchi_attempt_write(int fd, orchi_watch *watch, orchi_transfer *t) {
     ptrdiff_t n = -ENOTSOCK;
-    if (!(watch->bits & ORCHI_NO_SOCKET)) {
+    if (!(watch->hints & ORCHI_NO_SOCKET)) {
         n = orchi_attempt_send(fd, watch, t);
         if (ORCHI_LIKELY(!orchi_no_socket(fd, watch, &n))) return n;
     }
     struct iovec part = {t->data + t->done, t->size - t->done};
-    if ((watch->bits & ORCHI_SLOW) && part.iov_len > PIPE_BUF) part.iov_len = PIPE_BUF;
+    if ((watch->hints & ORCHI_SLOW) && part.iov_len > PIPE_BUF) part.iov_len = PIPE_BUF;
     return orchi_wrote(watch, t, orchi_write_parts(fd, watch, &part, 1));
 }
 
@@ -8013,15 +9240,16 @@ static ptrdiff_t orchi_attempt_writev(int fd, orchi_watch *watch, orchi_transfer
     struct iovec left[ORCHI_PARTS];
     ptrdiff_t n;
     do {
-        int count = orchi_parts_left(t, watch->bits & ORCHI_SLOW ? PIPE_BUF : SIZE_MAX, left);
+        int count = orchi_parts_left(t, watch->hints & ORCHI_SLOW ? PIPE_BUF : SIZE_MAX, left);
         size_t size = 0;
         for (int i = 0; i < count; i++) size += left[i].iov_len;
         n = -ENOTSOCK;
-        if (!(watch->bits & ORCHI_NO_SOCKET)) n = orchi_send_parts(fd, watch, left, count);
-        if (n == -ENOTSOCK && ((watch->bits & ORCHI_NO_SOCKET) || orchi_no_socket(fd, watch, &n))) {
+        if (!(watch->hints & ORCHI_NO_SOCKET)) n = orchi_send_parts(fd, watch, left, count);
+        if (n == -ENOTSOCK &&
+            ((watch->hints & ORCHI_NO_SOCKET) || orchi_no_socket(fd, watch, &n))) {
             n = orchi_write_parts(fd, watch, left, count);
         }
-        bool whole = n >= 0 && (size_t)n == size && !(watch->bits & ORCHI_SLOW);
+        bool whole = n >= 0 && (size_t)n == size && !(watch->hints & ORCHI_SLOW);
         n = orchi_wrote(watch, t, n);
         if (!whole) break;
     } while (n == -EAGAIN);
@@ -8050,11 +9278,11 @@ int orch_nonblock(int fd) {
 }
 
 /* A descriptor that was just made: what was known of its number is forgotten. */
-static int orchi_adopt(int fd, uint16_t bits) {
+static int orchi_adopt(int fd, uint16_t hints) {
     orch_loop *loop = orchi_loop;
-    if (fd < 0 || loop == NULL || (size_t)fd >= loop->poller.watch_count) return fd;
-    loop->poller.watches[fd].bits = bits;
-    loop->poller.watches[fd].generation++;
+    if (fd >= 0 && loop != NULL && orchi_watch_own(loop, fd) == 0) {
+        loop->poller.watches[fd].hints |= hints;
+    }
     return fd;
 }
 
@@ -8079,13 +9307,13 @@ static int orchi_socketpair2(int fds[2]) {
 }
 #endif
 
-static int orchi_two(const char *function, int fds[2], int (*make)(int fds[2]), uint16_t bits) {
+static int orchi_two(const char *function, int fds[2], int (*make)(int fds[2]), uint16_t hints) {
     int made[2];
     if (fds == NULL) return orchi_misuse(function, ORCH_EINVAL);
     int error = make(made);
     if (error != 0) return error;
-    fds[0] = orchi_adopt(made[0], bits);
-    fds[1] = orchi_adopt(made[1], bits);
+    fds[0] = orchi_adopt(made[0], hints);
+    fds[1] = orchi_adopt(made[1], hints);
     return 0;
 }
 
@@ -8295,7 +9523,749 @@ void orch_reader_free(orch_reader *r) {
 // ------------------------------------------------------------------------------------------------
 // >>thread
 //
-// Being written.
+// What works across threads: posts, remotes, the pool with offloaded work, tasks on another loop,
+// names that are resolved. On >>inbox, and on promises, which only their own thread settles.
+// Invariants:
+//   - Whatever another thread writes is a letter's own memory, from malloc. Slots are touched by
+//     their loop's thread alone.
+//   - A remote is settled by putting its letter in; the loop opens it, settles the promise, which
+//     may be gone, and frees it. When the loop is gone the settling thread frees both.
+//   - Work is queued, running or over, under the lock; only what is queued can be taken back.
+//   - A lane has threads while there is work, and some time after; all idle ones end with the last
+//     loop, which waits for them. One that is busy then ends alone.
+//   - What crosses threads is plain: see orchi_carry.
+// Left out: stealing, priorities and a way to stop a thread. Lanes keep apart what must not wait
+// for each other, and a thread that is stopped from outside leaves locks behind.
+
+// ---- the descriptor that wakes
+
+/* Makes the descriptor. Without one (EMFILE) the loop sleeps in short pieces. */
+ORCHI_COLD static void orchi_wake_open(orch_loop *loop) {
+    int ends[2];
+    if (!orchi_wake_pair(ends)) return;
+    if (orchi_wake_watch(loop, ends[0]) != 0) {
+        orchi_wake_close_pair(ends);
+        return;
+    }
+    pthread_mutex_lock(&loop->inbox->mutex);
+    loop->inbox->ends[0] = ends[0];
+    loop->inbox->ends[1] = ends[1];
+    pthread_mutex_unlock(&loop->inbox->mutex);
+}
+
+// ---- results that cross
+
+/* What a thread's own futures hold cannot leave it. Values and messages can, and so can what
+ * orch_run returned, whose loop is nobody's any more. Of an error the message is copied. */
+ORCHI_COLD static orch_result orchi_carry_copy(orch_result *r) {
+    const orch_result *shown = r;
+    if (r->release == orchi_chain_release) shown = &((orch_future *)r->owner)->as.result;
+    else if (r->release != orchi_list_release) shown = orchi_shown(r);
+    bool plain = shown->release == NULL;
+    orch_result copy = *shown;
+    if (!plain && r->error != 0) {
+        copy = orch_failf(r->error, "%s", orch_message(r));
+        copy.index = r->index;
+    } else if (!plain) {
+        copy = orch_failf(ORCH_ETHREAD, "a list or a shared result cannot leave its thread");
+    }
+    orch_result_free(r);
+    return copy;
+}
+
+/* A chain is one of this thread's, or, without a loop, stands for that mistake. */
+static orch_result orchi_carry(orch_result r) {
+    if (r.release == orchi_chain_release && !(((orch_future *)r.owner)->flags & ORCHI_IMMORTAL)) {
+        orch_result_free(&r);
+        return orch_fail(ORCH_ETHREAD);
+    }
+    bool own = r.release == orchi_chain_release || r.release == orchi_share_release ||
+               r.release == orchi_lent_release || r.release == orchi_list_release;
+    return own ? orchi_carry_copy(&r) : r;
+}
+
+// ---- post
+
+typedef struct orchi_post {
+    orchi_letter letter; // first
+    void (*fn)(void *arg);
+    void *arg;
+} orchi_post;
+
+static void orchi_post_open(orch_loop *loop, orchi_letter *letter) {
+    orchi_post post = *(orchi_post *)(void *)letter;
+    (void)loop;
+    free(letter);
+    post.fn(post.arg);
+}
+
+int orch_post(orch_loop *loop, void (*fn)(void *arg), void *arg) {
+    if (loop == NULL || fn == NULL) return orchi_misuse("orch_post", ORCH_EINVAL);
+    orchi_post *post = (orchi_post *)malloc(sizeof *post);
+    if (post == NULL) return ORCH_ENOMEM;
+    post->letter.open = orchi_post_open;
+    post->fn = fn;
+    post->arg = arg;
+    orchi_inbox *inbox = orchi_inbox_find(loop);
+    bool open = inbox != NULL && orchi_inbox_put_locked(inbox, &post->letter, true);
+    if (!open) free(post);
+    return open ? 0 : ORCH_ECLOSED;
+}
+
+// ---- remote
+
+/* Back on the loop's thread, with a result. */
+static void orchi_remote_open(orch_loop *loop, orchi_letter *letter) {
+    orch_remote *remote = (orch_remote *)(void *)letter;
+    orchi_remote_out(remote);
+    orch_promise promise = remote->promise;
+    orch_result r = remote->result;
+    orchi_inbox_release(loop->inbox);
+    free(remote);
+    orch_settle(promise, r);
+}
+
+/* Back without one. */
+static void orchi_remote_return(orch_loop *loop, orchi_letter *letter) {
+    orch_remote *remote = (orch_remote *)(void *)letter;
+    orchi_remote_out(remote);
+    orchi_inbox_release(loop->inbox);
+    free(remote);
+}
+
+static void orchi_remote_init(orch_loop *loop, orch_remote *remote, orch_promise promise) {
+    remote->letter.open = orchi_remote_open;
+    remote->inbox = orchi_inbox_hold(loop->inbox);
+    remote->promise = promise;
+    remote->result = orch_ok(NULL, NULL);
+    remote->letter.in = false;
+    remote->lent = false;
+    orchi_remote_in(loop, remote);
+}
+
+orch_remote *orch_promise_remote(orch_promise promise) {
+    if (orchi_here("orch_promise_remote") == NULL) return NULL;
+    bool pending = orch_promise_pending(promise);
+    if (pending && !orchi_may_settle(promise, "orch_promise_remote")) return NULL;
+    orch_remote *remote = (orch_remote *)malloc(sizeof *remote);
+    if (remote == NULL) return NULL;
+    orchi_remote_init(orchi_loop, remote, promise);
+    if (!pending) orchi_remote_out(remote);
+    return remote;
+}
+
+/* Sends a remote home. False when there is no home any more. */
+static bool orchi_remote_send(orch_remote *remote) {
+    orchi_inbox *inbox = remote->inbox;
+    if (orchi_inbox_put(inbox, &remote->letter)) return true;
+    orch_result_free(&remote->result);
+    free(remote);
+    orchi_inbox_release(inbox);
+    return false;
+}
+
+bool orch_remote_settle(orch_remote *remote, orch_result r) {
+    r = orchi_carry(r);
+    if (remote == NULL) {
+        orch_result_free(&r);
+        return orchi_misuse("orch_remote_settle", ORCH_EINVAL) == 0;
+    }
+    remote->result = r;
+    return orchi_remote_send(remote);
+}
+
+void orch_remote_drop(orch_remote *remote) {
+    if (remote == NULL) return;
+    remote->letter.open = orchi_remote_return;
+    orchi_remote_send(remote);
+}
+
+// ---- the pool
+//
+// The life of a piece of work:
+//
+//     orch_offload   a job: a remote, what to call, a copy of its argument; at the end of its
+//                    lane's queue. An idle thread is told, or, while there are fewer than allowed,
+//                    another one is started
+//     a thread       takes the first, calls it, gives its argument back, and sends the remote home
+//     cancelled      queued: it is taken out and freed. Running: only its future ends. The remote
+//                    comes home later, finds its promise gone, and what it brings is freed
+//     the loop goes  nothing is queued any more, as every future was cancelled; what runs finds no
+//                    home, and frees its result itself
+
+#if ORCHI_SEMAPHORES
+typedef sem_t orchi_bell;
+static void orchi_bell_init(orchi_bell *bell) { sem_init(bell, 0, 0); }
+static void orchi_bell_free(orchi_bell *bell) { sem_destroy(bell); }
+static void orchi_bell_ring(orchi_bell *bell) { sem_post(bell); }
+static int orchi_bell_try(orchi_bell *bell, const struct timespec *until) {
+    return until != NULL ? sem_timedwait(bell, until) : sem_wait(bell);
+}
+#else
+typedef struct orchi_bell {
+    pthread_mutex_t mutex;
+    pthread_cond_t cond;
+    bool rung;
+} orchi_bell;
+static void orchi_bell_init(orchi_bell *bell) {
+    pthread_mutex_init(&bell->mutex, NULL);
+    pthread_cond_init(&bell->cond, NULL);
+    bell->rung = false;
+}
+static void orchi_bell_free(orchi_bell *bell) {
+    pthread_cond_destroy(&bell->cond);
+    pthread_mutex_destroy(&bell->mutex);
+}
+static void orchi_bell_ring(orchi_bell *bell) {
+    pthread_mutex_lock(&bell->mutex);
+    bell->rung = true;
+    pthread_cond_signal(&bell->cond);
+    pthread_mutex_unlock(&bell->mutex);
+}
+static int orchi_bell_try(orchi_bell *bell, const struct timespec *until) {
+    int error = 0;
+    pthread_mutex_lock(&bell->mutex);
+    while (!bell->rung && error == 0) {
+        error = until != NULL ? pthread_cond_timedwait(&bell->cond, &bell->mutex, until)
+                              : pthread_cond_wait(&bell->cond, &bell->mutex);
+    }
+    errno = error;
+    bool rung = bell->rung;
+    pthread_mutex_unlock(&bell->mutex);
+    return rung ? 0 : -1;
+}
+#endif
+
+/* Waits for the ring, for so many seconds; 0: for ever. Whether it came. */
+static bool orchi_bell_wait(orchi_bell *bell, int seconds) {
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += seconds;
+    int error = 0;
+    do error = orchi_bell_try(bell, seconds > 0 ? &until : NULL);
+    while (error != 0 && errno == EINTR);
+    return error == 0;
+}
+
+typedef struct orchi_job {
+    orch_remote remote; // first
+    orch_task_fn fn;
+    void *arg;
+    void (*release)(void *arg);
+    struct orchi_lane *lane; // NULL: not queued (any more)
+    struct orchi_job *next, *previous;
+} orchi_job; // the copied argument follows
+
+typedef struct orchi_worker { // of a thread, as long as it lives
+    orchi_bell bell;
+    struct orchi_worker *next;
+    bool parked; // in the list of its lane
+} orchi_worker;
+
+typedef struct orchi_lane {
+    orchi_job *first, *last;
+    orchi_worker *parked; // last in, first out: the others get to end
+    orch_pool_stats stats;
+} orchi_lane;
+
+// Guarded by orchi_shared.mutex.
+static struct {
+    bool made;
+    orchi_lane lanes[ORCH_LANES];
+    unsigned threads, busy; // in all lanes
+    bool joining;           // the last loop waits for idle threads
+    pthread_cond_t left;    // one has ended
+    bool unjoined;          // `last` has ended, and the next one to end joins it
+    pthread_t last;
+} orchi_pool;
+
+enum { ORCHI_IDLE_SECONDS = 5, ORCHI_LANE_THREADS = 4 };
+
+static unsigned orchi_lane_default(int lane) {
+    if (lane >= ORCH_LANE_OWN) return 1;
+    long cores = lane == ORCH_LANE_DEFAULT ? sysconf(_SC_NPROCESSORS_ONLN) : 0;
+    return cores > ORCHI_LANE_THREADS ? (unsigned)cores : 0u + ORCHI_LANE_THREADS;
+}
+
+/* In a new process there are no threads, no work, and nobody waits. Limits stay. */
+static void orchi_pool_reset(void) {
+    for (int i = 0; i < ORCH_LANES; i++) {
+        orchi_lane *lane = &orchi_pool.lanes[i];
+        lane->first = lane->last = NULL;
+        lane->parked = NULL;
+        lane->stats.threads = lane->stats.idle = 0;
+        lane->stats.queued = 0;
+    }
+    orchi_pool.threads = orchi_pool.busy = 0;
+    orchi_pool.joining = orchi_pool.unjoined = false;
+    pthread_cond_init(&orchi_pool.left, NULL);
+}
+
+/* What the parent's threads have, or would have taken, never comes: in the child it has ended. The
+ * inboxes are unlocked by then. */
+static void orchi_pool_fork(void) {
+    orchi_pool_reset();
+    orch_remote *remote = orchi_loop != NULL ? orchi_loop->remotes : NULL;
+    for (; remote != NULL; remote = remote->next) {
+        if (!remote->lent || remote->letter.in) continue;
+        remote->result = orch_fail(ORCH_ECANCELED);
+        orchi_inbox_put(remote->inbox, &remote->letter);
+    }
+}
+
+/* The first use, with the lock held. */
+static void orchi_pool_make(void) {
+    if (orchi_pool.made) return;
+    orchi_pool.made = true;
+    orchi_pool_reset();
+    for (int i = 0; i < ORCH_LANES; i++) orchi_pool.lanes[i].stats.limit = orchi_lane_default(i);
+    pthread_atfork(NULL, NULL, orchi_pool_fork);
+}
+
+// ---- threads of the pool
+
+/* Whoever takes a thread out of the list rings for it, and with the lock released: so it does not
+ * wake up to wait for the lock. */
+static orchi_worker *orchi_lane_unpark(orchi_lane *lane) {
+    orchi_worker *worker = lane->parked;
+    if (worker == NULL) return NULL;
+    lane->parked = worker->next;
+    worker->parked = false;
+    lane->stats.idle--;
+    return worker;
+}
+
+/* It has waited long enough. */
+static void orchi_lane_remove(orchi_lane *lane, orchi_worker *worker) {
+    orchi_worker **at = &lane->parked;
+    while (*at != worker) at = &(*at)->next;
+    *at = worker->next;
+    lane->stats.idle--;
+}
+
+/* Waits until it is rung for. False when it has waited for so long that the thread is to end. */
+static bool orchi_lane_park(orchi_lane *lane, orchi_worker *worker) {
+    worker->next = lane->parked;
+    worker->parked = true;
+    lane->parked = worker;
+    lane->stats.idle++;
+    if (orchi_pool.joining) pthread_cond_broadcast(&orchi_pool.left); // it stays: do not wait
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    bool rung = orchi_bell_wait(&worker->bell, ORCHI_IDLE_SECONDS);
+    pthread_mutex_lock(&orchi_shared.mutex);
+    if (rung) return true;
+    if (worker->parked) {
+        orchi_lane_remove(lane, worker);
+        return false;
+    }
+    pthread_mutex_unlock(&orchi_shared.mutex); // it is just being rung for
+    orchi_bell_wait(&worker->bell, 0);
+    pthread_mutex_lock(&orchi_shared.mutex);
+    return true;
+}
+
+/* The next piece of work, waited for. NULL: the thread is to end. */
+static orchi_job *orchi_lane_wait(orchi_lane *lane, orchi_worker *worker) {
+    bool stays = true;
+    while (lane->stats.threads <= lane->stats.limit) {
+        if (lane->first != NULL) return lane->first;
+        if (!stays || orchi_shared.inboxes == NULL) break;
+        stays = orchi_lane_park(lane, worker);
+    }
+    return NULL;
+}
+
+/* Every idle thread of a lane looks whether it is still wanted. */
+static void orchi_lane_wake(orchi_lane *lane) {
+    for (orchi_worker *w = orchi_lane_unpark(lane); w != NULL; w = orchi_lane_unpark(lane)) {
+        orchi_bell_ring(&w->bell);
+    }
+}
+
+/* Takes a job out of its lane. */
+static void orchi_job_unlink(orchi_job *job) {
+    orchi_lane *lane = job->lane;
+    if (job->previous != NULL) job->previous->next = job->next;
+    else lane->first = job->next;
+    if (job->next != NULL) job->next->previous = job->previous;
+    else lane->last = job->previous;
+    job->lane = NULL;
+    lane->stats.queued--;
+}
+
+/* Runs a job without the lock, and sends its result home, which frees it. */
+static void orchi_job_run(orchi_job *job) {
+    orch_result r = job->fn(job->arg);
+    if (job->release != NULL) job->release(job->arg);
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_pool.busy--; // before anybody can know that it is done: the last loop waits for it
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    orch_remote_settle(&job->remote, r);
+}
+
+/* The last act of a thread, with the lock held: it joins the one that has ended before it, so that
+ * at most one is not joined. The last loop joins that. Later ones nobody waits for. */
+static void orchi_worker_end(orchi_lane *lane) {
+    bool joins = orchi_pool.unjoined;
+    pthread_t before = orchi_pool.last;
+    lane->stats.threads--;
+    orchi_pool.threads--;
+    orchi_pool.unjoined = orchi_pool.joining || orchi_shared.inboxes != NULL;
+    orchi_pool.last = pthread_self();
+    if (!orchi_pool.unjoined) pthread_detach(orchi_pool.last);
+    pthread_cond_broadcast(&orchi_pool.left);
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    if (joins) pthread_join(before, NULL);
+}
+
+static void *orchi_worker_main(void *argument) {
+    orchi_lane *lane = (orchi_lane *)argument;
+    orchi_job *job = NULL;
+    orchi_worker worker;
+    orchi_bell_init(&worker.bell);
+    pthread_mutex_lock(&orchi_shared.mutex);
+    while ((job = orchi_lane_wait(lane, &worker)) != NULL) {
+        orchi_job_unlink(job);
+        lane->stats.begun++;
+        orchi_pool.busy++;
+        pthread_mutex_unlock(&orchi_shared.mutex);
+        orchi_job_run(job);
+        pthread_mutex_lock(&orchi_shared.mutex);
+    }
+    orchi_worker_end(lane);
+    orchi_bell_free(&worker.bell);
+    return NULL;
+}
+
+/* Signals are the program's own threads' to handle; but a fault's handler runs where it happens. */
+static void orchi_worker_signals(sigset_t *set) {
+    static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT};
+    sigfillset(set);
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) sigdelset(set, faults[i]);
+}
+
+/* One more thread. A new one inherits the mask of who starts it. */
+static int orchi_worker_start(orchi_lane *lane) {
+    pthread_t thread;
+    sigset_t blocked, before;
+    orchi_worker_signals(&blocked);
+    pthread_sigmask(SIG_SETMASK, &blocked, &before);
+    int error = pthread_create(&thread, NULL, orchi_worker_main, lane);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (error != 0) return -error;
+    lane->stats.threads++;
+    orchi_pool.threads++;
+    return 0;
+}
+
+static void orchi_job_link(orchi_lane *lane, orchi_job *job) {
+    job->lane = lane;
+    job->next = NULL;
+    job->previous = lane->last;
+    if (lane->last != NULL) lane->last->next = job;
+    else lane->first = job;
+    lane->last = job;
+    lane->stats.queued++;
+}
+
+/* Work for a lane: an idle thread for it, a new one, or the next that has time. */
+static int orchi_pool_add(orch_lane id, orchi_job *job) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_pool_make();
+    orchi_lane *lane = &orchi_pool.lanes[id];
+    int error = 0;
+    orchi_job_link(lane, job);
+    orchi_worker *worker = orchi_lane_unpark(lane);
+    if (worker == NULL && lane->stats.threads < lane->stats.limit) error = orchi_worker_start(lane);
+    if (lane->stats.threads > 0) error = 0;
+    if (error != 0) orchi_job_unlink(job);
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    if (worker != NULL) orchi_bell_ring(&worker->bell);
+    return error;
+}
+
+/* The last loop has gone: idle threads end now, and are waited for, so that a tool that looks for
+ * leaks at the end of the process finds nothing. Busy ones end when they have finished. */
+static void orchi_pool_rest(void) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_pool.joining = orchi_pool.threads > 0;
+    for (int i = 0; orchi_pool.joining && i < ORCH_LANES; i++) {
+        orchi_lane_wake(&orchi_pool.lanes[i]);
+    }
+    while (orchi_pool.threads > orchi_pool.busy && orchi_shared.inboxes == NULL) {
+        pthread_cond_wait(&orchi_pool.left, &orchi_shared.mutex);
+    }
+    bool joins = orchi_pool.unjoined;
+    pthread_t last = orchi_pool.last;
+    orchi_pool.joining = orchi_pool.unjoined = false;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    if (joins) pthread_join(last, NULL);
+}
+
+int orch_pool_limit(orch_lane lane, unsigned threads) {
+    if ((unsigned)lane >= ORCH_LANES || threads == 0) {
+        return orchi_misuse("orch_pool_limit", ORCH_EINVAL);
+    }
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_pool_make();
+    orchi_lane *own = &orchi_pool.lanes[lane];
+    own->stats.limit = threads;
+    orchi_lane_wake(own); // those that are too many end
+    while (own->stats.queued > 0 && own->stats.threads < threads) {
+        if (orchi_worker_start(own) != 0) break;
+    }
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    return 0;
+}
+
+orch_pool_stats orch_pool_statistics(orch_lane lane) {
+    orch_pool_stats stats;
+    memset(&stats, 0, sizeof stats);
+    if ((unsigned)lane >= ORCH_LANES) return stats;
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_pool_make();
+    stats = orchi_pool.lanes[lane].stats;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    return stats;
+}
+
+// ---- offload
+
+/* The future was cancelled. It ends now, whatever the thread does. */
+static bool orchi_job_cancel(void *context, int reason) {
+    orchi_job *job = (orchi_job *)context;
+    (void)reason;
+    pthread_mutex_lock(&orchi_shared.mutex);
+    bool queued = job->lane != NULL;
+    if (queued) orchi_job_unlink(job);
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    if (!queued) return true;
+    orchi_remote_out(&job->remote);
+    orchi_inbox_release(job->remote.inbox);
+    if (job->release != NULL) job->release(job->arg);
+    free(job);
+    return true;
+}
+
+/* A job without its future: what a desc says. */
+static orchi_job *orchi_job_new(const orch_offload_desc *desc) {
+    size_t head = (sizeof(orchi_job) + 63) / 64 * 64; // so the copy is aligned for anything
+    if (desc->arg_size > SIZE_MAX - head) return NULL;
+    orchi_job *job = (orchi_job *)malloc(head + desc->arg_size);
+    if (job == NULL) return NULL;
+    job->fn = desc->fn;
+    job->release = desc->release;
+    job->arg = desc->arg;
+    if (desc->arg_size > 0) job->arg = memcpy((char *)job + head, desc->arg, desc->arg_size);
+    return job;
+}
+
+/* Queues a job that its future cannot see yet. */
+static orch_future *orchi_job_begin(orchi_job *job, const orch_offload_desc *desc, int *error) {
+    orch_promise promise;
+    orch_future *f = orch_future_new(&promise);
+    *error = orchi_is_static(f) ? ORCH_ENOMEM : 0;
+    if (*error != 0) return f;
+    orchi_remote_init(orchi_loop, &job->remote, promise);
+    job->remote.lent = true;
+    orch_promise_describe(promise, desc->name);
+    *error = orchi_pool_add(desc->lane, job);
+    if (*error == 0) {
+        orch_promise_on_cancel(promise, orchi_job_cancel, job);
+        return f;
+    }
+    orchi_remote_out(&job->remote);
+    orchi_inbox_release(job->remote.inbox);
+    orch_settle(promise, orch_failf(*error, "no thread: %s", orch_error_text(*error)));
+    return f;
+}
+
+static int orchi_offload_error(const orch_offload_desc *desc) {
+    if (orchi_loop == NULL) return ORCH_ENOLOOP;
+    if (desc == NULL || desc->fn == NULL || (unsigned)desc->lane >= ORCH_LANES) return ORCH_EINVAL;
+    return desc->arg_size > 0 && desc->arg == NULL ? ORCH_EINVAL : 0;
+}
+
+/* What could not be started gives its argument back. */
+static orch_future *orchi_offload(const orch_offload_desc *desc, const char *function) {
+    int error = orchi_offload_error(desc);
+    if (error != 0) orchi_misuse(function, error);
+    orchi_job *job = error == 0 ? orchi_job_new(desc) : NULL;
+    if (error == 0 && job == NULL) error = ORCH_ENOMEM;
+    orch_future *f = error != 0 ? orchi_rejected(error) : orchi_job_begin(job, desc, &error);
+    if (error == 0) return f;
+    if (desc != NULL && desc->release != NULL) desc->release(job != NULL ? job->arg : desc->arg);
+    free(job);
+    return f;
+}
+
+orch_future *orch_offload_with(const orch_offload_desc *desc) {
+    return orchi_offload(desc, "orch_offload_with");
+}
+
+orch_future *orch_offload(orch_task_fn fn, void *arg) {
+    orch_offload_desc desc = {NULL, fn, arg, 0, NULL, ORCH_LANE_DEFAULT};
+    return orchi_offload(&desc, "orch_offload");
+}
+
+// ---- a task on another loop
+//
+// A visit is a remote that has a way there. Its letters, as A's task runs fn on B's loop:
+//
+//     A  orch_go_on         go, to B; the future's cancel hook is set
+//     B  go is opened       a task runs fn
+//     A  cancelled          stop, to B; the future goes on waiting, as fn may use the caller's stack
+//     B  stop is opened     the task is cancelled, if it is still there
+//     B  fn returns         the remote is sent home
+//     A  it is opened       the future settles
+//
+// The stop may be on its way when the answer is: whichever is opened last frees the visit. When B's
+// loop is freed while a visit could not end (its task was given up), it answers ORCH_ECLOSED.
+
+typedef struct orchi_visit {
+    orch_remote remote; // first
+    orchi_letter go, stop;
+    orchi_inbox *there; // held
+    orch_task_fn fn;
+    void *arg;
+    orch_future *future;               // there: of the task; NULL: it has not begun, or has ended
+    struct orchi_visit *next, **place; // there: in the list of visits
+    int reason;
+    uint32_t holders; // orchi_shared.mutex: the answer, a stop, who begins it
+} orchi_visit;
+
+static void orchi_visit_hold(orchi_visit *visit) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    visit->holders++;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+}
+
+static void orchi_visit_release(orchi_visit *visit) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    bool last = --visit->holders == 0;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    if (!last) return;
+    if (visit->there != NULL) orchi_inbox_release(visit->there);
+    orchi_inbox_release(visit->remote.inbox);
+    free(visit);
+}
+
+/* Here again, with the answer. */
+static void orchi_visit_home(orch_loop *loop, orchi_letter *letter) {
+    orchi_visit *visit = (orchi_visit *)(void *)letter;
+    (void)loop;
+    orchi_remote_out(&visit->remote);
+    orch_settle(visit->remote.promise, visit->remote.result);
+    orchi_visit_release(visit);
+}
+
+/* There: it has ended. */
+static void orchi_visit_answer(orchi_visit *visit, orch_result r) {
+    if (visit->place != NULL) {
+        *visit->place = visit->next;
+        if (visit->next != NULL) visit->next->place = visit->place;
+        visit->place = NULL;
+    }
+    visit->remote.result = orchi_carry(r);
+    if (orchi_inbox_put(visit->remote.inbox, &visit->remote.letter)) return;
+    orch_result_free(&visit->remote.result);
+    orchi_visit_release(visit);
+}
+
+/* There: the task. A chain is followed here, where its futures are. */
+static orch_result orchi_visit_task(void *arg) {
+    orchi_visit *visit = (orchi_visit *)arg;
+    orch_result r = visit->fn(visit->arg);
+    if (r.release == orchi_chain_release) r = orch_await(orch_settled(r));
+    orch_future *own = visit->future;
+    visit->future = NULL;
+    orchi_visit_answer(visit, r);
+    orch_detach(own);
+    return orch_ok(NULL, NULL);
+}
+
+/* There: the first letter. */
+static void orchi_visit_begin(orch_loop *loop, orchi_letter *letter) {
+    orchi_visit *visit = (orchi_visit *)(void *)((char *)letter - offsetof(orchi_visit, go));
+    orch_task_desc desc = {"visitor", orchi_visit_task, visit, 0, NULL, 0};
+    if (loop->inbox->ending) {
+        orchi_visit_answer(visit, orch_fail(ORCH_ECLOSED));
+        return;
+    }
+    orchi_visit_hold(visit);
+    visit->next = loop->visits;
+    visit->place = &loop->visits;
+    if (visit->next != NULL) visit->next->place = &visit->next;
+    loop->visits = visit;
+    orch_future *f = orch_go_with(&desc);
+    if (orchi_is_static(f)) orchi_visit_answer(visit, orch_fail(ORCH_ENOMEM));
+    else if (visit->place == NULL) orch_detach(f); // has ended
+    else visit->future = f;
+    orchi_visit_release(visit);
+}
+
+/* There: the caller does not want it any more. */
+static void orchi_visit_stop(orch_loop *loop, orchi_letter *letter) {
+    orchi_visit *visit = (orchi_visit *)(void *)((char *)letter - offsetof(orchi_visit, stop));
+    (void)loop;
+    if (visit->future != NULL) orch_cancel(visit->future, visit->reason);
+    orchi_visit_release(visit);
+}
+
+/* Here: the hook. The future ends when the task has. */
+static bool orchi_visit_cancel(void *context, int reason) {
+    orchi_visit *visit = (orchi_visit *)context;
+    visit->reason = reason;
+    orchi_visit_hold(visit);
+    if (!orchi_inbox_put(visit->there, &visit->stop)) orchi_visit_release(visit);
+    return false;
+}
+
+/* The loop ends, and tasks are left that never will: their callers are told. */
+static void orchi_visits_end(orch_loop *loop) {
+    while (loop->visits != NULL) orchi_visit_answer(loop->visits, orch_fail(ORCH_ECLOSED));
+}
+
+static orchi_visit *orchi_visit_new(orch_promise promise, orch_task_fn fn, void *arg) {
+    orchi_visit *visit = (orchi_visit *)calloc(1, sizeof *visit);
+    if (visit == NULL) return NULL;
+    orchi_remote_init(orchi_loop, &visit->remote, promise);
+    visit->remote.letter.open = orchi_visit_home;
+    visit->remote.lent = true;
+    visit->go.open = orchi_visit_begin;
+    visit->stop.open = orchi_visit_stop;
+    visit->fn = fn;
+    visit->arg = arg;
+    visit->holders = 1;
+    return visit;
+}
+
+/* Sends it there. The inbox that it holds is known before the letter can be opened. */
+static bool orchi_visit_send(orchi_visit *visit, const orch_loop *loop) {
+    orchi_inbox *there = orchi_inbox_find(loop);
+    if (there == NULL) return false;
+    visit->there = there;
+    there->holders++;
+    return orchi_inbox_put_locked(there, &visit->go, true);
+}
+
+orch_future *orch_go_on(orch_loop *loop, orch_task_fn fn, void *arg) {
+    if (loop == NULL || fn == NULL) return orchi_rejected(orchi_misuse("orch_go_on", ORCH_EINVAL));
+    orch_promise promise;
+    orch_future *f = orch_future_new(&promise);
+    if (orchi_is_static(f)) return f;
+    orchi_visit *visit = orchi_visit_new(promise, fn, arg);
+    if (visit == NULL) {
+        orch_settle(promise, orch_fail(ORCH_ENOMEM));
+    } else if (orchi_visit_send(visit, loop)) {
+        orch_promise_on_cancel(promise, orchi_visit_cancel, visit);
+    } else {
+        orchi_remote_out(&visit->remote);
+        orchi_visit_release(visit);
+        orch_settle(promise, orch_fail(ORCH_ECLOSED));
+    }
+    return f;
+}
 
 // ---- resolving
 
@@ -8346,10 +10316,54 @@ static orch_result orchi_resolve_now(const char *host, const char *service, int 
     return orch_ok(all, free);
 }
 
-orch_future *orch_resolve(const char *host, const char *service) {
-    return orch_settled(orchi_resolve_now(host, service, 0)); // stands in until the pool is there
+typedef struct orchi_names { // with both names behind it
+    bool host, service;
+    size_t service_at;
+} orchi_names;
+
+static orch_result orchi_resolve_job(void *arg) {
+    const orchi_names *names = (const orchi_names *)arg;
+    const char *text = (const char *)(names + 1);
+    return orchi_resolve_now(names->host ? text : NULL,
+                             names->service ? text + names->service_at : NULL, 0);
 }
 
+/* On a thread: the names come along, as the caller's may go. */
+static orch_future *orchi_resolve_offload(const char *host, const char *service) {
+    size_t host_bytes = host != NULL ? strlen(host) + 1 : 0;
+    size_t service_bytes = service != NULL ? strlen(service) + 1 : 0;
+    orchi_names *names = (orchi_names *)malloc(sizeof *names + host_bytes + service_bytes);
+    if (names == NULL) return orchi_rejected(ORCH_ENOMEM);
+    char *text = (char *)(names + 1);
+    names->host = host != NULL;
+    names->service = service != NULL;
+    names->service_at = host_bytes;
+    if (host_bytes > 0) memcpy(text, host, host_bytes);
+    if (service_bytes > 0) memcpy(text + host_bytes, service, service_bytes);
+    orch_offload_desc desc = {"resolve", orchi_resolve_job, names, 0, free, ORCH_LANE_RESOLVE};
+    return orchi_offload(&desc, "orch_resolve");
+}
+
+orch_future *orch_resolve(const char *host, const char *service) {
+    if (orchi_here("orch_resolve") == NULL) return orchi_rejected(ORCH_ENOLOOP);
+    if (host == NULL && service == NULL) {
+        return orchi_rejected(orchi_misuse("orch_resolve", ORCH_EINVAL));
+    }
+    orch_result r = orchi_resolve_now(host, service, AI_NUMERICHOST | AI_NUMERICSERV);
+    if (r.error != ORCH_EHOST) return orch_settled(r);
+    orch_result_free(&r);
+    return orchi_resolve_offload(host, service);
+}
+
+// ---- the end of a loop
+
+/* Nothing of a loop is touched by another thread after this. */
+static void orchi_thread_leave(orch_loop *loop) {
+    orchi_visits_end(loop);
+    if (orchi_inbox_leave(loop)) orchi_pool_rest();
+}
+
+// ------------------------------------------------------------------------------------------------
 // >>signal
 //
 // Signals as futures. A handler may do next to nothing, and may run in any thread, so it only sets
@@ -8384,7 +10398,7 @@ static int orchi_bell_open(int bell[2]) {
 #endif
 
 /* Async-signal-safe. A full pipe rings already. */
-static void orchi_bell_ring(const int bell[2]) {
+static void orchi_signal_ring(const int bell[2]) {
     uint64_t one = 1;
     ssize_t done = write(bell[1], &one, sizeof one);
     (void)done;
@@ -8396,7 +10410,7 @@ static void orchi_bell_silence(const int bell[2]) {
 }
 
 static void orchi_bell_close(const int bell[2]) {
-    close(bell[0]);
+    orch_close(bell[0]); // the loop has waited for it
     if (bell[1] != bell[0]) close(bell[1]);
 }
 
@@ -8449,7 +10463,7 @@ static void orchi_signal_pass(int number, const struct sigaction *action) {
 static bool orchi_signal_note(orch_signals *s, int number) {
     if (!orchi_signal_in(s->wanted, number)) return false;
     orchi_signal_put(s->came, number);
-    orchi_bell_ring(s->bell);
+    orchi_signal_ring(s->bell);
     return s->final && __atomic_fetch_add(&s->caught, 1, __ATOMIC_ACQ_REL) > 0;
 }
 
@@ -8654,7 +10668,7 @@ static int orchi_signals_take(orch_signals *s) {
     for (int number = 1; number <= ORCHI_SIGNALS; number++) {
         if (!orchi_signal_in(s->came, number)) continue;
         if (taken != 0) {
-            orchi_bell_ring(s->bell);
+            orchi_signal_ring(s->bell);
             break;
         }
         taken = number;
@@ -8680,10 +10694,10 @@ static orch_future *orchi_signals_wait(orch_signals *s) {
 }
 
 /* What every end of a wait does: the object of orch_signal goes with it. */
-static void orchi_signal_settle(orch_future *f, orch_result r) {
+static void orchi_signal_settle(orch_future *f, orch_result r, bool exact) {
     orch_loop *loop = orchi_loop_of(f);
     orch_signals *s = f->as.signal.from;
-    orchi_unwatch(loop, f);
+    orchi_unwatch(loop, f, exact);
     s->waiting = NULL;
     if (s->single) orchi_signals_dispose(s);
     orchi_settle(loop, f, &r);
@@ -8694,20 +10708,21 @@ static void orchi_signal_settle(orch_future *f, orch_result r) {
 static void orchi_signal_fire(orch_future *f, int events) {
     bool bad = (events & ORCHI_BAD_FD) != 0, wanted = orchi_is_wanted(f);
     int number = wanted && !bad ? orchi_signals_take(f->as.signal.from) : 0;
-    if (number != 0) orchi_signal_settle(f, orch_ok_int(number));
-    else if (bad || !wanted) orchi_signal_settle(f, orch_fail(bad ? -EBADF : ORCH_ECANCELED));
+    if (number != 0) orchi_signal_settle(f, orch_ok_int(number), false);
+    else if (bad || !wanted)
+        orchi_signal_settle(f, orch_fail(bad ? -EBADF : ORCH_ECANCELED), false);
 }
 
 static orch_future *orchi_signal_cancel(orch_future *f, int reason) {
     (void)reason;
     f->flags |= ORCHI_CANCEL;
-    orchi_signal_settle(f, orch_fail(ORCH_ECANCELED));
+    orchi_signal_settle(f, orch_fail(ORCH_ECANCELED), true);
     return NULL;
 }
 
 orch_future *orch_signals_next(orch_signals *s) {
     int error = orchi_signals_error(s, "orch_signals_next");
-    if (error == 0 && s->waiting != NULL) error = orchi_misuse("orch_signals_next", ORCH_EBUSY);
+    if (error == 0 && s->waiting != NULL) error = ORCH_EBUSY;
     return error == 0 ? orchi_signals_wait(s) : orch_settled(orch_fail(error));
 }
 
@@ -8717,7 +10732,7 @@ void orch_signals_free(orch_signals *s) {
         orchi_misuse("orch_signals_free", ORCH_ETHREAD);
         return;
     }
-    if (s->waiting != NULL) orchi_signal_settle(s->waiting, orch_fail(ORCH_ECLOSED));
+    if (s->waiting != NULL) orchi_signal_settle(s->waiting, orch_fail(ORCH_ECLOSED), true);
     orchi_signals_dispose(s);
 }
 
@@ -8784,7 +10799,6 @@ static orch_loop_desc orchi_loop_defaults(const orch_loop_desc *given) {
     memset(&desc, 0, sizeof desc);
     if (given != NULL) desc = *given;
     if (desc.allocator.resize == NULL) desc.allocator.resize = orchi_default_resize;
-    if (desc.poller == ORCH_POLLER_DEFAULT) desc.poller = ORCH_POLLER_POLL;
     if (desc.stack_size == 0) desc.stack_size = 65536;
     if (desc.on_unhandled == NULL) desc.on_unhandled = orchi_print_unhandled;
     if (desc.on_report == NULL) desc.on_report = orchi_print_report;
@@ -8797,18 +10811,22 @@ static void orchi_loop_init(orch_loop *loop, const orch_loop_desc *desc) {
     loop->desc = *desc;
     loop->generation = 3; // 1 belongs to the static futures
     loop->main.fiber = orchi_fiber_self();
-    loop->poller.ops = &orchi_poll_ops;
+    loop->poller.ops = orchi_poller_find(desc->poller);
+    loop->poller.pinned = desc->poller != ORCH_POLLER_DEFAULT;
+    loop->poller.trial = ORCHI_TRIAL;
+    loop->poller.queue = -1;
     loop->budget = loop->round = ORCHI_BUDGET;
     loop->random = desc->seed != 0 ? desc->seed : orchi_clock() ^ (uintptr_t)loop;
     loop->stack_log = orchi_stack_log(desc->stack_size);
     loop->join = orchi_join;
+    loop->wake_open = orchi_wake_open;
     loop->trimmed = orchi_now(loop);
 }
 
 /* Makes a loop and says what went wrong. */
 static int orchi_loop_make(const orch_loop_desc *given, orch_loop **made) {
     orch_loop_desc desc = orchi_loop_defaults(given);
-    bool valid = desc.poller == ORCH_POLLER_POLL && orchi_stack_log(desc.stack_size) != 0 &&
+    bool valid = orchi_poller_find(desc.poller) != NULL && orchi_stack_log(desc.stack_size) != 0 &&
                  (desc.clock == ORCH_CLOCK_MONOTONIC ||
                   (desc.clock == ORCH_CLOCK_VIRTUAL && desc.now == NULL));
     if (orchi_loop != NULL) return ORCH_ENESTED;
@@ -8818,6 +10836,10 @@ static int orchi_loop_make(const orch_loop_desc *given, orch_loop **made) {
     orch_loop *loop = (orch_loop *)memory;
     orchi_loop_init(loop, &desc);
     int error = orchi_ring_reserve(loop, 1) ? loop->poller.ops->open(loop) : ORCH_ENOMEM;
+    if (error == 0) {
+        error = orchi_inbox_new(loop);
+        if (error != 0) loop->poller.ops->close(loop);
+    }
     if (error != 0) {
         orchi_ring_free(loop);
         desc.allocator.resize(desc.allocator.user, loop, sizeof *loop, 0);
@@ -8861,6 +10883,7 @@ static void orchi_loop_dispose(orch_loop *loop) {
     orchi_maps_free(loop);
     loop->poller.ops->close(loop);
     orchi_free(loop, loop->poller.watches, loop->poller.watch_count * sizeof(orchi_watch));
+    orchi_free(loop, loop->poller.found, loop->poller.found_capacity * sizeof(orchi_found));
     orchi_free(loop, loop->timers.entries, loop->timers.capacity * sizeof(orchi_timer));
     orchi_ring_free(loop);
     while (loop->regions != NULL) {
@@ -8981,12 +11004,23 @@ static void orchi_cancel_rest(orch_loop *loop) {
     } while (seen != orchi_resumes(loop));
 }
 
+static void orchi_end_all(orch_loop *loop) {
+    do orchi_cancel_rest(loop);
+    while (orchi_break(loop, true));
+}
+
 int orch_loop_free(orch_loop *loop) {
     int error = orchi_loop_check(loop, "orch_loop_free");
     if (error != 0) return error;
-    do orchi_cancel_rest(loop);
-    while (orchi_break(loop, true));
-    if (orchi_live(loop) > 0) return ORCH_EBUSY;
+    orchi_inbox_ending(loop, true);
+    orchi_end_all(loop);
+    orchi_inbox_close(loop);
+    orchi_end_all(loop);
+    if (orchi_live(loop) > 0) {
+        orchi_inbox_ending(loop, false);
+        return ORCH_EBUSY;
+    }
+    orchi_thread_leave(loop);
     orchi_loop_dispose(loop);
     orchi_loop = NULL;
     return 0;
@@ -9041,11 +11075,13 @@ static int orchi_run_main(orch_loop *loop, orch_future *main) {
 }
 
 /* Asks all that is left to end, what was started meanwhile included, and runs it until it has, or
- * until nothing can happen any more. */
+ * until nothing can happen any more. What is ready may end by itself; but not for long, as a busy
+ * server would go on for ever. */
 static void orchi_run_rest(orch_loop *loop) {
-    uint64_t seen = UINT64_MAX;
+    uint64_t seen = orchi_resumes(loop) - 1;
     for (;;) {
-        if (orchi_ring_empty(loop) && seen != orchi_resumes(loop)) {
+        uint64_t since = orchi_resumes(loop) - seen;
+        if (orchi_ring_empty(loop) ? since > 0 : since > ORCHI_BUSY) {
             orchi_cancel_all(loop);
             seen = orchi_resumes(loop);
         }
@@ -9098,7 +11134,11 @@ static orch_result orchi_run_all(orch_loop *loop, orch_task_fn main, void *arg) 
     else orchi_release(f);
     r = orchi_run_signalled(loop, r);
     if (error == 0 && r.error != 0 && r.error != ORCH_ESIGNAL) orchi_report_seed(loop);
+    orchi_inbox_ending(loop, true);
     orchi_run_rest(loop);
+    orchi_inbox_close(loop);
+    if (!orchi_ring_empty(loop)) orchi_run_rest(loop);
+    orchi_thread_leave(loop);
     return r;
 }
 
@@ -9180,6 +11220,7 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
     {"settled", orchi_done_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
     {"settled", orchi_on_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
     {"memory", orchi_extra_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
+    {"mail", orchi_mail_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
 };
 
 // ------------------------------------------------------------------------------------------------
@@ -9995,6 +12036,375 @@ int orch_connect(const char *host, const char *service) {
     desc.host = host;
     desc.service = service;
     return orchi_connect("orch_connect", &desc);
+}
+
+// ------------------------------------------------------------------------------------------------
+// >>file
+//
+// Files, for tasks: each call is a piece of offloaded work on memory of its own. Invariants:
+//   - An operation has copies of all that it needs, and room for what it brings. The thread has it
+//     while it works, then the result; whoever frees the result frees it, so that a call that was
+//     cancelled leaves nothing behind, not even a descriptor.
+//   - The caller's memory is read before the work begins, and written after it has come back, by
+//     the caller: never while the caller may be gone.
+// Left out: io_uring, which does this without a thread, but only on Linux and not in every
+// container; and a call for every system call there is: orch_offload runs the others.
+
+typedef struct orchi_file {
+    int (*fn)(struct orchi_file *op); // on the thread: 0, or -errno
+    int error;
+    int fd, flags, mode;
+    bool opened; // fd is its own
+    bool moved;  // the result owns it
+    uint64_t offset;
+    size_t size, done;   // bytes, of `bytes`
+    orch_file_info info; // brought
+    orch_buffer *loaded; // brought
+    char *path, *to;     // behind it, as is
+    char *bytes;
+} orchi_file;
+
+enum { ORCHI_FILE_PIECE = 1 << 20, ORCHI_FILE_FIRST = 4096, ORCHI_FILE_TRIES = 100 };
+
+#if ORCHI_OS_MACOS
+#define ORCHI_MODIFIED(st) ((st).st_mtimespec)
+#else
+#define ORCHI_MODIFIED(st) ((st).st_mtim)
+#endif
+
+// ---- on the thread
+
+/* A call that a signal interrupted is made again; a pool thread gets none, but others may. */
+static ssize_t orchi_file_some(const orchi_file *op, bool writes, char *at, size_t size) {
+    off_t offset = (off_t)(op->offset + op->done);
+    ssize_t n = -1;
+    do n = writes ? pwrite(op->fd, at, size, offset) : pread(op->fd, at, size, offset);
+    while (n < 0 && errno == EINTR);
+    return n;
+}
+
+static int orchi_file_move(orchi_file *op, bool writes) {
+    while (op->done < op->size) {
+        ssize_t n = orchi_file_some(op, writes, op->bytes + op->done, op->size - op->done);
+        if (n < 0) return -errno;
+        if (n == 0) return writes ? -EIO : 0;
+        op->done += (size_t)n;
+    }
+    return 0;
+}
+
+static int orchi_file_do_read(orchi_file *op) { return orchi_file_move(op, false); }
+static int orchi_file_do_write(orchi_file *op) { return orchi_file_move(op, true); }
+static int orchi_file_do_sync(orchi_file *op) { return fsync(op->fd) == 0 ? 0 : -errno; }
+static int orchi_file_do_remove(orchi_file *op) { return remove(op->path) == 0 ? 0 : -errno; }
+static int orchi_file_do_rename(orchi_file *op) {
+    return rename(op->path, op->to) == 0 ? 0 : -errno;
+}
+static int orchi_file_do_truncate(orchi_file *op) {
+    return ftruncate(op->fd, (off_t)op->offset) == 0 ? 0 : -errno;
+}
+
+static int orchi_file_do_open(orchi_file *op) {
+    do op->fd = open(op->path, op->flags | O_CLOEXEC, op->mode);
+    while (op->fd < 0 && errno == EINTR);
+    op->opened = op->fd >= 0;
+    return op->opened ? 0 : -errno;
+}
+
+static int orchi_file_do_stat(orchi_file *op) {
+    struct stat st;
+    if (stat(op->path, &st) != 0) return -errno;
+    op->info.size = (uint64_t)st.st_size;
+    op->info.modified_ns =
+        (int64_t)ORCHI_MODIFIED(st).tv_sec * 1000000000 + (int64_t)ORCHI_MODIFIED(st).tv_nsec;
+    op->info.mode = (unsigned)st.st_mode & 07777u;
+    op->info.is_file = S_ISREG(st.st_mode);
+    op->info.is_directory = S_ISDIR(st.st_mode);
+    return 0;
+}
+
+/* Room for so many bytes and the NUL, in the block that the result will show. */
+static bool orchi_file_reserve(orchi_file *op, size_t size) {
+    void *grown = realloc(op->loaded, sizeof(orch_buffer) + size + 1);
+    if (grown == NULL) return false;
+    op->loaded = (orch_buffer *)grown;
+    op->loaded->data = (char *)(op->loaded + 1);
+    return true;
+}
+
+/* To the end, whatever the size was said to be: it may grow meanwhile, and /proc says 0. */
+static int orchi_file_read_all(orchi_file *op, size_t room) {
+    for (;;) {
+        if (op->done == room) room *= 2;
+        if (!orchi_file_reserve(op, room)) return ORCH_ENOMEM;
+        ssize_t n = read(op->fd, op->loaded->data + op->done, room - op->done);
+        if (n == 0) break;
+        if (n < 0 && errno != EINTR) return -errno;
+        if (n > 0) op->done += (size_t)n;
+    }
+    op->loaded->size = op->done;
+    op->loaded->data[op->done] = '\0';
+    return 0;
+}
+
+static int orchi_file_do_load(orchi_file *op) {
+    struct stat st;
+    op->flags = O_RDONLY;
+    int error = orchi_file_do_open(op);
+    if (error != 0) return error;
+    if (fstat(op->fd, &st) != 0) return -errno;
+    bool known = st.st_size > 0 && (uint64_t)st.st_size < SIZE_MAX / 4;
+    return orchi_file_read_all(op, known ? (size_t)st.st_size + 1 : 0u + ORCHI_FILE_FIRST);
+}
+
+/* The new file, under a name that nobody has. */
+static int orchi_file_beside(orchi_file *op, const char *path, char *name, size_t size) {
+    unsigned long long seed = orchi_clock() ^ (uintptr_t)op;
+    for (int i = 0; i < ORCHI_FILE_TRIES; i++) {
+        snprintf(name, size, "%s.%llx.tmp", path, seed + (unsigned)i);
+        op->fd = open(name, O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+        op->opened = op->fd >= 0;
+        if (op->opened) return 0;
+        if (errno != EEXIST) break;
+    }
+    return -errno;
+}
+
+/* Written, with the permissions of what it replaces, on the disk, closed, renamed: or not at all. */
+static int orchi_file_replace(orchi_file *op, const char *path, char *name, size_t size) {
+    struct stat st;
+    int error = orchi_file_beside(op, path, name, size);
+    if (error != 0) return error;
+    error = orchi_file_do_write(op);
+    if (error == 0 && stat(path, &st) == 0) {
+        error = fchmod(op->fd, st.st_mode & 07777) == 0 ? 0 : -errno;
+    }
+    if (error == 0) error = orchi_file_do_sync(op);
+    op->opened = false;
+    if (close(op->fd) != 0 && error == 0) error = -errno;
+    if (error == 0 && rename(name, path) != 0) error = -errno;
+    if (error != 0) unlink(name);
+    return error;
+}
+
+/* A link stays one: what it leads to is replaced. */
+static int orchi_file_do_save(orchi_file *op) {
+    char *real = realpath(op->path, NULL);
+    const char *path = real != NULL ? real : op->path;
+    size_t size = strlen(path) + 32;
+    char *name = (char *)malloc(size);
+    int error = name != NULL ? orchi_file_replace(op, path, name, size) : ORCH_ENOMEM;
+    free(name);
+    free(real); // the C library's
+    return error;
+}
+
+// ---- around it
+
+static void orchi_file_free(void *memory) {
+    orchi_file *op = (orchi_file *)memory;
+    if (op->opened) close(op->fd);
+    free(op->loaded);
+    free(op);
+}
+
+static void orchi_file_release(void *memory) {
+    if (!((orchi_file *)memory)->moved) orchi_file_free(memory);
+}
+
+static orch_result orchi_file_job(void *memory) {
+    orchi_file *op = (orchi_file *)memory;
+    op->error = op->fn(op);
+    op->moved = true;
+    return orch_ok(op, orchi_file_free);
+}
+
+/* Up to two paths, and room for bytes. NULL: out of memory. */
+static orchi_file *orchi_file_new(int (*fn)(orchi_file *op), const char *path, const char *to,
+                                  size_t size) {
+    size_t path_bytes = path != NULL ? strlen(path) + 1 : 0;
+    size_t to_bytes = to != NULL ? strlen(to) + 1 : 0, head = sizeof(orchi_file);
+    if (size > SIZE_MAX / 2) return NULL;
+    orchi_file *op = (orchi_file *)malloc(head + path_bytes + to_bytes + size);
+    if (op == NULL) return NULL;
+    memset(op, 0, head);
+    op->fn = fn;
+    op->fd = -1;
+    op->size = size;
+    op->path = (char *)(op + 1);
+    op->to = op->path + path_bytes;
+    op->bytes = op->to + to_bytes;
+    if (path_bytes > 0) memcpy(op->path, path, path_bytes);
+    if (to_bytes > 0) memcpy(op->to, to, to_bytes);
+    return op;
+}
+
+/* On a descriptor of its own: when the call was cancelled the caller may close his, and the number
+ * may be another file's before the thread writes. Returns 0, or an error, and op is gone. */
+static int orchi_file_dup(orchi_file **op, int fd) {
+    if (*op == NULL) return ORCH_ENOMEM;
+    (*op)->fd = fcntl(fd, F_DUPFD_CLOEXEC, 0);
+    (*op)->opened = (*op)->fd >= 0;
+    if ((*op)->opened) return 0;
+    int error = -errno;
+    orchi_file_free(*op);
+    *op = NULL;
+    return error;
+}
+
+/* A task may begin it. A cancelled one does not, as nobody would know whether it happened. */
+static int orchi_file_error(bool valid, const char *function) {
+    int error = 0;
+    orch_task *task = orchi_here_task(function, &error);
+    if (task == NULL) return error;
+    if (!valid) return orchi_misuse(function, ORCH_EINVAL);
+    return orchi_must_end(task) ? orchi_refuse(orchi_loop, task) : 0;
+}
+
+/* Runs it on a thread; consumes it. With 0 the result has it. */
+static int orchi_file_run(orchi_file *op, orch_result *r) {
+    *r = orch_fail(ORCH_ENOMEM);
+    if (op == NULL) return ORCH_ENOMEM;
+    orch_offload_desc desc = {"file", orchi_file_job, op, 0, orchi_file_release, ORCH_LANE_FILE};
+    *r = orch_await(orch_offload_with(&desc));
+    int error = r->error != 0 ? r->error : ((const orchi_file *)r->value)->error;
+    if (error != 0) orch_result_free(r);
+    return error;
+}
+
+/* The same where nothing is brought. */
+static int orchi_file_only(orchi_file *op) {
+    orch_result r;
+    int error = orchi_file_run(op, &r);
+    if (error == 0) orch_result_free(&r);
+    return error;
+}
+
+int orch_file_open(const char *path, int flags, int mode) {
+    int error = orchi_file_error(path != NULL, "orch_file_open");
+    if (error != 0) return error;
+    orch_result r;
+    orchi_file *op = orchi_file_new(orchi_file_do_open, path, NULL, 0);
+    if (op != NULL) op->flags = flags;
+    if (op != NULL) op->mode = mode;
+    error = orchi_file_run(op, &r);
+    if (error != 0) return error;
+    op = (orchi_file *)r.value;
+    int fd = op->fd;
+    op->opened = false; // it is the caller's now
+    orch_result_free(&r);
+    return fd;
+}
+
+/* One piece, in or out. Returns how much, or the error. */
+static ptrdiff_t orchi_file_piece(int fd, char *in, const char *out, size_t size, uint64_t offset) {
+    orch_result r;
+    if ((uint64_t)(off_t)offset != offset || (off_t)offset < 0) return -EOVERFLOW;
+    orchi_file *op =
+        orchi_file_new(out != NULL ? orchi_file_do_write : orchi_file_do_read, NULL, NULL, size);
+    int error = orchi_file_dup(&op, fd);
+    if (error != 0) return error;
+    op->offset = offset;
+    if (out != NULL) memcpy(op->bytes, out, size);
+    error = orchi_file_run(op, &r);
+    if (error != 0) return error;
+    op = (orchi_file *)r.value;
+    size_t done = op->done;
+    if (in != NULL) memcpy(in, op->bytes, done);
+    orch_result_free(&r);
+    return (ptrdiff_t)done;
+}
+
+ptrdiff_t orch_file_read(int fd, void *buffer, size_t size, uint64_t offset) {
+    bool valid = (buffer != NULL || size == 0) && size <= PTRDIFF_MAX;
+    for (size_t done = 0;;) {
+        if (done == size && done > 0) return (ptrdiff_t)done;
+        int error = orchi_file_error(valid, "orch_file_read");
+        if (error != 0 || size == 0) return error;
+        size_t piece = size - done < ORCHI_FILE_PIECE ? size - done : 0u + ORCHI_FILE_PIECE;
+        ptrdiff_t n = orchi_file_piece(fd, (char *)buffer + done, NULL, piece, offset + done);
+        if (n < 0) return n;
+        done += (size_t)n;
+        if ((size_t)n < piece) return (ptrdiff_t)done;
+    }
+}
+
+ptrdiff_t orch_file_write(int fd, const void *data, size_t size, uint64_t offset) {
+    bool valid = (data != NULL || size == 0) && size <= PTRDIFF_MAX;
+    for (size_t done = 0;;) {
+        if (done == size && done > 0) return (ptrdiff_t)done;
+        int error = orchi_file_error(valid, "orch_file_write");
+        if (error != 0 || size == 0) return error;
+        size_t piece = size - done < ORCHI_FILE_PIECE ? size - done : 0u + ORCHI_FILE_PIECE;
+        ptrdiff_t n = orchi_file_piece(fd, NULL, (const char *)data + done, piece, offset + done);
+        if (n < 0) return n;
+        done += (size_t)n;
+    }
+}
+
+int orch_file_sync(int fd) {
+    int error = orchi_file_error(true, "orch_file_sync");
+    if (error != 0) return error;
+    orchi_file *op = orchi_file_new(orchi_file_do_sync, NULL, NULL, 0);
+    error = orchi_file_dup(&op, fd);
+    return error != 0 ? error : orchi_file_only(op);
+}
+
+int orch_file_truncate(int fd, uint64_t size) {
+    int error = orchi_file_error(true, "orch_file_truncate");
+    if (error != 0) return error;
+    if ((uint64_t)(off_t)size != size || (off_t)size < 0) return -EOVERFLOW;
+    orchi_file *op = orchi_file_new(orchi_file_do_truncate, NULL, NULL, 0);
+    error = orchi_file_dup(&op, fd);
+    if (error != 0) return error;
+    op->offset = size;
+    return orchi_file_only(op);
+}
+
+int orch_file_stat(const char *path, orch_file_info *info) {
+    int error = orchi_file_error(path != NULL && info != NULL, "orch_file_stat");
+    if (error != 0) return error;
+    orch_result r;
+    error = orchi_file_run(orchi_file_new(orchi_file_do_stat, path, NULL, 0), &r);
+    if (error != 0) return error;
+    *info = ((const orchi_file *)r.value)->info;
+    orch_result_free(&r);
+    return 0;
+}
+
+int orch_file_rename(const char *from, const char *to) {
+    int error = orchi_file_error(from != NULL && to != NULL, "orch_file_rename");
+    if (error != 0) return error;
+    return orchi_file_only(orchi_file_new(orchi_file_do_rename, from, to, 0));
+}
+
+int orch_file_remove(const char *path) {
+    int error = orchi_file_error(path != NULL, "orch_file_remove");
+    return error != 0 ? error
+                      : orchi_file_only(orchi_file_new(orchi_file_do_remove, path, NULL, 0));
+}
+
+orch_result orch_file_load(const char *path) {
+    int error = orchi_file_error(path != NULL, "orch_file_load");
+    if (error != 0) return orch_fail(error);
+    orch_result r;
+    error = orchi_file_run(orchi_file_new(orchi_file_do_load, path, NULL, 0), &r);
+    if (error == ORCH_ENOMEM || error == ORCH_ECANCELED) return orch_fail(error);
+    if (error != 0) return orch_failf(error, "%s: %s", path, orch_error_text(error));
+    orchi_file *op = (orchi_file *)r.value;
+    orch_buffer *loaded = op->loaded;
+    op->loaded = NULL;
+    orch_result_free(&r);
+    return orch_ok(loaded, free);
+}
+
+int orch_file_save(const char *path, const void *data, size_t size) {
+    bool valid = path != NULL && (data != NULL || size == 0);
+    int error = orchi_file_error(valid, "orch_file_save");
+    if (error != 0) return error;
+    orchi_file *op = orchi_file_new(orchi_file_do_save, path, NULL, size);
+    if (op != NULL && size > 0) memcpy(op->bytes, data, size);
+    return orchi_file_only(op);
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -13356,6 +15766,695 @@ const orch_adaptive_desc *orch_adaptive_settings(const orch_adaptive *a) {
     return orchi_gate_usable(a, "orch_adaptive_settings") ? &a->desc : NULL;
 }
 
+// ------------------------------------------------------------------------------------------------
+// >>process
+//
+// Child processes. Each has a supervisor: a task that starts it, waits for its end, and reaps it.
+// Invariants:
+//   - Who gives a process up cancels its supervisor, and so does the end of the loop. The
+//     supervisor then ends the process behind a shield. So all that cancellation promises holds for
+//     processes as well: nobody goes on, and no loop ends, before they have ended.
+//   - Only the supervisor reaps, and only its own child, by its number. Until then the number, and
+//     that of its group, cannot be another's, and signals may be sent to it.
+//   - A process is started by vfork and exec, so that it costs the same however large the program
+//     is. Until the exec the child shares our memory: it calls only what a signal handler may, with
+//     all signals blocked, and writes nowhere but on its own frames.
+//   - What the child cannot do it reports through a pipe that the exec closes: so a program that is
+//     not there is an error of the start, and not an exit code.
+// Left out: a shell (argv may be sh, -c and a command), passing on more descriptors than three, and
+// ending children when this process is killed by SIGKILL, which nobody but the system could do.
+
+// A child from its start to its end:
+//
+//     orch_process_start   pipes; the supervisor starts: vfork, exec in the child, what it reported
+//     the supervisor       waits for the pidfd, or (other systems, old Linux) for SIGCHLD
+//     it ends              reaped; the status settles the supervisor, and with it who waits
+//     it is given up       SIGTERM to its group, the grace, SIGKILL to what is left of the group,
+//                          which keeps its number as long as its leader was not reaped; reaped
+
+// ---- starting
+
+typedef struct orchi_spawn { // all that the child needs, made before
+    const orch_process_desc *desc;
+    char *paths; // what to try to execute, each with a NUL at its end, and one more
+    int from[3]; // what becomes its 0, 1 and 2; -1: stays as it is
+    int report;  // the pipe's write end
+    int limit;   // descriptors are below
+    sigset_t none;
+} orchi_spawn;
+
+/* What the program caught would be called in its memory. What is ignored is inherited by the exec:
+ * SIGPIPE and SIGCHLD are for this program only. */
+static void orchi_child_signals(const orchi_spawn *spawn) {
+    struct sigaction standard;
+    memset(&standard, 0, sizeof standard);
+    standard.sa_handler = SIG_DFL;
+    for (int number = 1; number < NSIG; number++) {
+        struct sigaction now;
+        if (sigaction(number, NULL, &now) != 0 || now.sa_handler == SIG_DFL) continue;
+        bool stays = now.sa_handler == SIG_IGN && number != SIGPIPE && number != SIGCHLD;
+        if (!stays) sigaction(number, &standard, NULL);
+    }
+    sigprocmask(SIG_SETMASK, &spawn->none, NULL);
+}
+
+/* Those that are in the way of 0, 1 and 2 are moved first. */
+static int orchi_child_stdio(const orchi_spawn *spawn) {
+    int from[3];
+    for (int i = 0; i < 3; i++) {
+        bool low = spawn->from[i] >= 0 && spawn->from[i] < 3;
+        from[i] = low ? fcntl(spawn->from[i], F_DUPFD_CLOEXEC, 3) : spawn->from[i];
+        if (low && from[i] < 0) return -errno;
+    }
+    for (int i = 0; i < 3; i++) {
+        if (from[i] >= 0 && dup2(from[i], i) < 0) return -errno;
+    }
+    bool joined = spawn->desc->err == ORCH_STDIO_OUT;
+    return joined && dup2(1, 2) < 0 ? -errno : 0;
+}
+
+static void orchi_child_close_each(int limit) {
+    for (int fd = 3; fd < limit; fd++) fcntl(fd, F_SETFD, FD_CLOEXEC);
+}
+
+#if ORCHI_OS_LINUX && defined(SYS_close_range)
+/* The exec closes them, not we: the report is one of them. */
+static void orchi_child_close(int limit) {
+    const unsigned by_exec = 4; // CLOSE_RANGE_CLOEXEC, since 5.11
+    if (syscall(SYS_close_range, 3u, ~0u, by_exec) != 0) orchi_child_close_each(limit);
+}
+#else
+static void orchi_child_close(int limit) { orchi_child_close_each(limit); }
+#endif
+
+/* Goes on as execvp does when a file is not there; what may not be executed is an error only when
+ * nothing else is found. */
+static int orchi_child_exec(const orchi_spawn *spawn) {
+    char *const *argv = (char *const *)(uintptr_t)spawn->desc->argv;
+    char *const *env = (char *const *)(uintptr_t)spawn->desc->env;
+    int error = -ENOENT;
+    for (const char *path = spawn->paths; *path != '\0'; path += strlen(path) + 1) {
+        execve(path, argv, env != NULL ? env : environ);
+        bool next = errno == ENOENT || errno == ENOTDIR || errno == EACCES || errno == ENAMETOOLONG;
+        if (!next) return -errno;
+        if (errno == EACCES) error = -EACCES;
+    }
+    return error;
+}
+
+static int orchi_child_run(const orchi_spawn *spawn) {
+    const orch_process_desc *desc = spawn->desc;
+    if (!desc->same_group && setpgid(0, 0) != 0) return -errno;
+    int error = orchi_child_stdio(spawn);
+    if (error != 0) return error;
+    if (desc->directory != NULL && chdir(desc->directory) != 0) return -errno;
+    orchi_child_close(spawn->limit);
+    orchi_child_signals(spawn);
+    return orchi_child_exec(spawn);
+}
+
+/* The child never leaves this function: its frame must be there until the exec. */
+ORCHI_NO_INLINE static pid_t orchi_spawn_fork(const orchi_spawn *spawn) {
+    pid_t pid = ORCHI_FORK();
+    if (pid != 0) return pid;
+    int error = orchi_child_run(spawn);
+    ssize_t done = write(spawn->report, &error, sizeof error);
+    _exit(done == (ssize_t)sizeof error ? 127 : 126);
+}
+
+/* No signal arrives in the child while it shares our memory. Returns its number, or an error. */
+static int orchi_spawn_start(orchi_spawn *spawn) {
+    sigset_t all, before;
+    sigfillset(&all);
+    sigemptyset(&spawn->none);
+    pthread_sigmask(SIG_SETMASK, &all, &before);
+    pid_t pid = orchi_spawn_fork(spawn);
+    int error = pid < 0 ? -errno : 0;
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    return error != 0 ? error : (int)pid;
+}
+
+/* Waits for one child. */
+static int orchi_reap(pid_t pid, int *status) {
+    pid_t got;
+    do got = waitpid(pid, status, 0);
+    while (got < 0 && errno == EINTR);
+    return got < 0 ? -errno : 0;
+}
+
+/* What the child could not do; 0 when the exec has closed the pipe. */
+static int orchi_spawn_report(int fd) {
+    int error = 0;
+    ssize_t got;
+    do got = read(fd, &error, sizeof error);
+    while (got < 0 && errno == EINTR);
+    return got == (ssize_t)sizeof error ? error : 0;
+}
+
+/* A blocking pipe, away from 0, 1 and 2, which the child fills. */
+static int orchi_spawn_pipe(int ends[2]) {
+    int error = orch_pipe(ends);
+    if (error != 0) return error;
+    for (int i = 0; i < 2; i++) {
+        int high = fcntl(ends[i], F_DUPFD_CLOEXEC, 3);
+        if (high < 0) error = -errno;
+        close(ends[i]);
+        ends[i] = high;
+        if (high >= 0) fcntl(high, F_SETFL, 0);
+    }
+    if (error != 0 && ends[0] >= 0) close(ends[0]);
+    if (error != 0 && ends[1] >= 0) close(ends[1]);
+    return error;
+}
+
+/* Starts the child. Returns its number, or why it does not run. */
+static int orchi_spawn_run(orchi_spawn *spawn) {
+    int report[2], status;
+    int pid = orchi_spawn_pipe(report);
+    if (pid < 0) return pid;
+    spawn->report = report[1];
+    pid = orchi_spawn_start(spawn);
+    close(report[1]);
+    int error = pid > 0 ? orchi_spawn_report(report[0]) : 0;
+    close(report[0]);
+    if (error == 0) return pid;
+    orchi_reap(pid, &status);
+    return error;
+}
+
+/* The places where a program may be, in the order of PATH, in which an empty one is here. */
+static char *orchi_spawn_paths(const char *file) {
+    const char *path = strchr(file, '/') != NULL || *file == '\0' ? "" : getenv("PATH");
+    if (path == NULL) path = "/bin:/usr/bin";
+    size_t places = 1, length = strlen(file);
+    for (const char *at = path; *at != '\0'; at++) places += *at == ':';
+    char *paths = (char *)malloc(strlen(path) + places * (length + 3) + 1), *to = paths;
+    if (paths == NULL) return NULL;
+    for (size_t i = 0; i < places; i++) {
+        size_t part = strcspn(path, ":");
+        memcpy(to, path, part);
+        to += part;
+        if (part > 0) *to++ = '/';
+        memcpy(to, file, length + 1);
+        to += length + 1;
+        path += part + 1;
+    }
+    *to = '\0';
+    return paths;
+}
+
+// ---- its descriptors
+
+struct orch_process {
+    int error; // not 0: it did not start
+    orch_loop *loop;
+    uint32_t users;    // the handle, the supervisor
+    pid_t pid;         // not reaped; 0: none
+    int id;            // the same, for ever
+    int pidfd;         // -1: none
+    orch_signals *end; // SIGCHLD, where there is no pidfd
+    int ends[3];       // ours, of its pipes; -1: none
+    orch_future *supervisor;
+    orch_exit_status *status; // made before the start, so that its end needs no memory
+    orch_process_desc desc;   // its numbers
+};
+
+/* The child's end blocks, as programs expect. Returns it, or an error. */
+static int orchi_stdio_pipe(int i, int *ours) {
+    int ends[2], theirs = i == 0 ? 0 : 1;
+    int error = orch_pipe(ends);
+    if (error != 0) return error;
+    fcntl(ends[theirs], F_SETFL, 0);
+    *ours = ends[1 - theirs];
+    return ends[theirs];
+}
+
+/* What becomes a descriptor of the child: -1 for none. */
+static int orchi_stdio_open(int choice, int i, int *ours, int *opened) {
+    *opened = -1;
+    if (choice > 0) return choice;
+    if (choice != ORCH_STDIO_NULL && choice != ORCH_STDIO_PIPE) return -1;
+    int fd = choice == ORCH_STDIO_PIPE ? orchi_stdio_pipe(i, ours)
+                                       : open("/dev/null", O_RDWR | O_CLOEXEC);
+    if (fd == -1) return -errno - 1; // so that no error is -1
+    if (fd < 0) return fd - 1;
+    return *opened = fd;
+}
+
+static void orchi_process_close(orch_process *p) {
+    for (int i = 0; i < 3; i++) {
+        if (p->ends[i] >= 0) orch_close(p->ends[i]);
+        p->ends[i] = -1;
+    }
+}
+
+/* Starts it with its descriptors in place. Returns its number, or why it does not run. */
+static int orchi_process_spawn(orch_process *p, orchi_spawn *spawn) {
+    int choices[3] = {p->desc.in, p->desc.out, p->desc.err}, opened[3] = {-1, -1, -1}, error = 0;
+    for (int i = 0; i < 3 && error == 0; i++) {
+        spawn->from[i] = orchi_stdio_open(choices[i], i, &p->ends[i], &opened[i]);
+        if (spawn->from[i] < -1) error = spawn->from[i] + 1;
+    }
+    int pid = error == 0 ? orchi_spawn_run(spawn) : error;
+    for (int i = 0; i < 3; i++) {
+        if (opened[i] >= 0) close(opened[i]);
+    }
+    return pid;
+}
+
+// ---- its end
+
+#if ORCHI_PIDFD
+/* Close-on-exec, and readable when the process has ended. */
+static int orchi_pidfd_open(pid_t pid) { return (int)syscall(SYS_pidfd_open, pid, 0); }
+#else
+static int orchi_pidfd_open(pid_t pid) {
+    (void)pid;
+    return -1;
+}
+#endif
+
+/* How its end will be known. It may have ended already: that is looked for first. A SIGCHLD that
+ * every thread blocks would never come. */
+static int orchi_process_watch(orch_process *p) {
+    static const int child[] = {SIGCHLD};
+    sigset_t set;
+    p->pidfd = orchi_pidfd_open(p->pid);
+    if (p->pidfd >= 0) return 0;
+    p->end = orch_signals_new(child, 1);
+    sigemptyset(&set);
+    sigaddset(&set, SIGCHLD);
+    if (p->end->error == 0) pthread_sigmask(SIG_UNBLOCK, &set, NULL);
+    return p->end->error;
+}
+
+/* Whether it has ended: 1, 0 or an error. It stays a zombie, whose number and group nobody else can
+ * have. */
+static int orchi_process_over(const orch_process *p) {
+    siginfo_t info;
+    memset(&info, 0, sizeof info);
+    int done = waitid(P_PID, (id_t)p->pid, &info, WEXITED | WNOHANG | WNOWAIT);
+    return done != 0 ? -errno : info.si_pid != 0;
+}
+
+/* Waits until it has ended, or for so long. */
+static int orchi_process_until(orch_process *p, uint64_t ms) {
+    uint64_t start = orch_now();
+    for (;;) {
+        int over = orchi_process_over(p);
+        if (over != 0) return over < 0 ? over : 0;
+        uint64_t passed = orch_now() - start;
+        if (passed >= ms) return ORCH_ETIMEDOUT;
+        orch_future *news =
+            p->pidfd >= 0 ? orch_ready(p->pidfd, ORCH_READABLE) : orch_signals_next(p->end);
+        orch_result r = orch_await(ms == UINT64_MAX ? news : orch_timeout(news, ms - passed));
+        int error = r.error;
+        orch_result_free(&r);
+        if (error != 0) return error;
+    }
+}
+
+/* To the group, of which it is the leader: what it has started is in it. */
+static int orchi_process_signal(const orch_process *p, int number) {
+    return kill(p->desc.same_group ? p->pid : -p->pid, number) == 0 ? 0 : -errno;
+}
+
+/* It has ended, or cannot be waited for any longer: then it is killed, and reaped here and now. */
+static int orchi_process_reap(orch_process *p, int error) {
+    int status = 0;
+    if (error == -ECHILD) return error; // its number may be another's
+    if (error != 0) orchi_process_signal(p, SIGKILL);
+    int reaped = orchi_reap(p->pid, &status);
+    if (error == 0) error = reaped;
+    if (reaped != 0) return error;
+    p->status->code = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
+    p->status->signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
+    return error;
+}
+
+/* Ends it. SIGCONT, as one that is stopped would not see SIGTERM. On a virtual clock the grace
+ * passes at once when nothing else can happen, as otherwise it never would. */
+static int orchi_process_end(orch_process *p) {
+    bool gentle = !p->desc.no_grace && orchi_process_over(p) >= 0;
+    if (gentle) {
+        orchi_process_signal(p, SIGTERM);
+        orchi_process_signal(p, SIGCONT);
+        p->loop->children--;
+        int error = orchi_process_until(p, p->desc.grace_ms);
+        p->loop->children++;
+        if (error == -ECHILD) return error;
+    }
+    orchi_process_signal(p, SIGKILL);
+    return orchi_process_until(p, UINT64_MAX);
+}
+
+// ---- the supervisor
+
+static void orchi_process_leave(orch_process *p) {
+    if (--p->users == 0) orchi_free(p->loop, p, sizeof *p);
+}
+
+/* From the start to the end. A refused wait, for whatever reason, ends the process. */
+static int orchi_process_live(orch_process *p) {
+    p->loop->children++;
+    int error = orchi_process_watch(p);
+    if (error == 0) error = orchi_process_until(p, UINT64_MAX);
+    if (error == ORCH_ECANCELED) {
+        orch_shield_begin();
+        error = orchi_process_end(p);
+        orch_shield_end();
+    }
+    error = orchi_process_reap(p, error);
+    p->pid = 0;
+    p->loop->children--;
+    if (p->pidfd >= 0) orch_close(p->pidfd);
+    orch_signals_free(p->end);
+    return error;
+}
+
+/* The start: until the first wait desc is the caller's. */
+static int orchi_process_begin(orch_process *p, const orch_process_desc *desc) {
+    orchi_spawn spawn;
+    memset(&spawn, 0, sizeof spawn);
+    long limit = sysconf(_SC_OPEN_MAX);
+    spawn.desc = desc;
+    spawn.limit = limit > 0 && limit < INT_MAX ? (int)limit : 65536;
+    spawn.paths = orchi_spawn_paths(desc->argv[0]);
+    p->status = (orch_exit_status *)calloc(1, sizeof *p->status);
+    bool memory = spawn.paths != NULL && p->status != NULL;
+    int pid = memory ? orchi_process_spawn(p, &spawn) : ORCH_ENOMEM;
+    free(spawn.paths);
+    if (pid < 0) return pid;
+    p->id = p->pid = pid;
+    return 0;
+}
+
+typedef struct orchi_birth { // on the caller's stack: read before the supervisor first waits
+    orch_process *process;
+    const orch_process_desc *desc;
+} orchi_birth;
+
+static orch_result orchi_process_supervise(void *arg) {
+    orchi_birth birth = *(orchi_birth *)arg;
+    orch_process *p = birth.process;
+    orch_result r;
+    int error = p->error = orchi_process_begin(p, birth.desc);
+    if (error != 0) {
+        const char *what = birth.desc->argv[0];
+        r = orch_failf(error, "cannot start %s: %s", what, orch_error_text(error));
+    } else {
+        error = orchi_process_live(p);
+        r = error == 0 ? orch_ok(p->status, free) : orch_fail(error);
+    }
+    if (error != 0) free(p->status);
+    orchi_process_leave(p);
+    return r;
+}
+
+// ---- the object
+
+#define ORCHI_BROKEN(error)                                                                        \
+    {                                                                                              \
+        error, NULL, 0, 0, error, -1, NULL, {-1, -1, -1}, NULL, NULL, {                            \
+            NULL, NULL, NULL, 0, 0, 0, false, 0, false, NULL, 0, 0, false                          \
+        }                                                                                          \
+    }
+static const orch_process orchi_broken_processes[] = {
+    ORCHI_BROKEN(ORCH_ENOMEM), ORCHI_BROKEN(ORCH_ENOLOOP), ORCHI_BROKEN(ORCH_EINVAL)};
+#undef ORCHI_BROKEN
+
+/* Never written: every operation looks at the error first, and a free at the loop. */
+static orch_process *orchi_process_broken(int error) {
+    size_t i = error == ORCH_ENOMEM ? 0 : error == ORCH_ENOLOOP ? 1 : 2;
+    return (orch_process *)(uintptr_t)&orchi_broken_processes[i];
+}
+
+/* The only place where defaults are filled in. */
+static orch_process_desc orchi_process_defaults(const orch_process_desc *given) {
+    orch_process_desc desc = *given;
+    if (desc.in == ORCH_STDIO_DEFAULT) desc.in = ORCH_STDIO_INHERIT;
+    if (desc.out == ORCH_STDIO_DEFAULT) desc.out = ORCH_STDIO_INHERIT;
+    if (desc.err == ORCH_STDIO_DEFAULT) desc.err = ORCH_STDIO_INHERIT;
+    if (desc.grace_ms == 0) desc.grace_ms = 2000;
+    if (desc.limit == 0) desc.limit = (size_t)16 << 20;
+    return desc;
+}
+
+static int orchi_process_desc_error(const orch_process_desc *desc) {
+    if (orchi_loop == NULL) return ORCH_ENOLOOP;
+    if (desc == NULL || desc->argv == NULL || desc->argv[0] == NULL) return ORCH_EINVAL;
+    bool valid = desc->in >= ORCH_STDIO_PIPE && desc->out >= ORCH_STDIO_PIPE &&
+                 desc->err >= ORCH_STDIO_OUT && (desc->input != NULL || desc->input_size == 0);
+    return valid ? 0 : ORCH_EINVAL;
+}
+
+static orch_process *orchi_process_new(orch_loop *loop, const orch_process_desc *desc) {
+    orch_process *p = (orch_process *)orchi_allocate(loop, sizeof *p);
+    if (p == NULL) return NULL;
+    memset(p, 0, sizeof *p);
+    p->loop = loop;
+    p->users = 2;
+    p->pidfd = p->ends[0] = p->ends[1] = p->ends[2] = -1;
+    p->desc = *desc;
+    return p;
+}
+
+orch_process *orch_process_start(const orch_process_desc *given) {
+    int error = orchi_process_desc_error(given);
+    if (error != 0) return orchi_process_broken(orchi_misuse("orch_process_start", error));
+    orch_process_desc desc = orchi_process_defaults(given);
+    orch_process *p = orchi_process_new(orchi_loop, &desc);
+    if (p == NULL) return orchi_process_broken(ORCH_ENOMEM);
+    orchi_birth birth = {p, &desc};
+    orch_task_desc task = {"process", orchi_process_supervise, &birth, 0, NULL, 0};
+    p->supervisor = orchi_begin(&task, NULL, false, "orch_process_start");
+    if (p->supervisor == orchi_rejected(ORCH_ENOMEM)) {
+        orchi_free(p->loop, p, sizeof *p);
+        return orchi_process_broken(ORCH_ENOMEM);
+    }
+    if (p->error != 0) orchi_process_close(p);
+    return p;
+}
+
+/* What is wrong with a process here and now, or 0. */
+static int orchi_process_error(const orch_process *p, const char *function) {
+    if (p == NULL) return orchi_misuse(function, ORCH_EINVAL);
+    if (p->error != 0 || p->loop == orchi_loop) return p->error;
+    return orchi_misuse(function, orchi_loop != NULL ? ORCH_ETHREAD : ORCH_ENOLOOP);
+}
+
+int orch_process_id(const orch_process *p) {
+    int error = orchi_process_error(p, "orch_process_id");
+    return error != 0 ? error : p->id;
+}
+
+static int orchi_process_fd(const orch_process *p, int i, const char *function) {
+    int error = orchi_process_error(p, function);
+    return error != 0 ? error : p->ends[i] >= 0 ? p->ends[i] : -EBADF;
+}
+
+int orch_process_stdin(const orch_process *p) {
+    return orchi_process_fd(p, 0, "orch_process_stdin");
+}
+
+int orch_process_stdout(const orch_process *p) {
+    return orchi_process_fd(p, 1, "orch_process_stdout");
+}
+
+int orch_process_stderr(const orch_process *p) {
+    return orchi_process_fd(p, 2, "orch_process_stderr");
+}
+
+int orch_process_close_stdin(orch_process *p) {
+    int fd = orchi_process_fd(p, 0, "orch_process_close_stdin");
+    if (fd < 0) return fd;
+    p->ends[0] = -1;
+    return orch_close(fd);
+}
+
+/* A then of a reference: cancelled, it lets go of the supervisor and asks it nothing. */
+orch_future *orch_process_wait(orch_process *p) {
+    int error = orchi_process_error(p, "orch_process_wait");
+    if (error != 0 && (p == NULL || p->loop != orchi_loop || orchi_loop == NULL)) {
+        return orch_settled(orch_fail(error));
+    }
+    return orch_then(orch_ref(p->supervisor), NULL, NULL, NULL);
+}
+
+int orch_process_kill(orch_process *p, int signal) {
+    int error = orchi_process_error(p, "orch_process_kill");
+    if (error != 0) return error;
+    return p->pid != 0 ? orchi_process_signal(p, signal) : -ESRCH;
+}
+
+void orch_process_free(orch_process *p) {
+    if (p == NULL || p->loop == NULL) return;
+    if (p->loop != orchi_loop) {
+        orchi_misuse("orch_process_free", orchi_loop != NULL ? ORCH_ETHREAD : ORCH_ENOLOOP);
+        return;
+    }
+    orch_future *supervisor = p->supervisor;
+    orchi_process_close(p);
+    orchi_process_leave(p);
+    orch_cancel(supervisor, 0);
+    if (orch_self() == NULL) {
+        orch_drop(supervisor);
+        return;
+    }
+    orch_shield_begin(); // others may hold it too, and a drop would not wait then
+    orch_result r = orch_await(supervisor);
+    orch_result_free(&r);
+    orch_shield_end();
+}
+
+// ---- run
+
+typedef struct orchi_capture {
+    const char *name;
+    int fd;
+    size_t limit;
+    bool truncate, truncated;
+    char *data; // from malloc, as a result may outlive the loop
+    size_t size, room;
+} orchi_capture;
+
+enum { ORCHI_CAPTURE_MORE = 4096 };
+
+/* Room for one more read and a NUL, doubled until it is above the limit by one read. */
+static bool orchi_capture_room(orchi_capture *c) {
+    if (c->room - c->size > ORCHI_CAPTURE_MORE / 2) return true;
+    size_t most = c->limit + ORCHI_CAPTURE_MORE, next = c->room * 2 + ORCHI_CAPTURE_MORE;
+    char *data = (char *)realloc(c->data, next < most ? next : most);
+    if (data == NULL) return false;
+    c->data = data;
+    c->room = next < most ? next : most;
+    return true;
+}
+
+/* A task: reads one output to its end. What is above the limit is read as well, and dropped. */
+static orch_result orchi_capture_run(void *arg) {
+    orchi_capture *c = (orchi_capture *)arg;
+    for (;;) {
+        if (!orchi_capture_room(c)) return orch_fail(ORCH_ENOMEM);
+        ptrdiff_t got = orch_read(c->fd, c->data + c->size, c->room - c->size - 1);
+        if (got > 0) c->size += (size_t)got;
+        if (c->size > c->limit) {
+            c->size = c->limit;
+            c->truncated = true;
+        }
+        c->data[c->size] = '\0';
+        if (got <= 0) return got < 0 ? orch_fail((int)got) : orch_ok(NULL, NULL);
+        if (c->truncated && !c->truncate) {
+            return orch_failf(ORCH_ELIMIT, "%s is longer than %zu bytes", c->name, c->limit);
+        }
+    }
+}
+
+/* A task: writes the input. Who does not read all of it may have its reasons. */
+static orch_result orchi_feed_run(void *arg) {
+    orch_process *p = (orch_process *)arg;
+    ptrdiff_t done = orch_write(p->ends[0], p->desc.input, p->desc.input_size);
+    if (done == ORCH_ECANCELED) return orch_fail(ORCH_ECANCELED);
+    orch_process_close_stdin(p);
+    return done < 0 && done != -EPIPE ? orch_fail((int)done) : orch_ok(NULL, NULL);
+}
+
+static void orchi_output_free(void *output) {
+    orch_process_output *o = (orch_process_output *)output;
+    free(o->out);
+    free(o->err);
+    free(o);
+}
+
+/* All at the same time, as a program that waits for us to read would otherwise wait for ever. */
+static orch_result orchi_process_exchange(orch_process *p, orchi_capture *out, orchi_capture *err) {
+    orch_scope scope;
+    orch_scope_open(&scope, NULL);
+    if (p->ends[0] >= 0) orch_scope_go(&scope, orchi_feed_run, p);
+    if (out->fd >= 0) orch_scope_go(&scope, orchi_capture_run, out);
+    if (err->fd >= 0) orch_scope_go(&scope, orchi_capture_run, err);
+    return orch_scope_close(&scope);
+}
+
+/* The first error of a scope by itself: its list shows futures that end with it. */
+static orch_result orchi_first_error(orch_result r) {
+    const char *message = orch_message(&r);
+    orch_result own = message == orch_error_text(r.error) ? orch_fail(r.error)
+                                                          : orch_failf(r.error, "%s", message);
+    orch_result_free(&r);
+    return own;
+}
+
+static orch_result orchi_process_finish(orch_process *p, orchi_capture *out, orchi_capture *err) {
+    orch_result r = orchi_process_exchange(p, out, err);
+    if (r.error != 0) return orchi_first_error(r);
+    r = orch_await(orch_process_wait(p));
+    if (r.error != 0) return r;
+    orch_process_output *o = (orch_process_output *)calloc(1, sizeof *o);
+    if (o != NULL) {
+        o->status = *(const orch_exit_status *)r.value;
+        o->out = out->data != NULL ? out->data : (char *)calloc(1, 1);
+        o->err = err->data != NULL ? err->data : (char *)calloc(1, 1);
+        o->out_size = out->size;
+        o->err_size = err->size;
+        o->truncated = out->truncated || err->truncated;
+        out->data = err->data = NULL;
+    }
+    orch_result_free(&r);
+    if (o != NULL && o->out != NULL && o->err != NULL) return orch_ok(o, orchi_output_free);
+    if (o != NULL) orchi_output_free(o);
+    return orch_fail(ORCH_ENOMEM);
+}
+
+static orchi_capture orchi_capture_of(const char *name, const orch_process *p, int i) {
+    orchi_capture c;
+    memset(&c, 0, sizeof c);
+    c.name = name;
+    c.fd = p->ends[i];
+    c.limit = p->desc.limit < SIZE_MAX / 4 ? p->desc.limit : SIZE_MAX / 4;
+    c.truncate = p->desc.truncate;
+    return c;
+}
+
+orch_result orch_process_run(const orch_process_desc *given) {
+    int error = orchi_process_desc_error(given);
+    if (error == 0 && orch_self() == NULL) error = ORCH_ENOTASK;
+    if (error != 0) return orch_fail(orchi_misuse("orch_process_run", error));
+    if (orchi_must_end(orch_self())) return orch_fail(ORCH_ECANCELED);
+    orch_process_desc desc = *given;
+    if (desc.in == ORCH_STDIO_DEFAULT) desc.in = ORCH_STDIO_PIPE;
+    if (desc.out == ORCH_STDIO_DEFAULT) desc.out = ORCH_STDIO_PIPE;
+    if (desc.err == ORCH_STDIO_DEFAULT) desc.err = ORCH_STDIO_PIPE;
+    orch_process *p = orch_process_start(&desc);
+    if (orch_process_id(p) < 0) {
+        orch_result r = orchi_first_error(orch_await(orch_process_wait(p)));
+        orch_process_free(p);
+        return r;
+    }
+    orchi_capture out = orchi_capture_of("stdout", p, 1), err = orchi_capture_of("stderr", p, 2);
+    orch_result r = orchi_process_finish(p, &out, &err);
+    orch_process_free(p);
+    free(out.data);
+    free(err.data);
+    return r;
+}
+
+// ---- statuses
+
+const char *orch_exit_text(orch_exit_status status, char *buffer, size_t size) {
+    if (status.signal == 0) snprintf(buffer, size, "exited with %d", status.code);
+    else
+        snprintf(buffer, size, "killed by signal %d (%s)", status.signal, strsignal(status.signal));
+    return buffer;
+}
+
+orch_result orch_exit_check(orch_exit_status status) {
+    char text[128];
+    if (status.signal == 0 && status.code == 0) return orch_ok(NULL, NULL);
+    int error = status.signal != 0 ? 128 + status.signal : status.code;
+    return orch_failf(error, "%s", orch_exit_text(status, text, sizeof text));
+}
+
 #ifdef __cplusplus
 } // extern "C"
 #endif
@@ -13374,6 +16473,7 @@ const orch_adaptive_desc *orch_adaptive_settings(const orch_adaptive *a) {
 #undef ORCHI_DEBUG
 #undef ORCHI_DISARMED
 #undef ORCHI_ERROR_ROW
+#undef ORCHI_FORK
 #undef ORCHI_FUNCTION
 #undef ORCHI_FUNCTION_END
 #undef ORCHI_FUNCTION_PUBLIC
@@ -13383,17 +16483,23 @@ const orch_adaptive_desc *orch_adaptive_settings(const orch_adaptive *a) {
 #undef ORCHI_HAS_INCLUDE
 #undef ORCHI_INLINE
 #undef ORCHI_LIKELY
+#undef ORCHI_EPOLL_PWAIT2
+#undef ORCHI_NATIVE
+#undef ORCHI_KQUEUE
 #undef ORCHI_LOAD_FLOATS
 #undef ORCHI_MINCORE
 #undef ORCHI_NOSIGNAL
+#undef ORCHI_MODIFIED
 #undef ORCHI_NO_INLINE
 #undef ORCHI_NO_WINNER
 #undef ORCHI_OS_LINUX
 #undef ORCHI_OS_MACOS
+#undef ORCHI_PIDFD
 #undef ORCHI_RISCV_SAVE
 #undef ORCHI_PPOLL
 #undef ORCHI_SAVE_FLOATS
 #undef ORCHI_SCALAR
+#undef ORCHI_SEMAPHORES
 #undef ORCHI_STATIC_FUTURE
 #undef ORCHI_SYMBOL
 #undef ORCHI_TSAN
