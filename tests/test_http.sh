@@ -58,6 +58,11 @@ exec 3<"$folder/says"
 read -r line <&3
 url=${line##* }
 port=${url##*:}
+if [ -z "$url" ]; then
+    echo "FAILED: 20_http_files does not start"
+    echo "0 passed, 1 failed"
+    exit 1
+fi
 
 # ---- curl
 
