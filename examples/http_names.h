@@ -38,9 +38,10 @@ static int http_decode_segment(const char **from, char **to) {
     return size == 1 || (size == 2 && begin[1] == '.') ? 400 : 404;
 }
 
-// The name, relative to the root, that the path of a request stands for: "/a%20b/" is "a b/", "/" is
-// "". Names that begin with a dot are hidden (404), and those that lead elsewhere, "." and "..", are
-// refused however they are written (400). name has room for the path. Returns 0 or the status.
+// The name, relative to the root, that the path of a request stands for: "/a%20b/" is "a b/", and
+// "/" is "". Names that begin with a dot are hidden (404), and those that lead elsewhere, "." and
+// "..", are refused however they are written (400). name has room for the path. Returns 0 or the
+// status.
 static inline int http_decode_path(const char *path, char *name) {
     char *to = name;
     for (;;) {

@@ -1,5 +1,5 @@
-// http_request.h - the head of an HTTP/1.1 request: found in the input, checked, and cut into pieces
-// in place. It does no I/O and knows nothing of the loop. Source: RFC 9110 and RFC 9112.
+// http_request.h - the head of an HTTP/1.1 request: found in the input, checked, and cut into
+// pieces in place. It does no I/O and knows nothing of the loop. Source: RFC 9110 and RFC 9112.
 //
 // A server behind a proxy must never see another number of requests in a stream than the proxy
 // does. So whatever could be read in two ways is refused, not repaired: a bare CR or LF, a folded

@@ -58,6 +58,11 @@ exec 3<"$folder/says"
 read -r line <&3
 url=${line##* }
 port=${url##*:}
+if [ -z "$url" ]; then
+    echo "FAILED: 20_http_files does not start"
+    echo "0 passed, 1 failed"
+    exit 1
+fi
 
 # ---- curl
 
@@ -131,8 +136,8 @@ fi
 # ask REQUESTS: the status codes of what is answered until the server closes or 5 s are over
 ask() {
     # shellcheck disable=SC2059 # escapes are wanted
-    printf "$1" | nc -w 5 127.0.0.1 "$port" | tr -d '\r\0' | sed -n 's|^HTTP/1.1 \([0-9]*\).*|\1|p' |
-        tr '\n' ' '
+    printf "$1" | nc -w 5 127.0.0.1 "$port" | tr -d '\r\0' |
+        sed -n 's|^HTTP/1.1 \([0-9]*\).*|\1|p' | tr '\n' ' '
 }
 
 if ! missing nc; then
@@ -172,6 +177,12 @@ if ! missing ab; then
         equal "ab $keep: failed" 0 "$(awk '/^Failed requests/ { print $3 }' "$folder/ab")"
     done
 fi
+
+# ---- libcurl, through orch_curl.h (or http_get.h without it)
+
+"$programs/07_fetch" -j 4 "$url/a.txt" "$url/big" "$url/sub/" "$url/a.txt" "$url/" >"$folder/out"
+equal "07_fetch" 0 $?
+has "07_fetch" "$folder/out" "5 URLs: 5 fetched, 0 not"
 
 # ---- the end: asked to, it finishes what it has begun
 
