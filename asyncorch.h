@@ -4781,7 +4781,7 @@ ORCHI_COLD static void orchi_poller_judge(orch_loop *loop) {
     const orchi_poller_ops *better = orchi_poller_better(p);
     uint64_t less = p->trial - p->trial / 8;
     if (better == p->ops) {
-        p->trial = less > ORCHI_TRIAL ? less : ORCHI_TRIAL;
+        p->trial = less > ORCHI_TRIAL ? less : (uint64_t)ORCHI_TRIAL;
     } else {
         if (p->trial < ORCHI_TRIAL_MOST) p->trial *= 2;
         loop->stats.moves += orchi_poller_move(loop, better) == 0;
@@ -5160,7 +5160,7 @@ static uint64_t orchi_doze(orch_loop *loop, uint64_t ns) {
     bool asleep = inbox->asleep;
     pthread_mutex_unlock(&inbox->mutex);
     if (!asleep) return 0;
-    return inbox->ends[0] >= 0 || ns < ORCHI_NAP_NS ? ns : ORCHI_NAP_NS;
+    return inbox->ends[0] >= 0 || ns < ORCHI_NAP_NS ? ns : (uint64_t)ORCHI_NAP_NS;
 }
 
 /* Opens letters from the ready ring, each of which counts as a resumption; what is left when the
@@ -7642,6 +7642,7 @@ static ORCHI_INLINE void orchi_fetch_ahead(const orch_loop *loop) {
     const orch_future *first = ring->items[ring->head & ring->mask];
     const orch_future *second = ring->items[(ring->head + 1) & ring->mask];
     if (first->kind != ORCHI_TASK || second->kind != ORCHI_TASK) return;
+    __builtin_prefetch(second->as.task.task, 1);
     const orch_task *next = first->as.task.task;
     const char *sp = (const char *)next->context.sp;
     for (int i = 0; i < ORCHI_FETCHED; i++) __builtin_prefetch(sp + 64 * i, 1);
