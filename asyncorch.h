@@ -5751,6 +5751,7 @@ int orch_loop_pollfds(orch_loop *loop, struct pollfd *fds, size_t capacity) {
     if (fds == NULL && capacity > 0) return orchi_misuse("orch_loop_pollfds", ORCH_EINVAL);
     error = orchi_pin(loop);
     if (error != 0) return error;
+    if (loop->inbox->ends[0] < 0) loop->wake_open(loop); // posts end the host's sleep too
     loop->offered = loop->generation;
     struct pollfd one = {loop->poller.queue, POLLIN, 0};
     bool all = loop->poller.ops == &orchi_poll_ops;
@@ -5764,6 +5765,7 @@ uint64_t orch_loop_timeout(orch_loop *loop) {
     if (orchi_loop_check(loop, "orch_loop_timeout") != 0) return 0;
     if (!orchi_ring_empty(loop)) return 0;
     uint64_t now = orchi_now(loop), ns = orchi_until_timer(loop, now);
+    if (ns > 0) ns = orchi_doze(loop, ns);
     return ns == UINT64_MAX ? ns : ns / 1000000u + (ns % 1000000u != 0);
 }
 
@@ -5780,6 +5782,7 @@ static int orchi_guest_look(orch_loop *loop, const struct pollfd *fds, size_t co
     }
     orchi_tell_all(loop, loop->offered, false);
     orchi_wake(loop);
+    orchi_inbox_take(loop);
     return 0;
 }
 

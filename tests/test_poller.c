@@ -1021,15 +1021,15 @@ TEST(a_host_polls_for_the_loop) {
     struct pollfd fds[2] = {{-1, 0, 0}, {-1, 0, 0}};
     if (!guest_open(&g, test_poller())) return;
     orch_on(orch_ready(g.fd[0], ORCH_READABLE), set_true, &g.came);
-    CHECK_INT(orch_loop_pollfds(g.loop, NULL, 0), 1);
-    CHECK_INT(orch_loop_pollfds(g.loop, fds, 2), 1);
-    CHECK(fds[0].events == POLLIN && fds[1].fd == -1);
+    CHECK_INT(orch_loop_pollfds(g.loop, NULL, 0), 2); // and what other threads wake it by
+    CHECK_INT(orch_loop_pollfds(g.loop, fds, 2), 2);
+    CHECK(fds[0].events == POLLIN && fds[1].events == POLLIN);
     CHECK(orch_loop_timeout(g.loop) == UINT64_MAX);
-    CHECK_INT(orch_loop_dispatch(g.loop, fds, 1), 1);
+    CHECK_INT(orch_loop_dispatch(g.loop, fds, 2), 1);
     CHECK(!g.came);
     put(g.fd[1]);
-    CHECK_INT(poll(fds, 1, 1000), 1);
-    CHECK_INT(orch_loop_dispatch(g.loop, fds, 1), 0);
+    CHECK_INT(poll(fds, 2, 1000), 1);
+    CHECK_INT(orch_loop_dispatch(g.loop, fds, 2), 0);
     CHECK(g.came);
     guest_close(&g);
 }
@@ -1068,6 +1068,46 @@ TEST(a_dispatch_is_one_round) {
     guest_close(&g);
 }
 
+static void set_it(void *arg) { *(bool *)arg = true; }
+
+static void *post_it(void *arg) {
+    guest *g = arg;
+    orch_post(g->loop, set_it, &g->came);
+    return NULL;
+}
+
+// The host sleeps without a limit: only the post can end that.
+TEST(a_post_wakes_the_host) {
+    guest g;
+    pthread_t thread;
+    struct pollfd fds[8];
+    if (!guest_open(&g, test_poller())) return;
+    orch_on(orch_ready(g.fd[0], ORCH_READABLE), set_true, &(bool){false});
+    int count = orch_loop_pollfds(g.loop, fds, 8);
+    CHECK(orch_loop_timeout(g.loop) == UINT64_MAX);
+    if (!CHECK(count > 0 && pthread_create(&thread, NULL, post_it, &g) == 0)) return;
+    CHECK_INT(poll(fds, (nfds_t)count, -1), 1);
+    while (!g.came && orch_loop_dispatch(g.loop, fds, (size_t)count) == 1) {
+        count = orch_loop_pollfds(g.loop, fds, 8);
+    }
+    pthread_join(thread, NULL);
+    CHECK(g.came);
+    guest_close(&g);
+}
+
+// One that came before the host asked: it must not sleep.
+TEST(a_post_before_the_host_asks) {
+    guest g;
+    if (!guest_open(&g, test_poller())) return;
+    orch_on(orch_ready(g.fd[0], ORCH_READABLE), set_true, &(bool){false});
+    post_it(&g);
+    CHECK_INT(orch_loop_pollfds(g.loop, NULL, 0) > 0, 1);
+    CHECK_INT(orch_loop_timeout(g.loop), 0);
+    CHECK_INT(guest_turn(g.loop, 0), 1);
+    CHECK(g.came);
+    guest_close(&g);
+}
+
 TEST(a_host_hears_of_no_deadlock) {
     guest g;
     orch_promise p;
@@ -1085,18 +1125,18 @@ TEST(a_host_hears_of_no_deadlock) {
 TEST(a_hosts_event_does_not_reach_the_next_owner) {
     guest g;
     int next[2];
-    struct pollfd fds[1];
+    struct pollfd fds[2];
     bool old = false, young = false;
     if (!guest_open(&g, ORCH_POLLER_POLL)) return;
     orch_on(orch_ready(g.fd[0], ORCH_READABLE), set_true, &old);
-    CHECK_INT(orch_loop_pollfds(g.loop, fds, 1), 1);
+    CHECK_INT(orch_loop_pollfds(g.loop, fds, 2), 2);
     put(g.fd[1]);
-    CHECK_INT(poll(fds, 1, 1000), 1);
+    CHECK_INT(poll(fds, 2, 1000), 1);
     CHECK_INT(orch_close(g.fd[0]), 0);
     if (!make_pair(next)) return;
     CHECK_INT(next[0], g.fd[0]);
     orch_on(orch_ready(next[0], ORCH_READABLE), set_true, &young);
-    CHECK_INT(orch_loop_dispatch(g.loop, fds, 1), 1);
+    CHECK_INT(orch_loop_dispatch(g.loop, fds, 2), 1);
     CHECK(!old && !young);
     put(next[1]);
     while (!young && guest_turn(g.loop, 1000) == 1) continue;
