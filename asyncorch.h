@@ -1005,8 +1005,8 @@ uint64_t orch_loop_timeout(orch_loop *loop);
  * ready. It does not sleep. What was closed, or waited for, after orch_loop_pollfds does not get
  * the event of a descriptor that had its number then.
  * Returns 1 when there is more to do, 0 when nothing can wake the loop any more; ORCH_ENESTED
- * inside a task or callback; ORCH_EINVAL for NULL, fds NULL with a count, or a virtual clock; an -errno of
- * the poller.
+ * inside a task or callback; ORCH_EINVAL for NULL, fds NULL with a count, or a virtual clock; an
+ * -errno of the poller.
  * Context: loop thread.
  * Owns: borrows loop and fds. */
 int orch_loop_dispatch(orch_loop *loop, const struct pollfd *fds, size_t count);
@@ -1075,8 +1075,8 @@ ORCH_NODISCARD orch_future *orch_ready(int fd, int events);
 int orch_close(int fd);
 
 /* Promises that a descriptor will be closed with orch_close and by nothing else. Its waits then
- * cost no system call while the loop uses epoll or kqueue; without the promise one each, as the number
- * may have got a new owner. What the library makes itself (orch_accept, orch_pipe, ...) needs none.
+ * cost no system call while the loop uses epoll or kqueue; without the promise one each, as the
+ * number may have got a new owner. What the library makes itself needs none.
  * Returns 0; -EBADF for a bad descriptor; ORCH_ENOMEM; ORCH_ENOLOOP without a loop.
  * Context: loop thread. Does not suspend.
  * Owns: borrows fd until orch_close. */

@@ -14,7 +14,8 @@ case $system in
 apt-get) # Debian, Ubuntu
     packages='gcc g++ libc6-dev make clang lld libclang-rt-dev pkg-config libcurl4-openssl-dev
         libglib2.0-dev libuv1-dev clang-format clang-tidy cppcheck valgrind gcovr musl-tools
-        qemu-user-static gcc-aarch64-linux-gnu libc6-dev-arm64-cross gcc-riscv64-linux-gnu libc6-dev-riscv64-cross'
+        qemu-user-static gcc-aarch64-linux-gnu libc6-dev-arm64-cross gcc-riscv64-linux-gnu
+        libc6-dev-riscv64-cross'
     known=
     apt-cache show gcc >/dev/null 2>&1 || echo 'no package lists: apt-get update comes first' >&2
     for package in $packages; do # releases differ: leave out what this one does not have

@@ -924,7 +924,10 @@ static orch_result move_there_and_back(void *arg) {
     static orch_future *f[CROWD];
     static long sent[CROWD];
     (void)arg;
-    for (int i = 0; i < CROWD; i++) f[i] = orch_go(count_bytes, (void *)(intptr_t)i);
+    for (int i = 0; i < CROWD; i++) {
+        f[i] = orch_go(count_bytes, (void *)(intptr_t)i);
+        if (!CHECK(!orch_is_settled(f[i]))) return orch_fail(3); // nobody would read
+    }
     CHECK_INT(now_by(), ORCH_POLLER_POLL);
     CHECK(crowd_until(other()->id, 1, sent) > 100); // not at once
     crowd_check(sent);
