@@ -984,7 +984,7 @@ void orch_loop_stop(orch_loop *loop);
 // orch_loop_timeout, waits, and calls orch_loop_dispatch:
 //
 //     int count = orch_loop_pollfds(loop, fds, capacity);
-//     poll(fds, (nfds_t)count, (int)orch_loop_timeout(loop));      // and whatever else the host has
+//     poll(fds, (nfds_t)count, (int)orch_loop_timeout(loop)); // with the host's own
 //     orch_loop_dispatch(loop, fds, (size_t)count);
 //
 // There is no report of a deadlock then, since the host may settle what is waited for.
@@ -1007,11 +1007,11 @@ int orch_loop_pollfds(orch_loop *loop, struct pollfd *fds, size_t capacity);
 uint64_t orch_loop_timeout(orch_loop *loop);
 
 /* Takes what the host's poll has found (revents), fires due timers and runs one round of what is
- * ready. It does not sleep. What was closed, or waited for, after orch_loop_pollfds does not get the
- * event of a descriptor that had its number then.
- * Returns 1 when there is more to do, 0 when nothing can wake the loop any more; ORCH_ENESTED inside
- * a task or callback; ORCH_EINVAL for NULL, fds NULL with a count, or a virtual clock; an -errno of
- * the poller.
+ * ready. It does not sleep. What was closed, or waited for, after orch_loop_pollfds does not get
+ * the event of a descriptor that had its number then.
+ * Returns 1 when there is more to do, 0 when nothing can wake the loop any more; ORCH_ENESTED
+ * inside a task or callback; ORCH_EINVAL for NULL, fds NULL with a count, or a virtual clock; an
+ * -errno of the poller.
  * Context: loop thread.
  * Owns: borrows loop and fds. */
 int orch_loop_dispatch(orch_loop *loop, const struct pollfd *fds, size_t count);
@@ -1081,9 +1081,9 @@ ORCH_NODISCARD orch_future *orch_ready(int fd, int events);
  * Owns: consumes fd. */
 int orch_close(int fd);
 
-/* Promises that a descriptor will be closed with orch_close and by nothing else. Its waits then cost
- * no system call while the loop uses epoll or kqueue; without the promise one each, as the number
- * may have got a new owner. What the library makes itself (orch_accept, orch_pipe, ...) needs none.
+/* Promises that a descriptor will be closed with orch_close and by nothing else. Its waits then
+ * cost no system call while the loop uses epoll or kqueue; without the promise one each, as the
+ * number may have got a new owner. What the library makes itself needs none.
  * Returns 0; -EBADF for a bad descriptor; ORCH_ENOMEM; ORCH_ENOLOOP without a loop.
  * Context: loop thread. Does not suspend.
  * Owns: borrows fd until orch_close. */
@@ -4758,9 +4758,10 @@ ORCHI_COLD static void orchi_poller_renew(orch_loop *loop) {
 // descriptors it does not matter. epoll finds again what has been told and not yet been served, so
 // that a backlog counts there, as it should.
 //
-// It is judged after looks at 65,536 descriptors in all, at least 16 and at most 1,024; after twice as much
-// with each move, and an eighth less each time it stays. A load that changes faster than that is not worth following. Left out: trying both and
-// measuring, which costs moves to find out what the counts say.
+// It is judged after looks at 65,536 descriptors in all, at least 16 and at most
+// 1,024; after twice as much with each move, and an eighth less each time it stays. A load that
+// changes faster than that is not worth following. Left out: trying both and measuring, which costs
+// moves to find out what the counts say.
 
 enum { ORCHI_TRIAL = 1 << 16, ORCHI_TRIAL_MOST = 1 << 26, ORCHI_TRIAL_LOOKS = 16 };
 

@@ -1,8 +1,9 @@
 // 18_guest_uv.c: libuv's loop hosts tasks, through one descriptor.
 //
-// shows   a loop pinned to epoll or kqueue: orch_loop_fd in a uv_poll_t, orch_loop_timeout in a timer
-// run     cc -O2 -DHAVE_UV -o guest_uv examples/18_guest_uv.c $(pkg-config --cflags --libs libuv) &&
-//             ./guest_uv
+// shows   a loop pinned to epoll or kqueue: orch_loop_fd in a uv_poll_t, orch_loop_timeout in a
+//         timer
+// run     cc -O2 -DHAVE_UV -o guest_uv examples/18_guest_uv.c
+//             $(pkg-config --cflags --libs libuv) && ./guest_uv
 // prints
 //         task: waits for libuv
 //         uv: a timer, writes

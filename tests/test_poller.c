@@ -904,6 +904,8 @@ static orch_poller now_by(void) { return stats().poller; }
 static long crowd_until(orch_poller wanted, int ready, long sent[CROWD]) {
     for (long i = 0; i < 20000; i++) {
         if (now_by() == wanted) return i;
+        if (sent[0] - crowd_seen[0] > 100) break;       // nobody reads: no memory for that
+        if (test_shared->refused > 0 && i > 200) break; // nor perhaps for the move
         for (int k = 0; k < ready; k++) {
             put(crowd[k][1]);
             sent[k]++;
@@ -924,7 +926,10 @@ static orch_result move_there_and_back(void *arg) {
     static orch_future *f[CROWD];
     static long sent[CROWD];
     (void)arg;
-    for (int i = 0; i < CROWD; i++) f[i] = orch_go(count_bytes, (void *)(intptr_t)i);
+    for (int i = 0; i < CROWD; i++) {
+        f[i] = orch_go(count_bytes, (void *)(intptr_t)i);
+        if (!CHECK(!orch_is_settled(f[i]))) return orch_fail(3); // nobody would read
+    }
     CHECK_INT(now_by(), ORCH_POLLER_POLL);
     CHECK(crowd_until(other()->id, 1, sent) > 100); // not at once
     crowd_check(sent);
@@ -958,6 +963,7 @@ static orch_result stay(void *arg) {
     (void)arg;
     for (int i = 0; i < CROWD; i++) orch_detach(orch_go(count_bytes, (void *)(intptr_t)i));
     for (int i = 0; i < 1000; i++) {
+        if (sent[0] - crowd_seen[0] > 100) break;
         put(crowd[0][1]);
         sent[0]++;
         orch_sleep(0);
