@@ -36,7 +36,7 @@ SEEDED := $(patsubst tests/%.c,%,$(shell grep -l TEST_SEEDS tests/test_*.c))
 EXAMPLES := $(patsubst examples/%.c,%,$(wildcard examples/*.c))
 SCRIPTS := $(patsubst tests/%.sh,%,$(wildcard tests/test_*.sh))
 BENCHES := $(patsubst bench/%.c,%,$(wildcard bench/bench_*.c))
-TEST_BUILD = -std=gnu99 -D_GNU_SOURCE -g -fno-omit-frame-pointer $(WARNINGS) $(WRAP)
+TEST_BUILD = -std=gnu99 -D_GNU_SOURCE -pthread -g -fno-omit-frame-pointer $(WARNINGS) $(WRAP)
 FORMATTED := asyncorch.h $(wildcard tests/*.[ch] tests/*.cc examples/*.[ch] bench/*.[ch] \
 	bench/echo/*.[ch] bench/peers/*.c*)
 
@@ -55,11 +55,11 @@ help: # this list
 
 $(B)/examples/%: examples/%.c asyncorch.h $(wildcard examples/*.h) Makefile
 	@mkdir -p $(@D)
-	@$(CC) -std=gnu99 -O1 -g $(WARNINGS) $< -o $@ $(call libraries_for,$<)
+	@$(CC) -std=gnu99 -pthread -O1 -g $(WARNINGS) $< -o $@ $(call libraries_for,$<)
 
 $(B)/bench/%: bench/%.c asyncorch.h $(wildcard bench/*.h examples/*.h) Makefile
 	@mkdir -p $(@D)
-	@$(CC) -std=gnu99 -O2 -DNDEBUG $(WARNINGS) $< -o $@ $(call libraries_for,$<)
+	@$(CC) -std=gnu99 -pthread -O2 -DNDEBUG $(WARNINGS) $< -o $@ $(call libraries_for,$<)
 
 # way: compiler, its flags. Each of these folders has every test program, and the implementation
 # once for all that do not ask for their own, which saves most of the time it takes to build them.
@@ -94,6 +94,7 @@ matrix = $(foreach g,options-gcc options-clang c cxx static cross units,echo \
 	'matrix/$(g) $(1) sh tests/run_matrix.sh $(g)';)
 VALGRIND = TEST_TIME=20 valgrind -q --error-exitcode=9 --leak-check=full \
 	--errors-for-leak-kinds=definite
+HELGRIND = TEST_TIME=20 valgrind -q --tool=helgrind --error-exitcode=9
 harness_without = $(if $(SANITIZE),, no-sanitizers)$(if $(WRAP),, no-sweep)
 RUN = sh tests/run.sh $(B)/log
 
@@ -129,9 +130,10 @@ test-seeds: # what runs tasks in an order drawn from a seed, over N=2000 seeds
 	@{ $(foreach t,$(SEEDED),echo '$(t) TEST_TIME=100 TEST_SEEDS=$(N) $(B)/release/$(t)';) } | \
 	JOBS=$(JOBS) $(RUN)
 
-soak: torture # torture, then valgrind, then 200 repeats on a busy machine; hours
+soak: torture # torture, then valgrind and helgrind, then 200 repeats on a busy machine; hours
 	@$(call build,plain lto)
 	@{ $(call lines,plain,valgrind,,$(VALGRIND)) \
+	for t in test_thread test_file; do echo "$$t/helgrind $(HELGRIND) $(B)/plain/$$t"; done; \
 	for i in $$(seq 200); do \
 		$(foreach t,$(TESTS),echo "$(t)/$$i TEST_TIME=4 $(B)/lto/$(t)";) \
 	done; } | JOBS=$$((2 * $(JOBS))) $(RUN)

@@ -1490,8 +1490,8 @@ ORCH_NODISCARD int orch_udp(const orch_udp_desc *desc);
 // A file is always ready, and its disk is slow all the same: these calls run in ORCH_LANE_FILE, in
 // the order in which they were made only as far as each is waited for. Cancelled, they return at
 // once; what a thread has begun goes on without the caller, on memory of its own. So a cancelled
-// write or save may or may not happen, and a cancelled read never touches the buffer. A descriptor is
-// duplicated for the call, so that it may be closed after a cancelled one (closing the duplicate
+// write or save may or may not happen, and a cancelled read never touches the buffer. A descriptor
+// is duplicated for the call, so that it may be closed after a cancelled one (closing the duplicate
 // gives up fcntl's record locks, as closing always does). Where a block
 // says nothing else, they return 0 or the -errno of the system's call, ORCH_ECANCELED, ORCH_ENOMEM,
 // ORCH_ENOTASK outside a task, and, where debug builds abort, ORCH_EINVAL for NULL.
@@ -5072,8 +5072,8 @@ static void orchi_inbox_ring(orchi_inbox *inbox, int end) {
 
 // ---- putting letters in
 
-/* The inbox is locked, and is not when this returns. `fresh`: asks for something new. False when the
- * loop does not take it (any more); the letter is the caller's then. */
+/* The inbox is locked, and is not when this returns. `fresh`: asks for something new. False when
+ * the loop does not take it (any more); the letter is the caller's then. */
 static bool orchi_inbox_put_locked(orchi_inbox *inbox, orchi_letter *letter, bool fresh) {
     bool open = !inbox->closed && !(fresh && inbox->ending),
          wakes = open && inbox->asleep && !inbox->woken;
@@ -5213,8 +5213,8 @@ static bool orchi_remotes_wait(orch_loop *loop) {
 // ---- the life of an inbox
 
 // Around a fork all inboxes and the list of them are locked, so that the child finds them whole.
-// There, no other thread is left: their loops are gone. Its own loop has to make a descriptor of its
-// own before it sleeps, as this one is the parent's too.
+// There, no other thread is left: their loops are gone. Its own loop has to make a descriptor of
+// its own before it sleeps, as this one is the parent's too.
 
 static void orchi_fork_prepare(void) {
     pthread_mutex_lock(&orchi_shared.mutex);
@@ -10348,7 +10348,7 @@ orch_future *orch_offload(orch_task_fn fn, void *arg) {
 //
 //     A  orch_go_on         go, to B; the future's cancel hook is set
 //     B  go is opened       a task runs fn
-//     A  cancelled          stop, to B; the future goes on waiting, as fn may use the caller's stack
+//     A  cancelled          stop, to B; the future waits on, as fn may use the caller's stack
 //     B  stop is opened     the task is cancelled, if it is still there
 //     B  fn returns         the remote is sent home
 //     A  it is opened       the future settles
@@ -12417,7 +12417,8 @@ static int orchi_file_beside(orchi_file *op, const char *path, char *name, size_
     return -errno;
 }
 
-/* Written, with the permissions of what it replaces, on the disk, closed, renamed: or not at all. */
+/* Written, with the permissions of what it replaces, on the disk, closed, renamed; or not at all.
+ */
 static int orchi_file_replace(orchi_file *op, const char *path, char *name, size_t size) {
     struct stat st;
     int error = orchi_file_beside(op, path, name, size);

@@ -1,6 +1,6 @@
 // What do posts from another thread cost, and how often do they wake the loop? A thread posts, and
-// the loop counts. Once the loop is asleep when each burst begins; then it is held by the first post
-// until the whole burst is in flight: that is one wake-up at most, whatever the number.
+// the loop counts. It is asleep when a burst begins, and the first post holds it until the whole
+// burst is in flight: that is one wake-up at most, whatever the number.
 // Run: make bench, or .build/bench/bench_post
 #define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"

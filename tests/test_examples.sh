@@ -61,7 +61,7 @@ start_server() {
 }
 
 for example in 01_hello_await 02_then_callbacks 03_sequential_parallel 04_timeouts 05_all_settled \
-    06_wrap_callback 09_dashboard 10_pipeline 14_proxy; do
+    06_wrap_callback 09_dashboard 10_pipeline 12_offload 14_proxy; do
     promised "$example" | plain >"$folder/want"
     "$programs/$example" >"$folder/out" 2>&1 || fail "$example ended with $?"
     plain <"$folder/out" >"$folder/got"

@@ -286,7 +286,7 @@ TASK_TEST(a_cancelled_open_leaves_no_descriptor) {
     orch_offload_desc desc = {"last", block, NULL, 0, NULL, ORCH_LANE_FILE};
     unblock();
     for (int i = 0; i < 20; i++) end(orch_offload_with(&desc));
-    for (int i = 0; i < 1000 && descriptors() != before; i++) orch_sleep(1);
+    for (int i = 0; i < 100 && descriptors() != before; i++) orch_sleep(1);
     CHECK_INT(descriptors(), before);
 }
 

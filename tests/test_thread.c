@@ -1,6 +1,6 @@
-// test_thread.c: posts, remotes, offloaded work, tasks on other loops, names. Threads meet at gates;
-// nothing waits for a time to pass. `make .build/thread/test_thread` builds it for the thread
-// sanitizer; helgrind: valgrind --tool=helgrind .build/plain/test_thread.
+// test_thread.c: posts, remotes, offloaded work, tasks on other loops, names. Threads meet at
+// gates; nothing waits for a time to pass. Thread sanitizer: make .build/thread/test_thread; then
+// helgrind: valgrind --tool=helgrind .build/plain/test_thread.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
