@@ -2327,7 +2327,7 @@ int orch_process_kill(orch_process *p, int signal);
  * has ended by itself is left in peace, and so is what it started. Who waits gets the status.
  * Returns nothing.
  * Context: loop thread; in a task it may suspend.
- * Owns: consumes p, closes its pipes. NULL does nothing. */
+ * Owns: consumes p; closes its input now and its outputs when it has ended. NULL does nothing. */
 void orch_process_free(orch_process *p);
 
 // What orch_process_run is fulfilled with. The texts have a NUL behind them, and are never NULL.
@@ -15531,8 +15531,12 @@ static int orchi_process_end(orch_process *p) {
 
 // ---- the supervisor
 
+/* Whoever is last: the outputs stay open until then, as a program that says farewell would be killed
+ * by SIGPIPE otherwise. */
 static void orchi_process_leave(orch_process *p) {
-    if (--p->users == 0) orchi_free(p->loop, p, sizeof *p);
+    if (--p->users > 0) return;
+    orchi_process_close(p);
+    orchi_free(p->loop, p, sizeof *p);
 }
 
 /* From the start to the end. A refused wait, for whatever reason, ends the process. */
@@ -15715,7 +15719,7 @@ void orch_process_free(orch_process *p) {
         return;
     }
     orch_future *supervisor = p->supervisor;
-    orchi_process_close(p);
+    if (p->ends[0] >= 0) orch_process_close_stdin(p);
     orchi_process_leave(p);
     orch_cancel(supervisor, 0);
     if (orch_self() == NULL) {

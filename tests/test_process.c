@@ -476,8 +476,8 @@ TASK_TEST(one_that_ignores_sigterm_is_killed) {
 }
 
 TASK_TEST(one_that_cleans_up_has_the_time) {
-    orch_process *p = ready_process(
-        (orch_process_desc){.argv = SH("trap 'exit 9' TERM; echo; while :; do sleep 0.01; done")});
+    orch_process *p = ready_process((orch_process_desc){
+        .argv = SH("trap 'echo bye; exit 9' TERM; echo; while :; do sleep 0.01; done")});
     orch_future *f = orch_process_wait(p);
     orch_process_free(p);
     orch_result r = orch_await(f);
