@@ -1050,7 +1050,8 @@ int orch_adopt(int fd);
 /* Makes a loop, runs one main task on it, and when that ends cancels and awaits the rest and frees
  * the loop.
  * Returns the main task's result; ORCH_EDEADLK when it can never end (reported); ORCH_ENESTED when
- * this thread has a loop already; ORCH_ENOMEM.
+ * this thread has a loop already; ORCH_ENOMEM; -EMFILE and the like when the system has no poller
+ * left.
  * Context: any thread without a loop; blocks until all has ended.
  * Owns: borrows arg; the result is the caller's to free. */
 orch_result orch_run(orch_task_fn main, void *arg);
@@ -10936,8 +10937,8 @@ orch_result orch_run_with(const orch_loop_desc *desc, orch_task_fn main, void *a
     orch_loop *loop = NULL;
     orch_signals *caught = NULL;
     int error = main == NULL ? ORCH_EINVAL : orchi_loop_make(desc, &loop);
-    if (error == ORCH_ENOMEM) return orch_fail(error);
-    if (error != 0) return orch_fail(orchi_misuse("orch_run", error));
+    bool misuse = error == ORCH_EINVAL || error == ORCH_ENESTED;
+    if (error != 0) return orch_fail(misuse ? orchi_misuse("orch_run", error) : error);
     error = orchi_run_catch(loop, &caught);
     orch_result r = error == 0 ? orchi_run_all(loop, main, arg) : orch_fail(error);
     orch_signals_free(caught);
