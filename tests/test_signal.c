@@ -402,7 +402,7 @@ static pid_t child_that_raises(int number) {
     pid_t pid = fork();
     if (pid == 0) {
         raise(number);
-        usleep(1000); // where the thread sanitizer lets it through
+        for (int i = 0; i < 3; i++) usleep(1000); // where the thread sanitizer lets it through
         _exit(0);
     }
     return pid;
