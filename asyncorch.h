@@ -1092,7 +1092,8 @@ int orch_adopt(int fd);
 /* Makes a loop, runs one main task on it, and when that ends cancels and awaits the rest and frees
  * the loop.
  * Returns the main task's result; ORCH_EDEADLK when it can never end (reported); ORCH_ENESTED when
- * this thread has a loop already; ORCH_ENOMEM.
+ * this thread has a loop already; ORCH_ENOMEM; -EMFILE and the like when the system has no poller
+ * left.
  * Context: any thread without a loop; blocks until all has ended.
  * Owns: borrows arg; the result is the caller's to free. */
 orch_result orch_run(orch_task_fn main, void *arg);
@@ -2440,7 +2441,7 @@ int orch_process_kill(orch_process *p, int signal);
  * has ended by itself is left in peace, and so is what it started. Who waits gets the status.
  * Returns nothing.
  * Context: loop thread; in a task it may suspend.
- * Owns: consumes p, closes its pipes. NULL does nothing. */
+ * Owns: consumes p; closes its input now and its outputs when it has ended. NULL does nothing. */
 void orch_process_free(orch_process *p);
 
 // What orch_process_run is fulfilled with. The texts have a NUL behind them, and are never NULL.
@@ -11393,8 +11394,8 @@ orch_result orch_run_with(const orch_loop_desc *desc, orch_task_fn main, void *a
     orch_loop *loop = NULL;
     orch_signals *caught = NULL;
     int error = main == NULL ? ORCH_EINVAL : orchi_loop_make(desc, &loop);
-    if (error == ORCH_ENOMEM) return orch_fail(error);
-    if (error != 0) return orch_fail(orchi_misuse("orch_run", error));
+    bool misuse = error == ORCH_EINVAL || error == ORCH_ENESTED;
+    if (error != 0) return orch_fail(misuse ? orchi_misuse("orch_run", error) : error);
     error = orchi_run_catch(loop, &caught);
     orch_result r = error == 0 ? orchi_run_all(loop, main, arg) : orch_fail(error);
     orch_signals_free(caught);
@@ -16453,8 +16454,12 @@ static int orchi_process_end(orch_process *p) {
 
 // ---- the supervisor
 
+/* Whoever is last: the outputs stay open until then, as a program that says farewell would be killed
+ * by SIGPIPE otherwise. */
 static void orchi_process_leave(orch_process *p) {
-    if (--p->users == 0) orchi_free(p->loop, p, sizeof *p);
+    if (--p->users > 0) return;
+    orchi_process_close(p);
+    orchi_free(p->loop, p, sizeof *p);
 }
 
 /* From the start to the end. A refused wait, for whatever reason, ends the process. */
@@ -16637,7 +16642,7 @@ void orch_process_free(orch_process *p) {
         return;
     }
     orch_future *supervisor = p->supervisor;
-    orchi_process_close(p);
+    if (p->ends[0] >= 0) orch_process_close_stdin(p);
     orchi_process_leave(p);
     orch_cancel(supervisor, 0);
     if (orch_self() == NULL) {

@@ -1,7 +1,7 @@
 // 15_xargs: runs a command for each line of standard input, several at a time: a small xargs -P.
 //
-// shows   orch_process_run (output captured, children killed on every way out), orch_map (so many at
-//         a time) with a retry for each, handle_signals (Ctrl-C ends the children, then us)
+// shows   orch_process_run (output captured, children killed on every way out), orch_map (so many
+//         at a time) with a retry for each, handle_signals (Ctrl-C ends the children, then us)
 // run     seq 3 | ./15_xargs -j 2 -t 5 -r 1 sh -c 'sleep 0.{}; echo slept 0.{} s; test {} != 2'
 // prints
 //         slept 0.1 s

@@ -112,7 +112,12 @@ group_options() { # compiler
         '-O1 -DORCH_USE_UCONTEXT=1' '-O0 -g -fsanitize=address,undefined'; do
         try "$cc" "-std=c99 $options" compile_c.c
     done
-    try_tsan "$cc" '-std=c99 -O1 -g -fsanitize=thread'
+    try_threads "$cc" '-std=c99 -O1 -g -fsanitize=thread' compile_c.c
+    if [ "$cc" = gcc ] || [ "$full" = 1 ]; then
+        for test in test_thread.c test_file.c; do
+            try_threads "$cc" '-std=gnu99 -O1 -g -fsanitize=thread -pthread' $test
+        done
+    fi
     [ "$full" = 1 ] || return 0
     for options in '-Os' '-O2 -fstack-clash-protection' '-O2 -fstack-protector-strong' \
         '-O2 -fPIC -fvisibility=hidden' '-O1 -g -fsanitize=address,undefined' \
@@ -121,9 +126,6 @@ group_options() { # compiler
     done
     for options in '-O0' '-O2' '-O1 -DORCH_USE_UCONTEXT=1'; do
         try_threads "$cc" "-std=c99 -g -fsanitize=thread $options" compile_c.c
-    done
-    for test in test_thread.c test_file.c; do
-        try_threads "$cc" '-std=gnu99 -O1 -g -fsanitize=thread -pthread' $test
     done
 }
 
