@@ -30,12 +30,13 @@ EXAMPLES := $(patsubst examples/%.c,%,$(wildcard examples/*.c))
 SCRIPTS := $(patsubst tests/%.sh,%,$(wildcard tests/test_*.sh))
 BENCHES := $(patsubst bench/%.c,%,$(wildcard bench/bench_*.c))
 TEST_BUILD = -std=gnu99 -g -fno-omit-frame-pointer $(WARNINGS) $(WRAP)
-FORMATTED := asyncorch.h $(wildcard tests/*.[ch] tests/*.cc examples/*.[ch] bench/*.[ch] bench/peers/*.c*)
+FORMATTED := asyncorch.h $(wildcard tests/*.[ch] tests/*.cc examples/*.[ch] bench/*.[ch] \
+	bench/peers/*.c*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-seeds torture soak bench bench-peers check deps install uninstall clean format \
-	coverage examples $(TESTS)
+.PHONY: help demo test test-seeds torture soak bench bench-peers check deps install uninstall \
+	clean format coverage examples $(TESTS)
 
 help: # this list
 	@echo "asyncorch.h $(VERSION): copy asyncorch.h into your project; nothing else is needed"
