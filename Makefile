@@ -42,8 +42,8 @@ FORMATTED := asyncorch.h $(wildcard tests/*.[ch] tests/*.cc examples/*.[ch] benc
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-seeds torture soak bench bench-peers check deps install uninstall clean format \
-	coverage examples $(TESTS)
+.PHONY: help demo test test-seeds torture soak bench bench-peers check deps install uninstall \
+	clean format coverage examples $(TESTS)
 
 help: # this list
 	@echo "asyncorch.h $(VERSION): copy asyncorch.h into your project; nothing else is needed"

@@ -6122,8 +6122,8 @@ static inline int orchi_handle_error(const orch_future *f) {
     return orchi_loop_of(f) != orchi_loop ? ORCH_ETHREAD : 0;
 }
 
-/* The common case of a handle: this loop's, to something that nobody else holds and nobody consumes.
- * Everything else is told apart by orchi_handle_error. */
+/* The common case of a handle: this loop's, to something that nobody else holds and nobody
+ * consumes. Everything else is told apart by orchi_handle_error. */
 static inline bool orchi_is_exclusive(const orch_future *f) {
     return f != NULL && (f->generation & 1) && f->references == 1 &&
            !(f->flags & (ORCHI_IMMORTAL | ORCHI_CONSUMED)) && orchi_loop_of(f) == orchi_loop;
