@@ -22,19 +22,27 @@ CURL = $(call once,CURL,$(shell \
 	if pkg-config --exists libcurl; then echo -DHAVE_CURL $$(pkg-config --cflags --libs libcurl); \
 	elif curl-config --version; then echo -DHAVE_CURL $$(curl-config --cflags --libs); \
 	fi 2>/dev/null | grep -e -DHAVE_CURL))
-curl_for = $(if $(shell grep -lE 'HAVE_CURL|curl\.h|client\.h' $(1)),$(CURL))
+package = $(shell pkg-config --exists $(1) 2>/dev/null && \
+	echo -DHAVE_$(2) $$(pkg-config --cflags --libs $(1)))
+GLIB = $(call once,GLIB,$(call package,glib-2.0,GLIB))
+UV = $(call once,UV,$(call package,libuv,UV))
+libraries_for = $(if $(shell grep -lE 'HAVE_CURL|curl\.h|client\.h' $(1)),$(CURL)) \
+	$(if $(shell grep -l HAVE_GLIB $(1)),$(GLIB)) $(if $(shell grep -l HAVE_UV $(1)),$(UV))
 
 TESTS := $(filter-out test_harness,$(patsubst tests/%.c,%,$(wildcard tests/test_*.c)))
+POLLED := $(patsubst tests/%.c,%,$(shell grep -lE 'TEST_POLLER|pollers\.h' tests/test_*.c))
+POLLERS := poll $(if $(filter Linux,$(shell uname -s)),epoll,kqueue)
 SEEDED := $(patsubst tests/%.c,%,$(shell grep -l TEST_SEEDS tests/test_*.c))
 EXAMPLES := $(patsubst examples/%.c,%,$(wildcard examples/*.c))
 SCRIPTS := $(patsubst tests/%.sh,%,$(wildcard tests/test_*.sh))
 BENCHES := $(patsubst bench/%.c,%,$(wildcard bench/bench_*.c))
 TEST_BUILD = -std=gnu99 -D_GNU_SOURCE -g -fno-omit-frame-pointer $(WARNINGS) $(WRAP)
-FORMATTED := asyncorch.h $(wildcard tests/*.[ch] tests/*.cc examples/*.[ch] bench/*.[ch])
+FORMATTED := asyncorch.h $(wildcard tests/*.[ch] tests/*.cc examples/*.[ch] bench/*.[ch] \
+	bench/echo/*.[ch] bench/peers/*.c*)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-seeds torture soak bench check deps install uninstall clean format \
+.PHONY: help demo test test-seeds torture soak bench bench-peers check deps install uninstall clean format \
 	coverage examples $(TESTS)
 
 help: # this list
@@ -47,11 +55,11 @@ help: # this list
 
 $(B)/examples/%: examples/%.c asyncorch.h $(wildcard examples/*.h) Makefile
 	@mkdir -p $(@D)
-	@$(CC) -std=gnu99 -O1 -g $(WARNINGS) $< -o $@ $(call curl_for,$<)
+	@$(CC) -std=gnu99 -O1 -g $(WARNINGS) $< -o $@ $(call libraries_for,$<)
 
 $(B)/bench/%: bench/%.c asyncorch.h $(wildcard bench/*.h examples/*.h) Makefile
 	@mkdir -p $(@D)
-	@$(CC) -std=gnu99 -O2 -DNDEBUG $(WARNINGS) $< -o $@ $(call curl_for,$<)
+	@$(CC) -std=gnu99 -O2 -DNDEBUG $(WARNINGS) $< -o $@ $(call libraries_for,$<)
 
 # way: compiler, its flags. Each of these folders has every test program, and the implementation
 # once for all that do not ask for their own, which saves most of the time it takes to build them.
@@ -63,7 +71,7 @@ $(B)/$(strip $(1))/asyncorch.o: asyncorch.h Makefile
 
 $(B)/$(strip $(1))/%: tests/%.c $(B)/$(strip $(1))/asyncorch.o asyncorch.h \
 		$(wildcard tests/*.h examples/*.h) Makefile
-	@$(2) $$(TEST_BUILD) $(3) $$< $$(call own,$$<,$$(@D)/asyncorch.o) -o $$@ $$(call curl_for,$$<)
+	@$(2) $$(TEST_BUILD) $(3) $$< $$(call own,$$<,$$(@D)/asyncorch.o) -o $$@ $$(call libraries_for,$$<)
 endef
 $(eval $(call way,tests,     $$(CC),-O1 $$(SANITIZE)))
 $(eval $(call way,coverage,  $$(CC),-O0 --coverage))
@@ -101,6 +109,8 @@ test: # everything that fits into five minutes: sanitizers, allocation failures,
 	@$(MAKE) -k --no-print-directory -j$(JOBS) examples || true
 	@{ echo 'harness sh tests/run_harness.sh $(B)/tests/test_harness$(harness_without)'; \
 	$(call lines,tests,,,TEST_SEEDS=$(SEEDS)) \
+	$(foreach p,$(POLLERS),$(foreach t,$(POLLED), \
+		echo '$(t)/$(p) TEST_POLLER=$(p) TEST_SEEDS=1 $(B)/tests/$(t)';)) \
 	$(foreach s,$(SCRIPTS),echo '$(s) sh tests/$(s).sh $(B)/examples';) \
 	$(matrix) $(call sweeps,TEST_SEEDS=1) } | JOBS=$(JOBS) $(RUN)
 
@@ -128,6 +138,9 @@ soak: torture # torture, then valgrind, then 200 repeats on a busy machine; hour
 
 bench: $(BENCHES:%=$(B)/bench/%) # the figures, and sequential against parallel as table and chart
 	@sh bench/run.sh $(B)/bench
+
+bench-peers: # the same four measures with Go, tokio, Node, State Threads, Boost: what is there
+	@sh bench/peers/run.sh $(B)/peers
 
 check: # the source: names, layers, sizes, contracts, samples, format, four analysers
 	@sh tests/check/run.sh

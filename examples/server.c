@@ -19,9 +19,9 @@
 
 #include <signal.h>
 #include <stdarg.h>
-#include <sys/resource.h>
+#include <stdlib.h>
 
-enum { RULES_MAX = 64, ID_MAX = 1000000, POSTS_MAX = 100, DELAY_MAX = 600000 };
+enum { BODY_MAX = 8192, RULES_MAX = 64, ID_MAX = 1000000, POSTS_MAX = 100, DELAY_MAX = 600000 };
 enum service { USER, POSTS, COMMENTS, LIKES, SERVICES };
 
 static const char *const service_names[SERVICES] = {"user", "posts", "comments", "likes"};
@@ -71,9 +71,15 @@ static const rule *find_rule(int service, long id) {
     return NULL;
 }
 
+typedef struct answer {
+    int status;
+    size_t length;
+    char body[BODY_MAX];
+} answer;
+
 // Appends to the answer; the sizes of lists are bounded so that all fits.
-static void add(http_answer *a, const char *format, ...) ORCH_PRINTF(2, 3);
-static void add(http_answer *a, const char *format, ...) {
+static void add(answer *a, const char *format, ...) ORCH_PRINTF(2, 3);
+static void add(answer *a, const char *format, ...) {
     va_list args;
     va_start(args, format);
     int n = vsnprintf(a->body + a->length, sizeof a->body - a->length, format, args);
@@ -81,7 +87,7 @@ static void add(http_answer *a, const char *format, ...) {
     if (n > 0 && (size_t)n < sizeof a->body - a->length) a->length += (size_t)n;
 }
 
-static void add_list(http_answer *a, long first, long count, const char *field, const char *text) {
+static void add_list(answer *a, long first, long count, const char *field, const char *text) {
     add(a, "[");
     for (long i = 0; i < count; i++)
         add(a, "%s{\"id\":%ld,\"%s\":\"%s %ld\"}", i > 0 ? "," : "", first + i, field, text,
@@ -89,7 +95,7 @@ static void add_list(http_answer *a, long first, long count, const char *field, 
     add(a, "]");
 }
 
-static void fill(http_answer *a, int service, long id) {
+static void fill(answer *a, int service, long id) {
     static const char *const names[] = {"Ada", "Grace", "Alan", "Barbara", "Edsger"};
     a->status = 200;
     a->length = 0;
@@ -101,24 +107,38 @@ static void fill(http_answer *a, int service, long id) {
     }
 }
 
-static int serve(const char *path, int fd, http_answer *answer, void *context) {
-    (void)context;
-    long id = 0;
-    int service = 0;
-    while (service < SERVICES && (id = match(path, service_paths[service])) == 0) service++;
-    if (service == SERVICES) {
-        http_refuse(answer, 404);
-        return 0;
-    }
+static void fail(answer *a, int status) {
+    a->status = status;
+    a->length = 0;
+    add(a, "{\"error\":\"%s\"}", http_reason(status));
+}
+
+static int wait_and_fill(answer *a, int service, long id, int fd) {
     const rule *r = find_rule(service, id);
     if (r != NULL && r->hang) { // never answers, but notices when the client gives up
-        int error = http_wait(fd, ORCH_READABLE, HTTP_NO_DEADLINE);
-        return error != 0 ? error : -ECONNABORTED;
+        orch_result came = orch_await(orch_ready(fd, ORCH_READABLE));
+        int error = came.error != 0 ? came.error : -ECONNABORTED;
+        orch_result_free(&came);
+        return error;
     }
     int error = settings.delay[service] > 0 ? orch_sleep((uint64_t)settings.delay[service]) : 0;
-    if (r != NULL || roll_the_dice()) http_refuse(answer, 500);
-    else fill(answer, service, id);
+    if (r != NULL || roll_the_dice()) fail(a, 500);
+    else fill(a, service, id);
     return error;
+}
+
+static int serve(http_connection *c, void *context) {
+    answer a;
+    long id = 0;
+    int service = 0, error = 0;
+    (void)context;
+    while (service < SERVICES && (id = match(c->request.path, service_paths[service])) == 0)
+        service++;
+    if (service == SERVICES) fail(&a, 404);
+    else error = wait_and_fill(&a, service, id, c->fd);
+    if (error != 0) return error;
+    return http_begin(c, a.status, "Content-Type: application/json\r\n", a.length, a.body,
+                      a.length);
 }
 
 // ---- the command line
@@ -203,19 +223,6 @@ static int read_options(int argc, char **argv) {
 
 // ---- start and end
 
-static int stop_pipe[2];
-
-static void on_signal(int number) { // all that a signal handler may do
-    (void)number;
-    ssize_t ignored = write(stop_pipe[1], "", 1);
-    (void)ignored;
-}
-
-static orch_result wait_for_signal(void *arg) {
-    (void)arg;
-    return orch_chain(orch_ready(stop_pipe[0], ORCH_READABLE));
-}
-
 static orch_result wait_for_eof(void *arg) {
     (void)arg;
     char skipped[256];
@@ -226,44 +233,39 @@ static orch_result wait_for_eof(void *arg) {
     }
 }
 
-static orch_result start(void *arg) {
-    orch_future *ends[3];
-    size_t count = 2;
-    ends[0] = orch_go(http_serve, arg);
-    ends[1] = orch_go(wait_for_signal, NULL);
-    if (settings.until_eof) ends[count++] = orch_go(wait_for_eof, NULL);
-    return orch_await(orch_race_n(count, ends)); // connections still open are ended by orch_run
+static orch_result accept_and_serve(void *arg) {
+    int listener = *(int *)arg;
+    http_service service = {serve, NULL, 0};
+    return orch_fail(orch_serve(listener, http_connected,
+                                &(orch_serve_desc){.context = &service,
+                                                   .max_connections = HTTP_CONNECTIONS_MAX,
+                                                   .no_drain = true}));
 }
 
-// Thousands of connections need more descriptors than the usual 1024.
-static void raise_descriptor_limit(void) {
-    struct rlimit limit;
-    if (getrlimit(RLIMIT_NOFILE, &limit) != 0 || limit.rlim_cur >= 65536) return;
-    limit.rlim_cur = limit.rlim_max < 65536 ? limit.rlim_max : 65536;
-    setrlimit(RLIMIT_NOFILE, &limit);
+static orch_result start(void *arg) {
+    orch_future *ends[4];
+    size_t count = 3;
+    char where[ORCH_ADDRESS_TEXT];
+    orch_address address;
+    int listener =
+        orch_listen(&(orch_listen_desc){.host = settings.address, .port = (uint16_t)settings.port});
+    if (listener < 0)
+        return orch_failf(listener, "server: cannot listen on %s:%ld: %s", settings.address,
+                          settings.port, orch_error_text(listener));
+    orch_socket_address(listener, &address);
+    printf("listening on http://%s\n", orch_address_text(&address, where, sizeof where));
+    fflush(stdout);
+    (void)arg;
+    ends[0] = orch_go(accept_and_serve, &listener);
+    ends[1] = orch_signal(SIGINT);
+    ends[2] = orch_signal(SIGTERM);
+    if (settings.until_eof) ends[count++] = orch_go(wait_for_eof, NULL);
+    return orch_await(orch_race_n(count, ends)); // which ends the connections that are open
 }
 
 int main(int argc, char **argv) {
     int bad = read_options(argc, argv);
     if (bad != 0) return bad < 0 ? 0 : bad;
-    raise_descriptor_limit();
-    signal(SIGPIPE, SIG_IGN);
-    if (pipe(stop_pipe) != 0 || !http_nonblocking(stop_pipe[1]))
-        return orch_exit(orch_fail(-errno));
-    signal(SIGINT, on_signal);
-    signal(SIGTERM, on_signal);
-
-    uint16_t port = (uint16_t)settings.port;
-    int listener = http_listen(settings.address, &port);
-    if (listener < 0) {
-        fprintf(stderr, "server: cannot listen on %s:%ld: %s\n", settings.address, settings.port,
-                orch_error_text(listener));
-        return 1;
-    }
-    printf("listening on http://%s:%u\n", settings.address, (unsigned)port);
-    fflush(stdout);
-    http_server server = {listener, serve, NULL, 0};
-    int code = orch_exit(orch_run(start, &server));
-    close(listener);
-    return code;
+    http_raise_descriptor_limit();
+    return orch_exit(orch_run(start, NULL));
 }

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Installs what the examples, tests and checks can use: libcurl's headers, a second compiler, cross
+# Installs what the examples, tests and checks can use: the headers of libcurl, GLib and libuv, a second compiler, cross
 # compilers with an emulator, the analysers. asyncorch.h itself needs none of it.
 # As root or with sudo that asks for no password; otherwise prints the one line to run.
 set -eu
@@ -12,7 +12,8 @@ done
 case $system in
 apt-get) # Debian, Ubuntu
     packages='gcc g++ libc6-dev make clang lld libclang-rt-dev pkg-config libcurl4-openssl-dev
-        clang-format clang-tidy cppcheck valgrind gcovr musl-tools qemu-user-static
+        libglib2.0-dev libuv1-dev clang-format clang-tidy cppcheck valgrind gcovr musl-tools
+        qemu-user-static curl wrk apache2-utils netcat-openbsd
         gcc-aarch64-linux-gnu libc6-dev-arm64-cross gcc-riscv64-linux-gnu libc6-dev-riscv64-cross'
     known=
     apt-cache show gcc >/dev/null 2>&1 || echo 'no package lists: apt-get update comes first' >&2
@@ -26,16 +27,16 @@ apt-get) # Debian, Ubuntu
     install="env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends$known" ;;
 dnf) # Fedora: its cross compilers have no C library
     install='dnf install -y gcc gcc-c++ make clang lld compiler-rt clang-tools-extra
-        pkgconf-pkg-config libcurl-devel libasan libubsan libtsan cppcheck valgrind gcovr
+        pkgconf-pkg-config libcurl-devel glib2-devel libuv-devel libasan libubsan libtsan cppcheck valgrind gcovr
         musl-gcc' ;;
 pacman) # Arch
-    install='pacman -S --needed --noconfirm gcc make clang lld compiler-rt pkgconf curl cppcheck
+    install='pacman -S --needed --noconfirm gcc make clang lld compiler-rt pkgconf curl glib2 libuv cppcheck
         valgrind musl qemu-user-static aarch64-linux-gnu-gcc riscv64-linux-gnu-gcc' ;;
 apk) # Alpine: its gcc comes without sanitizers
     install='apk add build-base linux-headers clang lld compiler-rt clang-extra-tools pkgconf
-        curl-dev cppcheck valgrind gcovr' ;;
+        curl-dev glib-dev libuv-dev cppcheck valgrind gcovr' ;;
 brew) # macOS, where Xcode's tools are the compiler
-    install='brew install pkgconf curl clang-format cppcheck gcovr' ;;
+    install='brew install pkgconf curl glib libuv clang-format cppcheck gcovr' ;;
 *)
     echo 'no known package manager; see tests/deps.sh for what to install' >&2
     exit 1 ;;

@@ -61,11 +61,23 @@ start_server() {
 }
 
 for example in 01_hello_await 02_then_callbacks 03_sequential_parallel 04_timeouts 05_all_settled \
-    06_wrap_callback 09_dashboard 10_pipeline; do
+    06_wrap_callback 09_dashboard 10_pipeline 14_proxy; do
     promised "$example" | plain >"$folder/want"
     "$programs/$example" >"$folder/out" 2>&1 || fail "$example ended with $?"
     plain <"$folder/out" >"$folder/got"
     same "$example" "$folder/want" "$folder/got"
+done
+
+# ---- guests of other loops, where their libraries are
+
+for example in 16_guest_poll 17_guest_glib 18_guest_uv; do
+    promised "$example" >"$folder/want"
+    "$programs/$example" >"$folder/got" 2>&1 || fail "$example ended with $?"
+    if grep -q '^built without' "$folder/got"; then
+        skipped=$((skipped + 1))
+    else
+        same "$example" "$folder/want" "$folder/got"
+    fi
 done
 
 # ---- 11_resilient: every URL in the end, but the one that hangs
@@ -78,6 +90,62 @@ has 11_resilient "$folder/got" "slowest: /posts/7/likes after 6 attempts" 1
 "$programs/11_resilient" "$url" 0 >"$folder/got" 2>"$folder/errors"
 ended 11_resilient 2 $?
 stop_server
+
+# ---- 15_xargs: outputs in one piece, failures, time-outs, retries, interruption
+
+xargs=$programs/15_xargs
+promised 15_xargs >"$folder/want"
+seq 3 | "$xargs" -j 2 -t 5 -r 1 sh -c 'sleep 0.{}; echo slept 0.{} s; test {} != 2' \
+    >"$folder/got" 2>"$folder/errors"
+ended 15_xargs 123 $?
+cat "$folder/errors" >>"$folder/got"
+same 15_xargs "$folder/want" "$folder/got"
+printf 'one item\n\ntwo' | "$xargs" -j 1 echo "<{}{}>" >"$folder/got" 2>&1
+ended "15_xargs: lines" 0 $?
+printf '<one itemone item>\n<twotwo>\n' >"$folder/want"
+same "15_xargs: lines" "$folder/want" "$folder/got"
+printf 'a\nb\0c' | "$xargs" -0 -j 1 printf '%s.' >"$folder/got" 2>&1
+ended "15_xargs -0" 0 $?
+printf 'a\nb.c.' >"$folder/want"
+same "15_xargs -0" "$folder/want" "$folder/got"
+seq 20 | "$xargs" -j 20 sh -c 'for i in 1 2 3 4 5; do echo {}; done' | uniq -c >"$folder/got"
+has "15_xargs: one piece" "$folder/got" " 5 " 20
+"$xargs" false </dev/null
+ended "15_xargs without items" 0 $?
+echo x | "$xargs" no-such-program >"$folder/got" 2>&1
+ended "15_xargs: not found" 127 $?
+has "15_xargs: not found" "$folder/got" "15_xargs: x: cannot start no-such-program: " 1
+echo x | "$xargs" /dev/null >"$folder/got" 2>&1
+ended "15_xargs: not to be run" 126 $?
+echo x | "$xargs" sh -c 'kill -9 $$' >"$folder/got" 2>&1
+ended "15_xargs: killed" 123 $?
+has "15_xargs: killed" "$folder/got" "15_xargs: x: killed by signal 9 (Killed)" 1
+echo x | "$xargs" -r 3 sh -c "echo run >>'$folder/runs'; [ \$(wc -l <'$folder/runs') = 3 ]"
+ended "15_xargs: the third attempt" 0 $?
+has "15_xargs: the third attempt" "$folder/runs" run 3
+echo x | "$xargs" -t 0.2 sh -c "echo \$\$ >'$folder/pid'; sleep 1000; :" >"$folder/got" 2>&1
+ended "15_xargs: a time-out" 123 $?
+has "15_xargs: a time-out" "$folder/got" "15_xargs: x: Timeout after 200 ms" 1
+if kill -0 "$(cat "$folder/pid")" 2>/dev/null; then fail "15_xargs: it still runs"; else pass; fi
+for signal in INT TERM; do
+    rm -f "$folder/pid"
+    echo x | "$xargs" sh -c "trap 'echo cleaned >>\"$folder/$signal\"; exit' TERM
+        echo \$\$ >'$folder/pid'; kill -$signal \$PPID; while :; do sleep 0.05; done" \
+        >"$folder/got" 2>&1
+    code=$?
+    if [ $signal = INT ]; then ended "15_xargs: $signal" 130 $code; else
+        ended "15_xargs: $signal" 143 $code
+    fi
+    : >"$folder/want"
+    same "15_xargs: $signal: nothing is printed" "$folder/want" "$folder/got"
+    has "15_xargs: $signal: its command may clean up" "$folder/$signal" cleaned 1
+    if kill -0 "$(cat "$folder/pid")" 2>/dev/null; then fail "15_xargs: it runs on"; else pass; fi
+done
+for bad in "" "-j 0 true" "-j x true" "-t true" "-t 0 true" "-r -1 true" "-x true" "-j"; do
+    # shellcheck disable=SC2086 # words are wanted
+    "$xargs" $bad >"$folder/got" 2>&1 </dev/null
+    ended "15_xargs $bad" 2 $?
+done
 
 # ---- 07_fetch, as in its header comment
 
@@ -112,6 +180,58 @@ for bad in "" "-j 0 $url" "-j 1001 $url" "-j x $url" "-t 0 $url" "-t" "-x" "-f $
     has "07_fetch $bad" "$folder/err" "07_fetch: "
 done
 stop_server
+
+# ---- 13_echo: both in one program, then a server and a client; 14_proxy between them
+
+echo_port=$((20000 + $$ % 20000)) # below those the system gives out
+"$programs/13_echo" >"$folder/got" 2>&1
+ended 13_echo 0 $?
+has 13_echo "$folder/got" "10 connections: "
+has 13_echo "$folder/got" ", 0 failures"
+"$programs/13_echo" serve "$echo_port" &
+server=$!
+"$programs/14_proxy" $((echo_port + 1)) localhost "$echo_port" &
+proxy=$!
+tries=0
+until "$programs/13_echo" load $((echo_port + 1)) 1 0.01 2>/dev/null | grep -q ' 0 failures'; do
+    tries=$((tries + 1))
+    [ "$tries" -lt 100 ] || break
+    sleep 0.05
+done
+"$programs/13_echo" load "$echo_port" 100 0.2 >"$folder/got" 2>&1
+ended "13_echo load" 0 $?
+has "13_echo load" "$folder/got" "100 connections: " 1
+has "13_echo load" "$folder/got" ", 0 failures" 1
+"$programs/13_echo" load $((echo_port + 1)) 20 0.2 >"$folder/got" 2>&1
+has "13_echo load through 14_proxy" "$folder/got" "20 connections: " 1
+has "13_echo load through 14_proxy" "$folder/got" ", 0 failures" 1
+kill "$server" "$proxy"
+wait "$server" "$proxy" 2>/dev/null
+server=
+for bad in "serve" "serve 0" "serve 70000" "load" "load 7000 0" "bogus 7000"; do
+    # shellcheck disable=SC2086 # words are wanted
+    "$programs/13_echo" $bad >"$folder/out" 2>&1
+    ended "13_echo $bad" 2 $?
+done
+
+# ---- 20_http_files and 21_grep, as in their header comments; test_http.sh does the rest
+
+promised 20_http_files | plain >"$folder/want"
+rm -f "$folder/says"
+mkfifo "$folder/says"
+"$programs/20_http_files" . 0 >"$folder/says" &
+server=$!
+exec 3<"$folder/says" # until its end
+read -r line <&3
+echo "$line" | plain >"$folder/got"
+same 20_http_files "$folder/want" "$folder/got"
+kill "$server"
+wait "$server"
+ended "20_http_files by SIGTERM" 143 $?
+server=
+"$programs/21_grep" -n 'from one process to another' tests >"$folder/out"
+ended 21_grep 0 $?
+has 21_grep "$folder/out" "$(promised 21_grep | sed -n '$s/ \[\.\.\.\]$//p')" 1
 
 # ---- the server's command line
 

@@ -114,7 +114,7 @@ TEST(defaults_are_filled_in_and_can_be_read) {
     if (!CHECK(loop != NULL)) return;
     const orch_loop_desc *set = orch_loop_settings(loop);
     CHECK_INT(set->stack_size, 65536);
-    CHECK_INT(set->poller, ORCH_POLLER_POLL);
+    CHECK_INT(set->poller, ORCH_POLLER_DEFAULT);
     CHECK(set->allocator.resize != NULL);
     CHECK(set->on_unhandled != NULL);
     CHECK(set->on_report != NULL);

@@ -1,8 +1,22 @@
-// test_poller.c: readiness of descriptors, by the default poller.
+// test_poller.c: readiness of descriptors and their life, under the poller that TEST_POLLER names.
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+// System calls that change what epoll looks for are counted.
+#ifdef __linux__
+#include <sys/epoll.h>
+static int epoll_changes;
+static int counted_epoll_ctl(int queue, int operation, int fd, struct epoll_event *event) {
+    epoll_changes++;
+    return epoll_ctl(queue, operation, fd, event);
+}
+#define epoll_ctl counted_epoll_ctl
+#else
+static const int epoll_changes = 0;
+#endif
+#define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
+#include "pollers.h"
 #include "test.h"
 
 #include <arpa/inet.h>
@@ -27,7 +41,8 @@
         return orch_ok_int(1);                                                                     \
     }                                                                                              \
     TEST_SKIP(name, unless) {                                                                      \
-        orch_result r = orch_run(name##_main, NULL);                                               \
+        orch_loop_desc desc = {.poller = test_poller()};                                           \
+        orch_result r = orch_run_with(&desc, name##_main, NULL);                                   \
         CHECK_INT(r.error, 0);                                                                     \
         CHECK_INT(orch_int(&r), 1);                                                                \
         orch_result_free(&r);                                                                      \
@@ -38,6 +53,11 @@
 #define BOTH (ORCH_READABLE | ORCH_WRITABLE)
 
 static orch_loop_stats stats(void) { return orch_loop_statistics(orch_loop_current()); }
+
+static orch_result run_on_poller(orch_task_fn fn, void *arg) {
+    orch_loop_desc desc = {.poller = test_poller()};
+    return orch_run_with(&desc, fn, arg);
+}
 
 // Awaits: the number the future ended with, or its error.
 static intptr_t join(orch_future *f) {
@@ -65,6 +85,13 @@ static void fill(int fd) {
     while (write(fd, block, sizeof block) > 0) continue;
     while (write(fd, block, 1) > 0) continue;
 }
+
+static void ignore_report(const char *text, void *context) {
+    (void)text;
+    (void)context;
+}
+
+static int wakes_fd[2];
 
 static void drain(int fd) {
     char block[4096];
@@ -251,8 +278,22 @@ TASK_TEST(a_second_waiter_in_one_direction_is_refused) {
     close_pair(fd);
 }
 
-// The contract asks for a drop before the close; what is promised to who forgets is an error.
-TASK_TEST(closing_a_watched_descriptor_is_an_error_not_a_spin) {
+// The contract asks for orch_close or a drop before the close. Who forgets both gets an error from
+// poll; epoll and kqueue forget the descriptor without a word.
+static bool forgets(void) {
+    return test_poller() != ORCH_POLLER_DEFAULT && test_poller() != ORCH_POLLER_POLL;
+}
+
+// kqueue on Linux is libkqueue on top of epoll, which differs from the real one in places.
+static bool emulated(void) {
+#ifdef __linux__
+    return test_poller() == ORCH_POLLER_KQUEUE;
+#else
+    return false;
+#endif
+}
+
+TASK_TEST_IF(closing_a_watched_descriptor_is_an_error_not_a_spin, forgets()) {
     int fd[2];
     if (!make_pair(fd)) return;
     orch_future *f = orch_ready(fd[0], ORCH_READABLE);
@@ -263,6 +304,336 @@ TASK_TEST(closing_a_watched_descriptor_is_an_error_not_a_spin) {
     uint64_t before = stats().polls;
     CHECK_INT(orch_sleep(5), 0);
     CHECK(stats().polls - before <= 3);
+}
+
+static orch_result wait_for_byte(void *arg) {
+    return orch_await(orch_ready(*(int *)arg, ORCH_READABLE));
+}
+
+// ---- closed
+
+static void note_error(orch_result *in, void *context) { *(int *)context = in->error; }
+
+TASK_TEST(closing_wakes_who_waits) {
+    int fd[2], seen = 0;
+    CHECK_INT(orch_sleep(1), 0); // the loop has the descriptor that wakes it: no number is reused
+    if (!make_pair(fd)) return;
+    orch_future *reader = orch_ready(fd[0], ORCH_READABLE);
+    fill(fd[0]);
+    orch_future *writer = orch_ready(fd[0], ORCH_WRITABLE);
+    orch_on(orch_ready(fd[1], ORCH_WRITABLE), note_error, &seen);
+    CHECK_INT(orch_close(fd[0]), 0);
+    CHECK_INT(orch_close(fd[1]), 0);
+    CHECK_INT(stats().watched, 0);
+    CHECK_INT(soon(reader), ORCH_ECANCELED);
+    CHECK_INT(soon(writer), ORCH_ECANCELED);
+    CHECK_INT(orch_sleep(1), 0);
+    CHECK_INT(seen, ORCH_ECANCELED);
+    CHECK_INT(fcntl(fd[0], F_GETFD), -1);
+    CHECK_INT(orch_close(fd[0]), -EBADF);
+    CHECK_INT(orch_close(-1), -EBADF);
+    CHECK_INT(orch_close(INT32_MAX), -EBADF);
+}
+
+TASK_TEST(closing_wakes_who_waits_for_both) {
+    int fd[2];
+    if (!make_pair(fd)) return;
+    fill(fd[0]);
+    orch_future *f = orch_ready(fd[0], BOTH);
+    CHECK_INT(orch_close(fd[0]), 0);
+    CHECK_INT(soon(f), ORCH_ECANCELED);
+    CHECK_INT(orch_close(fd[1]), 0);
+}
+
+TEST(closing_needs_no_loop) {
+    int fd[2];
+    if (!make_pair(fd)) return;
+    CHECK_INT(orch_close(fd[0]), 0);
+    CHECK_INT(orch_close(fd[1]), 0);
+    CHECK_INT(orch_close(fd[1]), -EBADF);
+}
+
+// ---- the next owner of a number
+
+// Not told to anybody, as a client library does it.
+TASK_TEST(a_number_that_others_close_and_use_again_works) {
+    for (int i = 0; i < 5; i++) {
+        int fd[2];
+        if (!make_pair(fd)) return;
+        put(fd[1]);
+        CHECK_INT(soon(orch_ready(fd[0], ORCH_READABLE)), ORCH_READABLE);
+        close_pair(fd); // after an event, and with nobody waiting
+    }
+    CHECK_INT(stats().watched, 0);
+}
+
+TASK_TEST(who_waits_for_a_number_that_the_library_uses_again_is_told) {
+    int fd[2], next[2];
+    if (!make_pair(fd)) return;
+    orch_future *f = orch_ready(fd[0], ORCH_READABLE);
+    close_pair(fd);
+    if (!make_pair(next)) return;
+    CHECK_INT(next[0], fd[0]);
+    CHECK_INT(orchi_watch_own(orch_loop_current(), next[0]), 0);
+    CHECK_INT(soon(f), -EBADF);
+    put(next[1]);
+    CHECK_INT(soon(orch_ready(next[0], ORCH_READABLE)), ORCH_READABLE);
+    CHECK_INT(orch_close(next[0]), 0);
+    CHECK_INT(orch_close(next[1]), 0);
+}
+
+static int reused[2], second_fd;
+static orch_future *of_the_next;
+
+static void close_the_other(orch_result *in, void *context) {
+    int *other = context;
+    CHECK_INT(in->error, 0);
+    if (of_the_next != NULL) return; // the second of the two
+    CHECK_INT(orch_close(other[0]), 0);
+    if (!CHECK(pipe(reused) == 0)) return;
+    CHECK(reused[0] == other[0] || reused[1] == other[0]);
+    CHECK_INT(dup2(reused[0], 100), 100);
+    close(reused[0]);
+    close(reused[1]);
+    if (!CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, reused) == 0)) return;
+    CHECK_INT(reused[0], other[0]);
+    of_the_next = orch_ready(reused[0], ORCH_READABLE);
+}
+
+// Both are ready in the same look; the first callback closes the other's descriptor.
+TASK_TEST(an_event_of_the_same_look_does_not_reach_the_next_owner) {
+    int a[2], b[2];
+    if (!make_pair(a) || !make_pair(b)) return;
+    orch_on(orch_ready(a[0], ORCH_READABLE), close_the_other, b);
+    orch_on(orch_ready(b[0], ORCH_READABLE), close_the_other, a);
+    put(a[1]);
+    put(b[1]);
+    second_fd = b[0];
+    CHECK_INT(orch_sleep(3), 0);
+    if (!CHECK(of_the_next != NULL)) return;
+    CHECK(!orch_is_settled(of_the_next));
+    put(reused[1]);
+    CHECK_INT(soon(of_the_next), ORCH_READABLE);
+}
+
+// The entry in epoll belongs to the open file, which a duplicate keeps alive.
+TASK_TEST(a_duplicate_does_not_keep_a_closed_descriptor_awake) {
+    int fd[2];
+    if (!make_pair(fd)) return;
+    CHECK_INT(orch_adopt(fd[0]), 0);
+    put(fd[1]);
+    CHECK_INT(soon(orch_ready(fd[0], ORCH_READABLE)), ORCH_READABLE);
+    int copy = dup(fd[0]);
+    CHECK_INT(orch_close(fd[0]), 0); // readable, armed, and the file stays open
+    uint64_t before = stats().polls;
+    CHECK_INT(orch_sleep(5), 0);
+    CHECK(stats().polls - before <= 3);
+    int next[2];
+    if (!make_pair(next)) return;
+    CHECK_INT(next[0], fd[0]);
+    orch_future *f = orch_ready(next[0], ORCH_READABLE);
+    CHECK_INT(orch_sleep(2), 0);
+    CHECK(!orch_is_settled(f));
+    orch_drop(f);
+    close(copy);
+    close(fd[1]);
+    close_pair(next);
+}
+
+TASK_TEST_IF(nor_one_that_was_closed_without_orch_close, emulated()) {
+    int fd[2], next[2];
+    if (!make_pair(fd)) return;
+    CHECK_INT(orch_adopt(fd[0]), 0);
+    put(fd[1]);
+    CHECK_INT(soon(orch_ready(fd[0], ORCH_READABLE)), ORCH_READABLE);
+    int copy = dup(fd[0]);
+    close(fd[0]); // the promise is broken
+    if (!make_pair(next)) return;
+    CHECK_INT(next[0], fd[0]);
+    CHECK_INT(orchi_watch_own(orch_loop_current(), next[0]), 0);
+    uint64_t before = stats().polls;
+    orch_future *f = orch_ready(next[0], ORCH_READABLE);
+    CHECK_INT(orch_sleep(10), 0);
+    CHECK(!orch_is_settled(f));
+    CHECK(stats().polls - before <= 5);
+    put(next[1]);
+    CHECK_INT(soon(f), ORCH_READABLE);
+    close(copy);
+    close(fd[1]);
+    orch_close(next[0]);
+    orch_close(next[1]);
+}
+
+// ---- system calls
+
+TASK_TEST(a_wait_for_an_adopted_descriptor_changes_nothing) {
+    int fd[2];
+    if (!make_pair(fd)) return;
+    CHECK_INT(orch_adopt(fd[0]), 0);
+    for (int i = 0, before = 0; i < 20; i++) {
+        if (i == 1) before = epoll_changes;
+        orch_future *f = orch_ready(fd[0], ORCH_READABLE);
+        put(fd[1]);
+        CHECK_INT(soon(f), ORCH_READABLE);
+        drain(fd[0]);
+        if (i > 0) CHECK_INT(epoll_changes, before);
+    }
+    CHECK_INT(orch_close(fd[0]), 0);
+    CHECK_INT(orch_close(fd[1]), 0);
+}
+
+TASK_TEST(an_event_that_nobody_waits_for_comes_once) {
+    int fd[2];
+    if (!make_pair(fd)) return;
+    CHECK_INT(orch_adopt(fd[0]), 0);
+    put(fd[1]);
+    CHECK_INT(soon(orch_ready(fd[0], ORCH_READABLE)), ORCH_READABLE);
+    uint64_t before = stats().polls;
+    CHECK_INT(orch_sleep(10), 0); // it stays readable
+    CHECK(stats().polls - before <= 4);
+    CHECK_INT(soon(orch_ready(fd[0], ORCH_READABLE)), ORCH_READABLE);
+    CHECK_INT(soon(orch_ready(fd[0], BOTH)), BOTH);
+    CHECK_INT(orch_close(fd[1]), 0);
+    before = stats().polls;
+    CHECK_INT(orch_sleep(10), 0); // hung up
+    CHECK(stats().polls - before <= 4);
+    CHECK_INT(orch_close(fd[0]), 0);
+}
+
+TASK_TEST_IF(adopting_a_descriptor_that_is_waited_for_keeps_the_wait, emulated()) {
+    int fd[2];
+    if (!make_pair(fd)) return;
+    orch_future *f = orch_ready(fd[0], ORCH_READABLE);
+    CHECK_INT(orch_adopt(fd[0]), 0);
+    for (int i = 0; i < 3; i++) {
+        put(fd[1]);
+        CHECK_INT(soon(f), ORCH_READABLE);
+        drain(fd[0]);
+        f = orch_ready(fd[0], ORCH_READABLE);
+    }
+    CHECK_INT(orch_close(fd[0]), 0);
+    CHECK_INT(soon(f), ORCH_ECANCELED);
+    CHECK_INT(orch_close(fd[1]), 0);
+    CHECK_INT(orch_adopt(fd[1]), 0); // its number is known, which is all that is looked at
+    CHECK_INT(orch_adopt(-1), -EBADF);
+    CHECK_INT(orch_adopt(INT32_MAX), -EBADF);
+}
+
+// ---- ends
+
+// Waits for reading until the end: what it came to, and how many waits it took.
+static int read_to_end(int fd, int *waits) {
+    char byte;
+    fcntl(fd, F_SETFL, O_NONBLOCK);
+    for (*waits = 0; *waits < 10;) {
+        if (soon(orch_ready(fd, ORCH_READABLE)) != ORCH_READABLE) return -1;
+        ++*waits;
+        ssize_t got = read(fd, &byte, 1);
+        if (got <= 0) return got < 0 ? errno : 0;
+    }
+    return -2;
+}
+
+static bool connected(int fd[2]) {
+    struct sockaddr_in address;
+    int listener = listen_here(&address);
+    fd[0] = socket(AF_INET, SOCK_STREAM, 0);
+    bool held = CHECK(connect(fd[0], (struct sockaddr *)&address, sizeof address) == 0);
+    fd[1] = accept(listener, NULL, NULL);
+    close(listener);
+    return held;
+}
+
+TASK_TEST(a_half_close_is_told_once) {
+    int fd[2], waits = 0;
+    if (!connected(fd)) return;
+    put(fd[1]);
+    CHECK_INT(shutdown(fd[1], SHUT_WR), 0);
+    CHECK_INT(read_to_end(fd[0], &waits), 0);
+    CHECK_INT(waits, 2);                                              // the byte, the end
+    CHECK_INT(soon(orch_ready(fd[0], ORCH_WRITABLE)), ORCH_WRITABLE); // the other half is open
+    close_pair(fd);
+}
+
+TASK_TEST_IF(a_reset_is_told_once, emulated()) {
+    int fd[2], waits = 0;
+    if (!connected(fd)) return;
+    orch_future *f = orch_go(wait_for_byte, &fd[0]);
+    setsockopt(fd[1], SOL_SOCKET, SO_LINGER, &(struct linger){1, 0}, sizeof(struct linger));
+    close(fd[1]);
+    CHECK_INT(soon(f), ORCH_READABLE);
+    CHECK_INT(read_to_end(fd[0], &waits), ECONNRESET);
+    CHECK_INT(waits, 1);
+    close(fd[0]);
+}
+
+TASK_TEST(out_of_band_data_wakes_nobody_and_hides_nothing) {
+    int fd[2];
+    if (!connected(fd)) return;
+    orch_future *f = orch_ready(fd[0], ORCH_READABLE);
+    CHECK_INT(send(fd[1], "!", 1, MSG_OOB), 1);
+    uint64_t before = stats().polls;
+    CHECK_INT(orch_sleep(5), 0);
+    CHECK(stats().polls - before <= 3); // pending, and no spin
+    put(fd[1]);
+    CHECK_INT(soon(f), ORCH_READABLE);
+    close_pair(fd);
+}
+
+// ---- processes
+
+static orch_result fork_inside(void *arg) {
+    int *fd = arg, status = 0;
+    orch_adopt(fd[0]);
+    put(fd[1]);
+    CHECK_INT(soon(orch_ready(fd[0], ORCH_READABLE)), ORCH_READABLE);
+    drain(fd[0]);
+    orch_future *f = orch_ready(fd[0], ORCH_READABLE);
+    pid_t child = fork();
+    if (child == 0) {
+        bool closed = orch_close(fd[0]) == 0 && orch_close(fd[1]) == 0;
+        _exit(closed ? 7 : 8);
+    }
+    CHECK(waitpid(child, &status, 0) == child && WEXITSTATUS(status) == 7);
+    CHECK_INT(orch_sleep(1), 0);
+    CHECK(!orch_is_settled(f));
+    put(fd[1]);
+    CHECK_INT(soon(f), ORCH_READABLE); // the child took nothing away
+    return orch_ok_int(1);
+}
+
+TEST(a_child_that_closes_takes_nothing_from_its_parent) {
+    int fd[2];
+    if (!make_pair(fd)) return;
+    orch_result r = run_on_poller(fork_inside, fd);
+    CHECK_INT(orch_int(&r), 1);
+    orch_result_free(&r);
+    close_pair(fd);
+}
+
+static void set_true(orch_result *in, void *context) { *(bool *)context = in->error == 0; }
+
+TEST(a_child_may_free_the_loop) {
+    int fd[2], status = 0;
+    bool came = false;
+    orch_loop_desc desc = {.poller = test_poller()};
+    orch_loop *loop = orch_loop_new(&desc);
+    if (!CHECK(loop != NULL) || !make_pair(fd)) return;
+    orch_on(orch_ready(fd[0], ORCH_READABLE), set_true, &came);
+    pid_t child = fork();
+    if (child == 0) _exit(orch_loop_free(loop) == 0 && orch_close(fd[0]) == 0 ? 7 : 8);
+    CHECK(waitpid(child, &status, 0) == child && WEXITSTATUS(status) == 7);
+    put(fd[1]);
+    CHECK_INT(orch_loop_run(loop), 0);
+    CHECK(came);
+    CHECK_INT(orch_loop_free(loop), 0);
+    close_pair(fd);
+}
+
+TASK_TEST(the_set_is_closed_on_exec) {
+    int queue = orch_loop_current()->poller.queue;
+    if (queue >= 0) CHECK(fcntl(queue, F_GETFD) & FD_CLOEXEC);
+    CHECK_INT(queue >= 0, stats().poller != ORCH_POLLER_POLL);
 }
 
 // ---- given up
@@ -314,10 +685,6 @@ TASK_TEST(a_cancelled_wait_ends_at_once) {
     close_pair(fd);
 }
 
-static orch_result wait_for_byte(void *arg) {
-    return orch_await(orch_ready(*(int *)arg, ORCH_READABLE));
-}
-
 TASK_TEST(a_cancelled_task_gives_up_its_wait) {
     int fd[2];
     if (!make_pair(fd)) return;
@@ -356,6 +723,53 @@ TASK_TEST(a_timeout_of_a_wait_says_so) {
     CHECK_INT(join(orch_timeout(orch_ready(fd[0], ORCH_READABLE), 2)), ORCH_ETIMEDOUT);
     CHECK_INT(stats().watched, 0);
     close_pair(fd);
+}
+
+// ---- seeds
+
+enum { DRAWN = 8 };
+
+static int drawn[DRAWN], drawn_count;
+
+static void note_number(orch_result *in, void *context) {
+    if (in->error == 0) drawn[drawn_count++] = *(int *)context;
+}
+
+static orch_result draw(void *arg) {
+    static int number[DRAWN];
+    int(*fd)[2] = arg;
+    for (int i = 0; i < DRAWN; i++) {
+        number[i] = i;
+        orch_on(orch_ready(fd[i][0], ORCH_READABLE), note_number, &number[i]);
+    }
+    return orch_ok_int(orch_sleep(1));
+}
+
+// The order of eight callbacks, as a number.
+static int draw_order(uint64_t seed, orch_poller poller, void *fd) {
+    orch_loop_desc desc = {.seed = seed, .poller = poller};
+    drawn_count = 0;
+    orch_result r = orch_run_with(&desc, draw, fd);
+    CHECK_INT(r.error, 0);
+    CHECK_INT(drawn_count, DRAWN);
+    int order = 0;
+    for (int i = 0; i < drawn_count; i++) order = order * DRAWN + drawn[i];
+    return order;
+}
+
+TEST(a_seed_draws_the_order_of_ready_descriptors) {
+    static int fd[DRAWN][2];
+    int differ = 0, first = 0, made = 0;
+    while (made < DRAWN && make_pair(fd[made])) put(fd[made++][1]);
+    for (uint64_t seed = 1; seed <= 20 && made == DRAWN; seed++) {
+        int order = draw_order(seed, test_poller(), fd);
+        CHECK_INT(draw_order(seed, test_poller(), fd), order);
+        CHECK_INT(draw_order(seed, ORCH_POLLER_POLL, fd), order); // whatever the poller is
+        differ += seed > 1 && order != first;
+        first = order;
+    }
+    CHECK(differ > 15);
+    for (int i = 0; i < made; i++) close_pair(fd[i]);
 }
 
 // ---- many
@@ -456,6 +870,287 @@ TASK_TEST(registrations_come_and_go_in_any_order) {
     CHECK_INT(stats().watched, 0);
 }
 
+// ---- the loop moves itself
+
+// The system's own poller, to which the loop moves.
+static const orchi_poller_ops *other(void) {
+    const orchi_poller_ops *epoll = orchi_poller_find(ORCH_POLLER_EPOLL);
+    return epoll != NULL ? epoll : orchi_poller_find(ORCH_POLLER_KQUEUE);
+}
+
+static bool no_other(void) { return other() == NULL; }
+
+enum { CROWD = 200 };
+
+static int crowd[CROWD][2];
+static long crowd_seen[CROWD];
+
+// Each byte is counted where it comes.
+static orch_result count_bytes(void *arg) {
+    int at = (int)(intptr_t)arg;
+    char block[64];
+    fcntl(crowd[at][0], F_SETFL, O_NONBLOCK);
+    for (;;) {
+        if (join(orch_ready(crowd[at][0], ORCH_READABLE)) != ORCH_READABLE) return orch_fail(1);
+        ssize_t got = read(crowd[at][0], block, sizeof block);
+        if (got <= 0) return orch_fail(2); // ready means that there is something
+        crowd_seen[at] += got;
+    }
+}
+
+static orch_poller now_by(void) { return stats().poller; }
+
+// Looks until the loop uses that poller, with so many of all that have something at each look.
+static long crowd_until(orch_poller wanted, int ready, long sent[CROWD]) {
+    for (long i = 0; i < 20000; i++) {
+        if (now_by() == wanted) return i;
+        for (int k = 0; k < ready; k++) {
+            put(crowd[k][1]);
+            sent[k]++;
+        }
+        orch_yield();
+        orch_yield();
+        orch_sleep(0);
+    }
+    return -1;
+}
+
+static void crowd_check(const long sent[CROWD]) {
+    orch_sleep(2);
+    for (int i = 0; i < CROWD; i++) CHECK_INT(crowd_seen[i], sent[i]);
+}
+
+static orch_result move_there_and_back(void *arg) {
+    static orch_future *f[CROWD];
+    static long sent[CROWD];
+    (void)arg;
+    for (int i = 0; i < CROWD; i++) f[i] = orch_go(count_bytes, (void *)(intptr_t)i);
+    CHECK_INT(now_by(), ORCH_POLLER_POLL);
+    CHECK(crowd_until(other()->id, 1, sent) > 100); // not at once
+    crowd_check(sent);
+    CHECK_INT(stats().moves, 1);
+    CHECK(crowd_until(ORCH_POLLER_POLL, CROWD / 2, sent) > 100); // many are ready
+    crowd_check(sent);
+    CHECK(crowd_until(other()->id, 1, sent) > 100);
+    crowd_check(sent);
+    for (int i = 10; i < CROWD; i++) orch_drop(f[i]);
+    CHECK(crowd_until(ORCH_POLLER_POLL, 1, sent) > 100); // few are left
+    crowd_check(sent);
+    CHECK_INT(stats().moves, 4);
+    CHECK_INT(stats().watched, 10);
+    for (int i = 0; i < 10; i++) orch_drop(f[i]);
+    return orch_ok_int(1);
+}
+
+TEST_SKIP(the_loop_moves_to_what_fits_and_loses_nothing, no_other() || !may_open(2 * CROWD + 50)) {
+    int made = 0;
+    if (!may_open(2 * CROWD + 50)) return;
+    while (made < CROWD && make_pair(crowd[made])) made++;
+    if (made < CROWD) return;
+    orch_result r = orch_run(move_there_and_back, NULL);
+    CHECK_INT(orch_int(&r), 1);
+    orch_result_free(&r);
+    for (int i = 0; i < CROWD; i++) close_pair(crowd[i]);
+}
+
+static orch_result stay(void *arg) {
+    static long sent[CROWD];
+    (void)arg;
+    for (int i = 0; i < CROWD; i++) orch_detach(orch_go(count_bytes, (void *)(intptr_t)i));
+    for (int i = 0; i < 1000; i++) {
+        put(crowd[0][1]);
+        sent[0]++;
+        orch_sleep(0);
+    }
+    crowd_check(sent);
+    CHECK_INT(stats().moves, 0);
+    return orch_ok_int((intptr_t)now_by());
+}
+
+TEST_SKIP(a_pinned_poller_stays, !may_open(2 * CROWD + 50)) {
+    int made = 0;
+    orch_loop_desc desc = {.poller = ORCH_POLLER_POLL};
+    if (!may_open(2 * CROWD + 50)) return;
+    while (made < CROWD && make_pair(crowd[made])) made++;
+    if (made < CROWD) return;
+    orch_result r = orch_run_with(&desc, stay, NULL);
+    CHECK_INT(orch_int(&r), ORCH_POLLER_POLL);
+    orch_result_free(&r);
+    for (int i = 0; i < CROWD; i++) close_pair(crowd[i]);
+}
+
+#ifndef NDEBUG
+TEST_DIES(a_poller_that_the_system_lacks_is_refused, "orch_loop_new") {
+    orch_loop_desc desc = {.poller = no_other() ? ORCH_POLLER_EPOLL : ORCH_POLLER_KQUEUE};
+    CHECK(orch_loop_new(&desc) == NULL);
+}
+#endif
+
+// ---- guest mode
+
+typedef struct guest {
+    orch_loop *loop;
+    int fd[2];
+    bool came;
+} guest;
+
+static bool guest_open(guest *g, orch_poller poller) {
+    orch_loop_desc desc = {.poller = poller};
+    g->loop = orch_loop_new(&desc);
+    g->came = false;
+    return CHECK(g->loop != NULL) && make_pair(g->fd);
+}
+
+static void guest_close(guest *g) {
+    CHECK_INT(orch_loop_free(g->loop), 0);
+    close_pair(g->fd);
+}
+
+// What a host does each time round.
+static int guest_turn(orch_loop *loop, uint64_t most_ms) {
+    struct pollfd fds[8];
+    int count = orch_loop_pollfds(loop, fds, 8);
+    uint64_t ms = orch_loop_timeout(loop);
+    if (!CHECK(count >= 0 && count <= 8)) return -1;
+    poll(fds, (nfds_t)count, (int)(ms < most_ms ? ms : most_ms));
+    return orch_loop_dispatch(loop, fds, (size_t)count);
+}
+
+TEST(a_host_polls_for_the_loop) {
+    guest g;
+    struct pollfd fds[2] = {{-1, 0, 0}, {-1, 0, 0}};
+    if (!guest_open(&g, test_poller())) return;
+    orch_on(orch_ready(g.fd[0], ORCH_READABLE), set_true, &g.came);
+    CHECK_INT(orch_loop_pollfds(g.loop, NULL, 0), 1);
+    CHECK_INT(orch_loop_pollfds(g.loop, fds, 2), 1);
+    CHECK(fds[0].events == POLLIN && fds[1].fd == -1);
+    CHECK(orch_loop_timeout(g.loop) == UINT64_MAX);
+    CHECK_INT(orch_loop_dispatch(g.loop, fds, 1), 1);
+    CHECK(!g.came);
+    put(g.fd[1]);
+    CHECK_INT(poll(fds, 1, 1000), 1);
+    CHECK_INT(orch_loop_dispatch(g.loop, fds, 1), 0);
+    CHECK(g.came);
+    guest_close(&g);
+}
+
+TEST(a_hosts_timeout_is_the_next_timer) {
+    guest g;
+    if (!guest_open(&g, test_poller())) return;
+    orch_on(orch_after(20), set_true, &g.came);
+    uint64_t from = orch_now(), ms = orch_loop_timeout(g.loop);
+    CHECK(ms > 10 && ms <= 20);
+    CHECK_INT(orch_loop_dispatch(g.loop, NULL, 0), 1);
+    CHECK(!g.came);
+    while (!g.came && guest_turn(g.loop, 1000) == 1) continue;
+    CHECK(g.came);
+    CHECK(orch_now() - from >= 20);
+    CHECK(orch_loop_timeout(g.loop) == UINT64_MAX);
+    guest_close(&g);
+}
+
+static orch_result yield_often(void *arg) {
+    for (int i = 0; i < 1000; i++) orch_yield();
+    *(bool *)arg = true;
+    return orch_ok(NULL, NULL);
+}
+
+TEST(a_dispatch_is_one_round) {
+    guest g;
+    int rounds = 0;
+    if (!guest_open(&g, test_poller())) return;
+    CHECK_INT(orch_spawn(yield_often, &g.came), 0);
+    for (; rounds < 2000 && !g.came; rounds++) {
+        CHECK(orch_loop_timeout(g.loop) == 0);
+        CHECK(orch_loop_dispatch(g.loop, NULL, 0) >= 0);
+    }
+    CHECK(g.came && rounds >= 1000 / 128);
+    guest_close(&g);
+}
+
+TEST(a_host_hears_of_no_deadlock) {
+    guest g;
+    orch_promise p;
+    if (!guest_open(&g, test_poller())) return;
+    orch_on(orch_future_new(&p), set_true, &g.came);
+    CHECK_INT(guest_turn(g.loop, 0), 0);
+    CHECK(orch_settle(p, orch_ok(NULL, NULL))); // as the host may
+    CHECK(orch_loop_timeout(g.loop) == 0);
+    CHECK_INT(guest_turn(g.loop, 0), 0);
+    CHECK(g.came);
+    guest_close(&g);
+}
+
+// What was offered to the host is closed, and its number waited for anew, before the dispatch.
+TEST(a_hosts_event_does_not_reach_the_next_owner) {
+    guest g;
+    int next[2];
+    struct pollfd fds[1];
+    bool old = false, young = false;
+    if (!guest_open(&g, ORCH_POLLER_POLL)) return;
+    orch_on(orch_ready(g.fd[0], ORCH_READABLE), set_true, &old);
+    CHECK_INT(orch_loop_pollfds(g.loop, fds, 1), 1);
+    put(g.fd[1]);
+    CHECK_INT(poll(fds, 1, 1000), 1);
+    CHECK_INT(orch_close(g.fd[0]), 0);
+    if (!make_pair(next)) return;
+    CHECK_INT(next[0], g.fd[0]);
+    orch_on(orch_ready(next[0], ORCH_READABLE), set_true, &young);
+    CHECK_INT(orch_loop_dispatch(g.loop, fds, 1), 1);
+    CHECK(!old && !young);
+    put(next[1]);
+    while (!young && guest_turn(g.loop, 1000) == 1) continue;
+    CHECK(young);
+    CHECK_INT(orch_loop_free(g.loop), 0);
+    close(g.fd[1]);
+    close_pair(next);
+}
+
+TEST(a_hosts_nonsense_does_no_harm) {
+    guest g;
+    struct pollfd fds[3] = {{-1, POLLIN, POLLIN}, {INT32_MAX, 0, POLLIN}, {0, 0, -1}};
+    if (!guest_open(&g, ORCH_POLLER_POLL)) return;
+    orch_on(orch_ready(g.fd[0], ORCH_READABLE), set_true, &g.came);
+    CHECK_INT(orch_loop_dispatch(g.loop, fds, 3), 1);
+    CHECK(!g.came);
+    CHECK_INT(orch_loop_fd(g.loop), -ENOTSUP);
+    guest_close(&g);
+}
+
+TEST_SKIP(one_descriptor_stands_for_a_pinned_loop, no_other()) {
+    guest g;
+    if (!guest_open(&g, other()->id)) return;
+    struct pollfd one = {orch_loop_fd(g.loop), POLLIN, 0};
+    CHECK(one.fd >= 0);
+    orch_on(orch_ready(g.fd[0], ORCH_READABLE), set_true, &g.came);
+    CHECK_INT(orch_loop_dispatch(g.loop, NULL, 0), 1);
+    CHECK_INT(poll(&one, 1, 0), 0);
+    put(g.fd[1]);
+    CHECK_INT(poll(&one, 1, 1000), 1);
+    CHECK_INT(orch_loop_dispatch(g.loop, NULL, 0), 0);
+    CHECK(g.came);
+    guest_close(&g);
+}
+
+#ifndef NDEBUG
+TEST_DIES(a_dispatch_of_nothing_counted_is_refused, "orch_loop_dispatch: invalid argument") {
+    guest g;
+    if (guest_open(&g, test_poller())) orch_loop_dispatch(g.loop, NULL, 3);
+}
+
+TEST_DIES(pollfds_into_nothing_are_refused, "orch_loop_pollfds: invalid argument") {
+    guest g;
+    if (guest_open(&g, test_poller())) orch_loop_pollfds(g.loop, NULL, 3);
+}
+
+TEST_DIES(a_virtual_clock_is_no_guest, "orch_loop_dispatch: invalid argument") {
+    orch_loop_desc desc = {.clock = ORCH_CLOCK_VIRTUAL};
+    orch_loop_dispatch(orch_loop_new(&desc), NULL, 0);
+}
+
+TEST_DIES(no_loop_has_no_descriptor, "orch_loop_fd: invalid argument") { orch_loop_fd(NULL); }
+#endif
+
 // ---- who comes first
 
 static int reads;
@@ -555,7 +1250,7 @@ TEST(signals_are_invisible) {
     sigaction(SIGUSR1, &action, NULL);
     sleeper_thread = pthread_self();
     if (!make_pair(fd) || !CHECK(pthread_create(&sender, NULL, send_signals, NULL) == 0)) return;
-    orch_result r = orch_run(sleep_through_signals, fd);
+    orch_result r = run_on_poller(sleep_through_signals, fd);
     __atomic_store_n(&signals_stop, 1, __ATOMIC_RELEASE);
     pthread_join(sender, NULL);
     CHECK_INT(orch_int(&r), 1);
@@ -585,11 +1280,45 @@ TEST(a_wait_without_any_timer_outlasts_signals) {
     sigaction(SIGUSR1, &action, NULL);
     sleeper_thread = pthread_self();
     if (!make_pair(fd) || !CHECK(pthread_create(&sender, NULL, write_later, &fd[1]) == 0)) return;
-    orch_result r = orch_run(wait_without_timer, fd);
+    orch_result r = run_on_poller(wait_without_timer, fd);
     pthread_join(sender, NULL);
     CHECK_INT(orch_int(&r), ORCH_READABLE);
     orch_result_free(&r);
     close_pair(fd);
+}
+
+// ---- the loop's own descriptor
+
+static int wakes;
+
+static void on_wake(orch_loop *loop) {
+    (void)loop;
+    wakes++;
+    drain(wakes_fd[0]);
+}
+
+static orch_result sleep_and_wake(void *arg) {
+    (void)arg;
+    orch_loop_current()->on_wake = on_wake;
+    CHECK_INT(orchi_wake_watch(orch_loop_current(), wakes_fd[0]), 0);
+    CHECK_INT(stats().watched, 0);
+    put(wakes_fd[1]);
+    CHECK_INT(orch_sleep(5), 0);
+    CHECK_INT(wakes, 1);
+    put(wakes_fd[1]); // it stays armed
+    CHECK_INT(orch_sleep(5), 0);
+    CHECK_INT(wakes, 2);
+    return orch_await(orch_future_new(&(orch_promise){0})); // and is nobody's wait
+}
+
+TEST(a_wake_descriptor_is_always_watched_and_nobodys_wait) {
+    if (!make_pair(wakes_fd)) return;
+    orch_loop_desc desc = {.poller = test_poller(), .on_report = ignore_report};
+    orch_result r = orch_run_with(&desc, sleep_and_wake, NULL);
+    CHECK_INT(r.error, ORCH_EDEADLK);
+    CHECK_INT(wakes, 2);
+    orch_result_free(&r);
+    close_pair(wakes_fd);
 }
 
 // ---- what is left registered
@@ -605,7 +1334,7 @@ static orch_result leave_registered(void *arg) {
 TEST(the_end_of_the_loop_ends_all_waits) {
     int fd[2];
     if (!make_pair(fd)) return;
-    orch_result r = orch_run(leave_registered, fd);
+    orch_result r = run_on_poller(leave_registered, fd);
     CHECK_INT(orch_int(&r), 1);
     orch_result_free(&r);
     close_pair(fd);

@@ -7,14 +7,17 @@ bad=0
 total=0
 log=$(mktemp)
 trap 'rm -f "$log"' EXIT
-curl=
-! pkg-config --exists libcurl 2>/dev/null || curl="-DHAVE_CURL $(pkg-config --cflags libcurl)"
+libraries=
+! pkg-config --exists libcurl 2>/dev/null || libraries="-DHAVE_CURL $(pkg-config --cflags libcurl)"
+! pkg-config --exists glib-2.0 2>/dev/null ||
+    libraries="$libraries -DHAVE_GLIB $(pkg-config --cflags glib-2.0)"
+! pkg-config --exists libuv 2>/dev/null || libraries="$libraries -DHAVE_UV $(pkg-config --cflags libuv)"
 for cc in gcc clang; do
     command -v $cc >/dev/null || { echo "no $cc"; [ $bad = 1 ] || bad=77; continue; }
     for file in examples/*.c bench/*.c tests/test_*.c; do
         total=$((total + 1))
         # shellcheck disable=SC2086
-        $cc -std=gnu99 -O1 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror $curl -S "$file" \
+        $cc -std=gnu99 -O1 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror $libraries -S "$file" \
             -o /dev/null >"$log" 2>&1 || { echo "$cc $file"; cat "$log"; bad=1; }
     done
 done

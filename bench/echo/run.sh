@@ -1,0 +1,110 @@
+#!/bin/sh
+# An echo of 64 bytes, side by side: sh bench/echo/run.sh [folder for the programs] [peer...]
+#
+# For each row (busy connections : idle ones) all servers are up, and take turns under the load of
+# one client, see client.c. The ratios are to the better of the bare servers on poll(2) and epoll,
+# in requests a second, and in processor time for a request, which other work on the machine spoils
+# less. The servers have one processor and the client another. From the environment:
+#   ECHO_SECONDS  of each run, of which the second half counts (1; the issue's figures: 10)
+#   ECHO_ROUNDS   5
+#   ECHO_ROWS     '100:0 1000:0 10000:0 10:10000'
+#   ECHO_SERVERS  instead of the bare ones, asyncorch under each poller, and the peers
+set -eu
+
+here=$(dirname "$0")
+dir=${1:-.build/bench/echo}
+[ $# -eq 0 ] || shift
+seconds=${ECHO_SECONDS:-1}
+rounds=${ECHO_ROUNDS:-5}
+work=$(mktemp -d)
+running=
+trap 'kill $running 2>/dev/null; rm -rf "$work"' EXIT
+trap 'exit 1' INT TERM
+
+sh "$here/build.sh" "$dir" "$@"
+servers="poll epoll asyncorch-poll asyncorch-epoll asyncorch"
+for peer; do [ ! -x "$dir/$peer" ] || servers="$servers $peer"; done
+servers=${ECHO_SERVERS:-$servers}
+
+on=
+other=
+if command -v taskset >/dev/null && [ "$(nproc)" -gt 1 ]; then
+    on='taskset -c 0'
+    other='taskset -c 1'
+fi
+
+# Starts the servers named, each on two ports of its own. What the client is to know: in $targets.
+start() {
+    port=$((20000 + $$ % 500 * 20))
+    running=
+    targets=
+    for name; do
+        program=${name%%-*}
+        mode=${name#"$program"}
+        $on "$dir/$program" $port ${mode#-} &
+        running="$running $!"
+        targets="$targets $name,$port,$!"
+        [ "$program" != asyncorch ] || targets="$targets,$((port + 1))"
+        port=$((port + 2))
+    done
+}
+
+stop() {
+    # shellcheck disable=SC2086
+    { kill $running && wait $running; } 2>/dev/null || true
+    running=
+}
+
+# What a request of a server costs in system calls, counted in the middle of a run under strace.
+count_calls() {
+    start "$1"
+    { sleep 1; timeout -s INT 1 strace -c -f -o "$work/calls" -p $running 2>/dev/null || true; } &
+    counter=$!
+    $other "$dir/client" -b 100 -t 3 -r 1 $targets >/dev/null
+    wait $counter || true
+    stop
+    awk -v name="$1" '
+        $NF == "sendto" { sends = $4 }
+        $4 ~ /^[0-9]+$/ && $NF != "total" { calls[$NF] = $4; order[++n] = $NF }
+        END {
+            printf "echo calls %s:", name
+            for (i = 1; i <= n && sends; i++)
+                printf "%s %s %.3f", (i > 1 ? "," : ""), order[i], calls[order[i]] / sends
+            print (sends ? " each request" : " not counted")
+        }' "$work/calls"
+}
+
+echo "machine: $(uname -sm), $(nproc) processors," \
+    "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)," \
+    "load $(cut -d ' ' -f 1 /proc/loadavg), medians of $rounds runs of $seconds s"
+for row in ${ECHO_ROWS:-100:0 1000:0 10000:0 10:10000}; do
+    start $servers
+    $other "$dir/client" -b "${row%:*}" -i "${row#*:}" -t "$seconds" -r "$rounds" $targets \
+        >"$work/row" || echo "bench: no figures of $row" >&2
+    stop
+    cat "$work/row"
+    cat "$work/row" >>"$work/all"
+done
+for name in $servers; do
+    case $name in poll | epoll | asyncorch*) ;; *) continue ;; esac
+    ! command -v strace >/dev/null || count_calls "$name"
+done
+
+# The table: ratio of requests a second / of processor time.
+echo
+awk '
+    { sub(/:$/, "", $3)
+      first = $0; sub(/.*second, ratio /, "", first)
+      second = $0; sub(/.*each, ratio /, "", second)
+      cell[$3, $2] = substr(first, 1, 4) " / " substr(second, 1, 4)
+      if (!($3 in seen)) { seen[$3] = 1; order[++count] = $3 }
+      if (!($2 in known)) { known[$2] = 1; rows[++width] = $2 } }
+    END {
+        printf "%-16s", "busy:idle"
+        for (k = 1; k <= width; k++) printf " %12s", rows[k]
+        for (i = 1; i <= count; i++) {
+            printf "\n%-16s", order[i]
+            for (k = 1; k <= width; k++) printf " %12s", cell[order[i], rows[k]]
+        }
+        print ""
+    }' "$work/all"
