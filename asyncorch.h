@@ -137,7 +137,8 @@
 // 0 is success, negative is -errno or ORCH_E..., positive is yours. Rejections can carry a message
 // (orch_failf) that orch_message finds. A detached future that is rejected and seen by nobody is
 // reported to on_unhandled. When everything is blocked for good, orch_run returns ORCH_EDEADLK and
-// reports who awaits what.
+// reports who awaits what: tasks by name, combinators and scopes with what is open in them.
+// orch_loop_dump says the same of a running program.
 //
 // 9. Misuse
 //
@@ -14745,14 +14746,11 @@ static int orchi_call_error(const orch_task_desc *desc, const char *function) {
 
 enum { ORCHI_CALL_WORDS = 64 }; // blocks up to this size are built without an allocation
 
-/* So that the argument's copy is aligned for any type, as its block is. */
-static size_t orchi_call_align(size_t size) { return (size + 15) / 16 * 16; }
-
 /* Builds the block: head, argument, more. */
 static void orchi_call_fill(char *block, orchi_call *head, size_t size, const orch_task_desc *desc,
                             const void *more, size_t more_size) {
-    head->copied = desc->arg_size > 0 ? orchi_call_align(size) : 0;
-    head->more = orchi_call_align(size) + desc->arg_size;
+    head->copied = desc->arg_size > 0 ? orchi_state_end(size) : 0;
+    head->more = orchi_state_end(size) + desc->arg_size;
     memcpy(block, head, size);
     if (desc->arg_size > 0) memcpy(block + head->copied, desc->arg, desc->arg_size);
     if (more_size > 0) memcpy(block + head->more, more, more_size);
@@ -14763,7 +14761,7 @@ static void orchi_call_fill(char *block, orchi_call *head, size_t size, const or
 static orch_future *orchi_call_go(const orch_task_desc *desc, orch_task_fn guard, orchi_call *head,
                                   size_t size, const void *more, size_t more_size) {
     uint64_t few[ORCHI_CALL_WORDS];
-    size_t total = orchi_call_align(size) + desc->arg_size + more_size;
+    size_t total = orchi_state_end(size) + desc->arg_size + more_size;
     head->fn = desc->fn;
     head->arg = desc->arg;
     head->release = desc->release;

@@ -4,14 +4,14 @@
 // The cases of tasks run without a seed and then with each of test_seeds() seeds (TEST_SEEDS=200,
 // default 20), each twice: both runs of a seed must leave the same trace.
 //
-//     adopted behaviour                                  known from                    case
-//     time jumps to the next timer when all is blocked   Trio MockClock, Tokio pause   a_sleep_takes
-//     ... and starts at 0                                Tokio, synctest (2000-01-01)  time_starts
-//     real input is looked at before time jumps          Tokio (never), Trio           input_comes
-//     a clock can be plugged in                          Trio Clock, libuv (asked)     own_clock_*
-//     order of ready work from a seed, replayed by it    FoundationDB, Loom, Shuttle   seeds_*
-//     a deadlock is an error that names who waits        Go runtime, synctest          deadlock_*
-//     a waiter that is gone gets nothing                 Go select, Trio checkpoints   wanted_*
+//     adopted behaviour                                 known from                    case
+//     time jumps to the next timer when all is blocked  Trio MockClock, Tokio pause   a_sleep_takes
+//     ... and starts at 0                               Tokio, synctest (2000-01-01)  time_starts
+//     real input is looked at before time jumps         Tokio (never), Trio           input_comes
+//     a clock can be plugged in                         Trio Clock, libuv (asked)     own_clock_*
+//     order of ready work from a seed, replayed by it   FoundationDB, Loom, Shuttle   seeds_*
+//     a deadlock is an error that names who waits       Go runtime, synctest          deadlock_*
+//     a waiter that is gone gets nothing                Go select, Trio checkpoints   wanted_*
 #include "../asyncorch.h"
 #include "test.h"
 
