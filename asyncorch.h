@@ -937,6 +937,7 @@ typedef struct orch_loop_stats {
     uint64_t turns;     // turns run
     uint64_t polls;     // system calls that looked for descriptors or slept
     uint64_t resumes;   // tasks resumed and callbacks run
+    uint64_t wakes;     // times another thread woke it from its sleep
     orch_guard guard;   // the weakest guard in force
     orch_poller poller; // the poller in force
     uint64_t moves;     // changes from one poller to another
@@ -2383,6 +2384,17 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #define ORCHI_TSAN 0
 #endif
 
+#if ORCHI_OS_LINUX
+#include <sys/eventfd.h>
+#endif
+
+#if ORCHI_OS_MACOS // has only those with a name
+#define ORCHI_SEMAPHORES 0
+#else
+#define ORCHI_SEMAPHORES 1
+#include <semaphore.h>
+#endif
+
 #if ORCHI_HAS_INCLUDE(<execinfo.h>)
 #include <execinfo.h>
 #define ORCHI_BACKTRACE 1
@@ -2486,6 +2498,7 @@ typedef enum orchi_kind_id {
     ORCHI_DONE,     // settled
     ORCHI_ON,       // settled, with an orch_on callback to run
     ORCHI_EXTRA,    // not a future: 48 bytes of memory for a layer
+    ORCHI_MAIL,     // not a future: what other threads have sent, see >>inbox
     ORCHI_KINDS
 } orchi_kind_id;
 
@@ -2761,6 +2774,12 @@ struct orch_loop {
     size_t slots;              // in all pages
     struct orchi_trash *trash; // what this context is freeing, see orchi_retire
     bool stopping;
+    struct orchi_inbox *inbox;
+    struct orchi_letter *letters, *letters_last; // taken, and to be opened
+    orch_future mail;                            // stands for them in the ready ring
+    struct orch_remote *remotes;                 // that are out
+    struct orchi_visit *visits;                  // tasks for another loop
+    void (*wake_open)(orch_loop *loop);          // makes what wakes a sleeping loop
     orch_future *until; // orch_run: a turn does not sleep when this has settled
     bool running;       // inside a turn
     orchi_timers timers;
@@ -3023,7 +3042,8 @@ static void orchi_unpoison_range(void *p, size_t n) {
 static orchi_region *orchi_region_new(orch_loop *loop) {
     size_t count = loop->regions == NULL ? 16 : loop->regions->count * 2;
     if (count > 256) count = 256;
-    if (!orchi_ring_reserve(loop, loop->slots + count * ORCHI_PAGE_SLOTS)) return NULL;
+    size_t slots = loop->slots + count * ORCHI_PAGE_SLOTS;
+    if (!orchi_ring_reserve(loop, slots + 1)) return NULL; // and `mail`
     size_t bytes = sizeof(orchi_region) + (count + 1) * ORCHI_PAGE;
     orchi_region *region = (orchi_region *)orchi_allocate(loop, bytes);
     if (region == NULL) return NULL;
@@ -3034,7 +3054,7 @@ static orchi_region *orchi_region_new(orch_loop *loop) {
     region->bytes = bytes;
     region->next = loop->regions;
     loop->regions = region;
-    loop->slots += count * ORCHI_PAGE_SLOTS;
+    loop->slots = slots;
     return region;
 }
 
@@ -4114,6 +4134,7 @@ static int orchi_epoll_set(orchi_poller *p, int fd, int events) {
     int error = orchi_epoll_control(p, known ? EPOLL_CTL_MOD : EPOLL_CTL_ADD, fd, events);
     if (error == -ENOENT) {
         watch->generation++;
+        watch->hints = 0;
         error = orchi_epoll_control(p, EPOLL_CTL_ADD, fd, events);
     } else if (error == -EEXIST) {
         error = orchi_epoll_control(p, EPOLL_CTL_MOD, fd, events);
@@ -4124,11 +4145,14 @@ static int orchi_epoll_set(orchi_poller *p, int fd, int events) {
     return 0;
 }
 
-/* When that fails, the number was closed before, and perhaps used again: an event that comes all the
- * same is of an earlier generation. */
+/* When that fails, the number was closed before, and perhaps used again: an event that comes all
+ * the same is of an earlier generation. */
 static int orchi_epoll_remove(orchi_poller *p, int fd) {
     orchi_watch *watch = &p->watches[fd];
-    if (epoll_ctl(p->queue, EPOLL_CTL_DEL, fd, NULL) != 0) watch->generation++;
+    if (epoll_ctl(p->queue, EPOLL_CTL_DEL, fd, NULL) != 0) {
+        watch->generation++;
+        watch->hints = 0;
+    }
     watch->armed = 0;
     p->count--;
     return 0;
@@ -4549,6 +4573,409 @@ static void orchi_timers_fire(orch_loop *loop, uint64_t now) {
 }
 
 // ------------------------------------------------------------------------------------------------
+// >>inbox
+//
+// What other threads leave for a loop: letters, each with a function that opens it on the loop's
+// thread. Invariants:
+//   - An inbox comes from malloc and is counted, as those who hold one outlive the loop. Everything
+//     in it is guarded by its mutex; the list of all inboxes by one for the process, which is taken
+//     first.
+//   - A letter has its memory before it is put in: putting cannot fail, but for a loop that is
+//     gone.
+//   - The loop takes all letters at once and opens them from the ready ring, in which `mail` stands
+//     for them: in their order, and in turn with what else is ready.
+//   - A sleeping loop is woken through a descriptor, once: whoever finds it asleep and not woken
+//     yet writes. A loop that never sleeps has none.
+//   - After closing nothing is put in any more. What was put in before has been opened.
+// Left out: a list without locks. Two uncontended locks a sleep cost less than a tenth of it, and
+// every tool can check them. Only `posted` is read without: a hint that saves a busy loop the lock.
+
+typedef struct orchi_letter {
+    struct orchi_letter *next;
+    void (*open)(orch_loop *loop, struct orchi_letter *letter); // and free it
+    bool in;                                                    // it was put in
+} orchi_letter;
+
+typedef struct orchi_inbox {
+    pthread_mutex_t mutex;
+    orch_loop *loop;          // its name: others do not look into it
+    struct orchi_inbox *next; // of all loops
+    uint32_t holders;
+    bool ending;      // only answers are put in: nothing new
+    bool closed;      // nothing is
+    bool asleep;      // the loop sleeps, or is about to
+    bool woken;       // and a wake-up is on its way
+    int posted;       // atomic: there are letters
+    int ends[2];      // to read and to write; -1: none was needed yet
+    uint32_t writers; // that wake the loop just now
+    bool left;        // the loop has gone
+    uint64_t wakes;
+    orchi_letter *first, *last;
+} orchi_inbox;
+
+struct orch_remote {
+    orchi_letter letter;  // first
+    orchi_inbox *inbox;   // held
+    orch_promise promise; // for the loop's thread
+    orch_result result;
+    orch_remote **place; // what points to it in the loop's list; NULL: it is out
+    orch_remote *next;
+    bool lent; // to a thread of this file's: after a fork it does not come back
+};
+
+// The only state of the process, with the pool's in >>thread, and what a signal handler needs.
+static struct {
+    pthread_mutex_t mutex;
+    orchi_inbox *inboxes; // of all loops
+    orchi_inbox *spare;   // of none
+    bool forks;           // the handlers are installed
+} orchi_shared = {PTHREAD_MUTEX_INITIALIZER, NULL, NULL, false};
+
+// A post from thread 2 to the loop of thread 1, which has nothing to do:
+//
+//     1  orchi_doze        no letter: asleep; makes the descriptor the first time
+//     1  the poller        sleeps
+//     2  orch_post         a letter; the loop is asleep, so it is woken: one write
+//     2  orch_post         a second letter; it was woken: no write
+//     1  the poller        the descriptor is ready: one read
+//     1  orchi_inbox_take  awake; both letters; `mail` is queued
+//     1  the round         opens both: two callbacks
+
+// ---- the wake-up
+
+#if ORCHI_OS_LINUX
+static bool orchi_wake_pair(int *ends) {
+    ends[0] = ends[1] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+    return ends[0] >= 0;
+}
+static void orchi_wake_close_pair(const int *ends) { close(ends[0]); }
+#else
+static bool orchi_wake_pair(int *ends) {
+    if (pipe(ends) != 0) return false;
+    for (int i = 0; i < 2; i++) {
+        fcntl(ends[i], F_SETFD, FD_CLOEXEC);
+        fcntl(ends[i], F_SETFL, O_NONBLOCK);
+    }
+    return true;
+}
+static void orchi_wake_close_pair(const int *ends) {
+    close(ends[0]);
+    close(ends[1]);
+}
+#endif
+
+/* The loop was woken: eight bytes of an eventfd, or as many wake-ups of a pipe. */
+static void orchi_wake_drain(orch_loop *loop) {
+    uint64_t count;
+    if (read(loop->inbox->ends[0], &count, sizeof count) < 0) return;
+}
+
+/* The last that uses the descriptor closes it: the loop when it goes, or who just wakes it. */
+static void orchi_wake_close(orchi_inbox *inbox) {
+    if (!inbox->left || inbox->writers > 0 || inbox->ends[0] < 0) return;
+    orchi_wake_close_pair(inbox->ends);
+    inbox->ends[0] = inbox->ends[1] = -1;
+}
+
+/* The last holder keeps it for the next loop: a mutex that another thread has just unlocked is not
+ * destroyed, as that thread may still be at it. There are as many as there ever were loops at a
+ * time, and remotes without one. */
+static void orchi_inbox_release(orchi_inbox *inbox) {
+    pthread_mutex_lock(&inbox->mutex);
+    bool last = --inbox->holders == 0;
+    pthread_mutex_unlock(&inbox->mutex);
+    if (!last) return;
+    pthread_mutex_lock(&orchi_shared.mutex);
+    inbox->next = orchi_shared.spare;
+    orchi_shared.spare = inbox;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+}
+
+/* Without the lock: the loop may run at once on another processor, and would have to wait for it. A
+ * full pipe is as good as one more byte. */
+static void orchi_wake(orchi_inbox *inbox, int end) {
+    uint64_t one = 1;
+    bool written = end >= 0 && write(end, &one, sizeof one) > 0;
+    (void)written;
+    pthread_mutex_lock(&inbox->mutex);
+    inbox->writers--;
+    orchi_wake_close(inbox);
+    pthread_mutex_unlock(&inbox->mutex);
+    orchi_inbox_release(inbox);
+}
+
+// ---- putting letters in
+
+/* The inbox is locked, and is not when this returns. `fresh`: asks for something new. False when the
+ * loop does not take it (any more); the letter is the caller's then. */
+static bool orchi_inbox_put_locked(orchi_inbox *inbox, orchi_letter *letter, bool fresh) {
+    bool open = !inbox->closed && !(fresh && inbox->ending),
+         wakes = open && inbox->asleep && !inbox->woken;
+    int end = inbox->ends[1];
+    if (open) {
+        letter->next = NULL;
+        letter->in = true;
+        if (inbox->first != NULL) inbox->last->next = letter;
+        else inbox->first = letter;
+        inbox->last = letter;
+        __atomic_store_n(&inbox->posted, 1, __ATOMIC_RELAXED);
+    }
+    if (wakes) {
+        inbox->woken = true;
+        inbox->wakes++;
+        inbox->writers++;
+        inbox->holders++;
+    }
+    pthread_mutex_unlock(&inbox->mutex);
+    if (wakes) orchi_wake(inbox, end);
+    return open;
+}
+
+static bool orchi_inbox_put(orchi_inbox *inbox, orchi_letter *letter) {
+    pthread_mutex_lock(&inbox->mutex);
+    return orchi_inbox_put_locked(inbox, letter, false);
+}
+
+/* The inbox of a loop, locked; NULL when there is no such loop (any more). */
+static orchi_inbox *orchi_inbox_find(const orch_loop *loop) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_inbox *inbox = orchi_shared.inboxes;
+    while (inbox != NULL && inbox->loop != loop) inbox = inbox->next;
+    if (inbox != NULL) pthread_mutex_lock(&inbox->mutex);
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    return inbox;
+}
+
+static orchi_inbox *orchi_inbox_hold(orchi_inbox *inbox) {
+    pthread_mutex_lock(&inbox->mutex);
+    inbox->holders++;
+    pthread_mutex_unlock(&inbox->mutex);
+    return inbox;
+}
+
+// ---- what the loop does
+
+/* Whether there may be letters. */
+static inline bool orchi_inbox_posted(const orch_loop *loop) {
+    return __atomic_load_n(&loop->inbox->posted, __ATOMIC_RELAXED) != 0;
+}
+
+/* Takes all letters, awake from now on, and queues what opens them. */
+ORCHI_NO_INLINE static void orchi_inbox_take(orch_loop *loop) {
+    orchi_inbox *inbox = loop->inbox;
+    pthread_mutex_lock(&inbox->mutex);
+    orchi_letter *first = inbox->first, *last = inbox->last;
+    inbox->first = inbox->last = NULL;
+    inbox->asleep = inbox->woken = false;
+    __atomic_store_n(&inbox->posted, 0, __ATOMIC_RELAXED);
+    pthread_mutex_unlock(&inbox->mutex);
+    if (first == NULL) return;
+    if (loop->letters != NULL) loop->letters_last->next = first;
+    else loop->letters = first;
+    loop->letters_last = last;
+    orchi_push(loop, &loop->mail);
+}
+
+static uint64_t orchi_inbox_wakes(const orch_loop *loop) {
+    pthread_mutex_lock(&loop->inbox->mutex);
+    uint64_t wakes = loop->inbox->wakes;
+    pthread_mutex_unlock(&loop->inbox->mutex);
+    return wakes;
+}
+
+enum { ORCHI_NAP_NS = 10000000 };
+
+/* Before a sleep: says that there is somebody to wake. Returns how long it may be, which is 0 when
+ * a letter has come. */
+static uint64_t orchi_doze(orch_loop *loop, uint64_t ns) {
+    orchi_inbox *inbox = loop->inbox;
+    if (ORCHI_UNLIKELY(inbox->ends[0] < 0)) loop->wake_open(loop);
+    pthread_mutex_lock(&inbox->mutex);
+    inbox->asleep = inbox->first == NULL;
+    bool asleep = inbox->asleep;
+    pthread_mutex_unlock(&inbox->mutex);
+    if (!asleep) return 0;
+    return inbox->ends[0] >= 0 || ns < ORCHI_NAP_NS ? ns : ORCHI_NAP_NS;
+}
+
+/* Opens letters from the ready ring; the rest when its turn comes again. It has no page that would
+ * name its loop, which is this thread's. */
+static void orchi_mail_run(orch_future *mail) {
+    orch_loop *loop = orchi_loop;
+    for (int n = 0; n < ORCHI_BUDGET && loop->letters != NULL; n++) {
+        orchi_letter *letter = loop->letters;
+        loop->letters = letter->next;
+        loop->budget--;
+        letter->open(loop, letter);
+    }
+    if (loop->letters != NULL) orchi_push(loop, mail);
+}
+
+// ---- remotes
+//
+// A loop knows its remotes, as it must not call itself deadlocked while one can bring something.
+// One whose promise has settled brings nothing: it is taken out when it is met.
+
+static void orchi_remote_out(orch_remote *remote) {
+    if (remote->place == NULL) return;
+    *remote->place = remote->next;
+    if (remote->next != NULL) remote->next->place = remote->place;
+    remote->place = NULL;
+}
+
+static void orchi_remote_in(orch_loop *loop, orch_remote *remote) {
+    remote->next = loop->remotes;
+    remote->place = &loop->remotes;
+    if (remote->next != NULL) remote->next->place = &remote->next;
+    loop->remotes = remote;
+}
+
+/* Whether a thread can still settle something here. Each that cannot is met once. */
+static bool orchi_remotes_wait(orch_loop *loop) {
+    orch_remote *remote = loop->remotes;
+    while (remote != NULL) {
+        const orch_future *f = remote->promise.future;
+        if (f->generation == remote->promise.generation && f->kind == ORCHI_PROMISE) return true;
+        orchi_remote_out(remote);
+        remote = loop->remotes;
+    }
+    return false;
+}
+
+// ---- the life of an inbox
+
+// Around a fork all inboxes and the list of them are locked, so that the child finds them whole.
+// There, no other thread is left: their loops are gone. Its own loop has to make a descriptor of its
+// own before it sleeps, as this one is the parent's too.
+
+static void orchi_fork_prepare(void) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    for (orchi_inbox *i = orchi_shared.inboxes; i != NULL; i = i->next) {
+        pthread_mutex_lock(&i->mutex);
+    }
+}
+
+static void orchi_fork_parent(void) {
+    for (orchi_inbox *i = orchi_shared.inboxes; i != NULL; i = i->next) {
+        pthread_mutex_unlock(&i->mutex);
+    }
+    pthread_mutex_unlock(&orchi_shared.mutex);
+}
+
+static void orchi_wake_unwatch(orch_loop *loop, int fd) {
+    loop->poller.watches[fd].hints = 0;
+    if (loop->poller.ops == &orchi_poll_ops) orchi_poll_update(loop, fd, true);
+}
+
+static void orchi_wake_forget(orchi_inbox *inbox) {
+    if (inbox->ends[0] < 0) return;
+    orchi_wake_close_pair(inbox->ends);
+    if (inbox->loop == orchi_loop) orchi_wake_unwatch(orchi_loop, inbox->ends[0]);
+    inbox->ends[0] = inbox->ends[1] = -1;
+    inbox->asleep = inbox->woken = false;
+    inbox->writers = 0;
+}
+
+static void orchi_fork_child(void) {
+    orchi_inbox *all = orchi_shared.inboxes;
+    orchi_shared.inboxes = NULL;
+    for (orchi_inbox *i = all, *next; i != NULL; i = next) {
+        next = i->next;
+        i->next = NULL;
+        i->closed = i->closed || i->loop != orchi_loop;
+        if (i->loop == orchi_loop) orchi_shared.inboxes = i;
+        orchi_wake_forget(i);
+        pthread_mutex_unlock(&i->mutex);
+    }
+    pthread_mutex_unlock(&orchi_shared.mutex);
+}
+
+/* helgrind takes a relaxed read for a race: it is told to leave the flag alone (its client request
+ * ARANGE_MAKE_UNTRACKED). */
+enum { ORCHI_HELGRIND_UNTRACKED = 0x48470127 };
+
+static orchi_inbox *orchi_inbox_make(void) {
+    orchi_inbox *inbox = (orchi_inbox *)calloc(1, sizeof *inbox);
+    if (inbox == NULL) return NULL;
+    pthread_mutex_init(&inbox->mutex, NULL);
+    uintptr_t request[6] = {
+        ORCHI_HELGRIND_UNTRACKED, (uintptr_t)&inbox->posted, sizeof inbox->posted, 0, 0, 0};
+    orchi_valgrind_request(request);
+    return inbox;
+}
+
+/* One that was used before, or a new one. */
+static orchi_inbox *orchi_inbox_take_spare(void) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_inbox *inbox = orchi_shared.spare;
+    if (inbox != NULL) orchi_shared.spare = inbox->next;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    return inbox != NULL ? inbox : orchi_inbox_make();
+}
+
+static void orchi_inbox_init(orchi_inbox *inbox, orch_loop *loop) {
+    pthread_mutex_lock(&inbox->mutex);
+    inbox->loop = loop;
+    inbox->holders = 1;
+    inbox->ending = inbox->closed = inbox->left = false;
+    inbox->asleep = inbox->woken = false;
+    inbox->ends[0] = inbox->ends[1] = -1;
+    inbox->wakes = 0;
+    pthread_mutex_unlock(&inbox->mutex);
+}
+
+/* Makes a loop's inbox and enters it into the list. */
+static int orchi_inbox_new(orch_loop *loop) {
+    orchi_inbox *inbox = orchi_inbox_take_spare();
+    if (inbox == NULL) return ORCH_ENOMEM;
+    orchi_inbox_init(inbox, loop);
+    loop->inbox = inbox;
+    loop->mail.kind = ORCHI_MAIL;
+    loop->on_wake = orchi_wake_drain;
+    pthread_mutex_lock(&orchi_shared.mutex);
+    if (!orchi_shared.forks) {
+        orchi_shared.forks =
+            pthread_atfork(orchi_fork_prepare, orchi_fork_parent, orchi_fork_child) == 0;
+    }
+    inbox->next = orchi_shared.inboxes;
+    orchi_shared.inboxes = inbox;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    return 0;
+}
+
+/* The loop is about to end, or lives on after all. */
+static void orchi_inbox_ending(orch_loop *loop, bool ending) {
+    pthread_mutex_lock(&loop->inbox->mutex);
+    loop->inbox->ending = ending;
+    loop->inbox->closed = false;
+    pthread_mutex_unlock(&loop->inbox->mutex);
+}
+
+/* From now on nothing is put in. What was put in before is taken. */
+static void orchi_inbox_close(orch_loop *loop) {
+    pthread_mutex_lock(&loop->inbox->mutex);
+    loop->inbox->closed = true;
+    pthread_mutex_unlock(&loop->inbox->mutex);
+    orchi_inbox_take(loop);
+}
+
+/* The loop goes. Whether it was the last one. */
+static bool orchi_inbox_leave(orch_loop *loop) {
+    orchi_inbox *inbox = loop->inbox, **at = &orchi_shared.inboxes;
+    pthread_mutex_lock(&orchi_shared.mutex);
+    while (*at != inbox) at = &(*at)->next;
+    *at = inbox->next;
+    bool last = orchi_shared.inboxes == NULL;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    pthread_mutex_lock(&inbox->mutex);
+    inbox->left = true;
+    orchi_wake_close(inbox);
+    pthread_mutex_unlock(&inbox->mutex);
+    orchi_inbox_release(inbox);
+    return last;
+}
+
+// ------------------------------------------------------------------------------------------------
 // >>loop
 //
 // A turn is a round of ready work, then a look: stamp new timers, ask the poller, fire what is due.
@@ -4676,6 +5103,8 @@ static int orchi_poll(orch_loop *loop, uint64_t ns) {
     orchi_poller *p = &loop->poller;
     bool idle = orchi_ring_empty(loop);
     uint64_t generation = loop->generation;
+    bool sleeps = ns > 0;
+    if (sleeps) ns = orchi_doze(loop, ns);
     loop->stats.polls++;
     p->looked_at += p->count;
     int error = p->ops->wait(loop, ns);
@@ -4689,6 +5118,7 @@ static int orchi_poll(orch_loop *loop, uint64_t ns) {
         p->woken = false;
         loop->on_wake(loop);
     }
+    if (sleeps) orchi_inbox_take(loop);
     return error;
 }
 
@@ -4735,10 +5165,12 @@ static int orchi_sleep(orch_loop *loop, uint64_t now, uint64_t ns) {
 
 /* The same on a virtual clock: descriptors are looked at once, and with nothing ready still the
  * time has passed. Only without a timer the sleep is real, as nothing but a descriptor can end it;
- * and without either, the last timer is one for the end of time. */
-static int orchi_jump(orch_loop *loop, uint64_t ns) {
+ * and without either, the last timer is one for the end of time. While threads work for the loop,
+ * the sleep is real and time stands still. */
+static int orchi_jump(orch_loop *loop, uint64_t ns, uint64_t limit) {
     bool watched = loop->stats.watched > 0;
     loop->ticked = orchi_resumes(loop);
+    if (orchi_remotes_wait(loop)) return watched || limit > 0 ? orchi_poll(loop, limit) : 0;
     int error = watched ? orchi_poll(loop, ns == UINT64_MAX ? ns : 0) : 0;
     if (error != 0 || !orchi_ring_empty(loop) || (watched && ns == UINT64_MAX)) return error;
     loop->now = ns < UINT64_MAX - loop->now ? loop->now + ns : UINT64_MAX;
@@ -4753,14 +5185,15 @@ static int orchi_look_idle(orch_loop *loop, uint64_t limit) {
     uint64_t sleep = next == UINT64_MAX ? UINT64_MAX : next > now ? next - now : 0;
     if (sleep > limit) sleep = limit;
     bool jumps = loop->desc.clock == ORCH_CLOCK_VIRTUAL;
-    int error = jumps ? orchi_jump(loop, sleep) : orchi_sleep(loop, now, sleep);
+    int error = jumps ? orchi_jump(loop, sleep, limit) : orchi_sleep(loop, now, sleep);
     orchi_timers_fire(loop, sleep > 0 ? orchi_now(loop) : now);
     return error;
 }
 
 /* Whether anything is left that could make work ready. */
-static bool orchi_can_wake(const orch_loop *loop) {
-    return !orchi_ring_empty(loop) || loop->timers.count > 0 || loop->stats.watched > 0;
+static bool orchi_can_wake(orch_loop *loop) {
+    return !orchi_ring_empty(loop) || loop->timers.count > 0 || loop->stats.watched > 0 ||
+           orchi_inbox_posted(loop) || orchi_remotes_wait(loop);
 }
 
 /* One turn. Returns 1 when there is more to do, 0 when nothing can wake the loop, or an error. */
@@ -4769,6 +5202,7 @@ static int orchi_turn(orch_loop *loop, uint64_t limit) {
     loop->stats.turns++;
     if (ORCHI_UNLIKELY(loop->desc.seed != 0)) orchi_shuffle(loop);
     orchi_round(loop);
+    if (ORCHI_UNLIKELY(orchi_inbox_posted(loop))) orchi_inbox_take(loop);
     int error = 0;
     bool leave = loop->stopping || (loop->until != NULL && orchi_settled(loop->until));
     if (leave) limit = 0;
@@ -4886,6 +5320,7 @@ orch_loop_stats orch_loop_statistics(const orch_loop *loop) {
     stats.poller = loop->poller.ops->id;
     stats.futures = orchi_live((orch_loop *)(uintptr_t)loop); // visits slots, changes none
     stats.resumes = orchi_resumes(loop);
+    stats.wakes = orchi_inbox_wakes(loop);
     return stats;
 }
 
@@ -6601,7 +7036,6 @@ static ORCHI_INLINE void orchi_fetch_ahead(const orch_loop *loop) {
     const orch_future *first = ring->items[ring->head & ring->mask];
     const orch_future *second = ring->items[(ring->head + 1) & ring->mask];
     if (first->kind != ORCHI_TASK || second->kind != ORCHI_TASK) return;
-    __builtin_prefetch(second->as.task.task, 1);
     const orch_task *next = first->as.task.task;
     const char *sp = (const char *)next->context.sp;
     for (int i = 0; i < ORCHI_FETCHED; i++) __builtin_prefetch(sp + 64 * i, 1);
@@ -8007,6 +8441,18 @@ int orch_close(int fd) {
     return close(fd) == 0 || errno == EINTR ? 0 : -errno;
 }
 
+/* A descriptor that wakes the loop from its sleep, until it is closed with orch_close: whenever it
+ * is readable, loop->on_wake is called, after the look and outside the poller. It is nobody's wait:
+ * with nothing else to wait for the loop ends, or is deadlocked. */
+static inline int orchi_wake_watch(orch_loop *loop, int fd) {
+    int error = orchi_watch_own(loop, fd);
+    if (error != 0) return error;
+    loop->poller.watches[fd].hints |= ORCHI_WAKE;
+    error = loop->poller.ops->update(loop, fd, false);
+    if (error != 0) loop->poller.watches[fd].hints = 0;
+    return error;
+}
+
 // ---- calls
 //
 // A call of a task is an attempt: a function that makes the system call and returns what came of
@@ -8066,8 +8512,32 @@ static bool orchi_no_memory_at(const void *data, size_t size) {
     return (data == NULL && size > 0) || size > PTRDIFF_MAX;
 }
 
-/* A wait of a task for one direction. It is its own consumer's and nobody else's, so nothing needs
- * to be claimed. */
+/* Leaves the task until an event has come for its wait, which lies in the table. It is nobody
+ * else's, so nothing needs to be claimed. Meanwhile the direction is taken. Whoever comes back to a
+ * number that was closed in between must not touch its next owner. */
+static int orchi_watch_suspend(orch_loop *loop, orch_task *task, orch_future *f) {
+    int fd = f->as.ready.fd;
+    orchi_watch *watch = &loop->poller.watches[fd];
+    uint16_t generation = watch->generation;
+    uint16_t busy = (uint16_t)(f->as.ready.events * ORCHI_IN_READ);
+    watch->hints |= busy;
+    f = orchi_wait_for(loop, task, f);
+    int error = f->as.result.error;
+    if (ORCHI_LIKELY(!(f->flags & ORCHI_IMMORTAL))) orchi_slot_free(loop, f); // owns nothing
+    watch = &loop->poller.watches[fd]; // the table may have moved
+    if (ORCHI_UNLIKELY(watch->generation != generation)) return ORCH_ECANCELED;
+    watch->hints &= (uint16_t)~busy;
+    return error;
+}
+
+/* What no poller can watch, a file for instance, is always ready, but not for one task alone. */
+static int orchi_watch_always(orch_loop *loop, orch_task *task, int fd) {
+    uint16_t generation = loop->poller.watches[fd].generation;
+    orchi_no_wait(loop, task);
+    return loop->poller.watches[fd].generation == generation ? 0 : ORCH_ECANCELED;
+}
+
+/* Waits for one direction. */
 static int orchi_watch_wait(orch_loop *loop, orch_task *task, int fd, int direction) {
     if (orchi_must_end(task)) return orchi_refuse(loop, task);
     orch_future *f = orchi_slot_new(loop, ORCHI_READY);
@@ -8075,36 +8545,24 @@ static int orchi_watch_wait(orch_loop *loop, orch_task *task, int fd, int direct
     f->as.ready.fd = fd;
     f->as.ready.events = direction;
     int error = orchi_watch_start(loop, f);
-    if (error != 0) {
-        orchi_slot_free(loop, f);
-        return error;
-    }
-    f = orchi_wait_for(loop, task, f);
-    error = f->as.result.error;
-    if (ORCHI_LIKELY(!(f->flags & ORCHI_IMMORTAL))) orchi_slot_free(loop, f); // owns nothing
-    return error;
+    if (ORCHI_LIKELY(error == 0)) return orchi_watch_suspend(loop, task, f);
+    orchi_slot_free(loop, f);
+    return error == ORCHI_ALWAYS ? orchi_watch_always(loop, task, fd) : error;
 }
 
 /* Tries until it need not wait any more. Who was cancelled tries once, unless that could block: a
- * hint may be old. What comes after a wait for a number that orch_close has given back meanwhile
- * must not touch its next owner. */
+ * hint may be old. */
 ORCHI_NO_INLINE static ptrdiff_t orchi_io_wait(orch_task *task, int fd, int direction,
                                                orchi_attempt attempt, orchi_transfer *t) {
     orch_loop *loop = orchi_loop;
     orchi_watch *watch = &loop->poller.watches[fd];
-    uint32_t generation = watch->generation;
-    uint16_t busy = (uint16_t)(direction * ORCHI_IN_READ);
     ptrdiff_t n = -EAGAIN;
-    watch->hints |= busy;
     if (orchi_must_end(task) && !(watch->hints & ORCHI_SLOW)) n = attempt(fd, watch, t);
     while (n == -EAGAIN) {
         int error = orchi_watch_wait(loop, task, fd, direction);
-        watch = &loop->poller.watches[fd]; // the table may have moved
-        if (watch->generation != generation) return ORCH_ECANCELED;
         orchi_fetch_ahead(loop);
-        n = error != 0 ? error : attempt(fd, watch, t);
+        n = error != 0 ? error : attempt(fd, &loop->poller.watches[fd], t);
     }
-    watch->hints &= (uint16_t)~busy;
     return n;
 }
 
@@ -8656,7 +9114,749 @@ void orch_reader_free(orch_reader *r) {
 // ------------------------------------------------------------------------------------------------
 // >>thread
 //
-// Being written.
+// What works across threads: posts, remotes, the pool with offloaded work, tasks on another loop,
+// names that are resolved. On >>inbox, and on promises, which only their own thread settles.
+// Invariants:
+//   - Whatever another thread writes is a letter's own memory, from malloc. Slots are touched by
+//     their loop's thread alone.
+//   - A remote is settled by putting its letter in; the loop opens it, settles the promise, which
+//     may be gone, and frees it. When the loop is gone the settling thread frees both.
+//   - Work is queued, running or over, under the lock; only what is queued can be taken back.
+//   - A lane has threads while there is work, and some time after; all idle ones end with the last
+//     loop, which waits for them. One that is busy then ends alone.
+//   - What crosses threads is plain: see orchi_carry.
+// Left out: stealing, priorities and a way to stop a thread. Lanes keep apart what must not wait
+// for each other, and a thread that is stopped from outside leaves locks behind.
+
+// ---- the descriptor that wakes
+
+/* Makes the descriptor. Without one (EMFILE) the loop sleeps in short pieces. */
+ORCHI_COLD static void orchi_wake_open(orch_loop *loop) {
+    int ends[2];
+    if (!orchi_wake_pair(ends)) return;
+    if (orchi_wake_watch(loop, ends[0]) != 0) {
+        orchi_wake_close_pair(ends);
+        return;
+    }
+    pthread_mutex_lock(&loop->inbox->mutex);
+    loop->inbox->ends[0] = ends[0];
+    loop->inbox->ends[1] = ends[1];
+    pthread_mutex_unlock(&loop->inbox->mutex);
+}
+
+// ---- results that cross
+
+/* What a thread's own futures hold cannot leave it. Values and messages can, and so can what
+ * orch_run returned, whose loop is nobody's any more. Of an error the message is copied. */
+ORCHI_COLD static orch_result orchi_carry_copy(orch_result *r) {
+    const orch_result *shown = r;
+    if (r->release == orchi_chain_release) shown = &((orch_future *)r->owner)->as.result;
+    else if (r->release != orchi_list_release) shown = orchi_shown(r);
+    bool plain = shown->release == NULL;
+    orch_result copy = *shown;
+    if (!plain && r->error != 0) {
+        copy = orch_failf(r->error, "%s", orch_message(r));
+        copy.index = r->index;
+    } else if (!plain) {
+        copy = orch_failf(ORCH_ETHREAD, "a list or a shared result cannot leave its thread");
+    }
+    orch_result_free(r);
+    return copy;
+}
+
+/* A chain is one of this thread's, or, without a loop, stands for that mistake. */
+static orch_result orchi_carry(orch_result r) {
+    if (r.release == orchi_chain_release && !(((orch_future *)r.owner)->flags & ORCHI_IMMORTAL)) {
+        orch_result_free(&r);
+        return orch_fail(ORCH_ETHREAD);
+    }
+    bool own = r.release == orchi_chain_release || r.release == orchi_share_release ||
+               r.release == orchi_lent_release || r.release == orchi_list_release;
+    return own ? orchi_carry_copy(&r) : r;
+}
+
+// ---- post
+
+typedef struct orchi_post {
+    orchi_letter letter; // first
+    void (*fn)(void *arg);
+    void *arg;
+} orchi_post;
+
+static void orchi_post_open(orch_loop *loop, orchi_letter *letter) {
+    orchi_post post = *(orchi_post *)(void *)letter;
+    (void)loop;
+    free(letter);
+    post.fn(post.arg);
+}
+
+int orch_post(orch_loop *loop, void (*fn)(void *arg), void *arg) {
+    if (loop == NULL || fn == NULL) return orchi_misuse("orch_post", ORCH_EINVAL);
+    orchi_post *post = (orchi_post *)malloc(sizeof *post);
+    if (post == NULL) return ORCH_ENOMEM;
+    post->letter.open = orchi_post_open;
+    post->fn = fn;
+    post->arg = arg;
+    orchi_inbox *inbox = orchi_inbox_find(loop);
+    bool open = inbox != NULL && orchi_inbox_put_locked(inbox, &post->letter, true);
+    if (!open) free(post);
+    return open ? 0 : ORCH_ECLOSED;
+}
+
+// ---- remote
+
+/* Back on the loop's thread, with a result. */
+static void orchi_remote_open(orch_loop *loop, orchi_letter *letter) {
+    orch_remote *remote = (orch_remote *)(void *)letter;
+    orchi_remote_out(remote);
+    orch_promise promise = remote->promise;
+    orch_result r = remote->result;
+    orchi_inbox_release(loop->inbox);
+    free(remote);
+    orch_settle(promise, r);
+}
+
+/* Back without one. */
+static void orchi_remote_return(orch_loop *loop, orchi_letter *letter) {
+    orch_remote *remote = (orch_remote *)(void *)letter;
+    orchi_remote_out(remote);
+    orchi_inbox_release(loop->inbox);
+    free(remote);
+}
+
+static void orchi_remote_init(orch_loop *loop, orch_remote *remote, orch_promise promise) {
+    remote->letter.open = orchi_remote_open;
+    remote->inbox = orchi_inbox_hold(loop->inbox);
+    remote->promise = promise;
+    remote->result = orch_ok(NULL, NULL);
+    remote->letter.in = false;
+    remote->lent = false;
+    orchi_remote_in(loop, remote);
+}
+
+orch_remote *orch_promise_remote(orch_promise promise) {
+    if (orchi_here("orch_promise_remote") == NULL) return NULL;
+    bool pending = orch_promise_pending(promise);
+    if (pending && !orchi_may_settle(promise, "orch_promise_remote")) return NULL;
+    orch_remote *remote = (orch_remote *)malloc(sizeof *remote);
+    if (remote == NULL) return NULL;
+    orchi_remote_init(orchi_loop, remote, promise);
+    if (!pending) orchi_remote_out(remote);
+    return remote;
+}
+
+/* Sends a remote home. False when there is no home any more. */
+static bool orchi_remote_send(orch_remote *remote) {
+    orchi_inbox *inbox = remote->inbox;
+    if (orchi_inbox_put(inbox, &remote->letter)) return true;
+    orch_result_free(&remote->result);
+    free(remote);
+    orchi_inbox_release(inbox);
+    return false;
+}
+
+bool orch_remote_settle(orch_remote *remote, orch_result r) {
+    r = orchi_carry(r);
+    if (remote == NULL) {
+        orch_result_free(&r);
+        return orchi_misuse("orch_remote_settle", ORCH_EINVAL) == 0;
+    }
+    remote->result = r;
+    return orchi_remote_send(remote);
+}
+
+void orch_remote_drop(orch_remote *remote) {
+    if (remote == NULL) return;
+    remote->letter.open = orchi_remote_return;
+    orchi_remote_send(remote);
+}
+
+// ---- the pool
+//
+// The life of a piece of work:
+//
+//     orch_offload   a job: a remote, what to call, a copy of its argument; at the end of its
+//                    lane's queue. An idle thread is told, or, while there are fewer than allowed,
+//                    another one is started
+//     a thread       takes the first, calls it, gives its argument back, and sends the remote home
+//     cancelled      queued: it is taken out and freed. Running: only its future ends. The remote
+//                    comes home later, finds its promise gone, and what it brings is freed
+//     the loop goes  nothing is queued any more, as every future was cancelled; what runs finds no
+//                    home, and frees its result itself
+
+#if ORCHI_SEMAPHORES
+typedef sem_t orchi_bell;
+static void orchi_bell_init(orchi_bell *bell) { sem_init(bell, 0, 0); }
+static void orchi_bell_free(orchi_bell *bell) { sem_destroy(bell); }
+static void orchi_bell_ring(orchi_bell *bell) { sem_post(bell); }
+static int orchi_bell_try(orchi_bell *bell, const struct timespec *until) {
+    return until != NULL ? sem_timedwait(bell, until) : sem_wait(bell);
+}
+#else
+typedef struct orchi_bell {
+    pthread_mutex_t mutex;
+    pthread_cond_t cond;
+    bool rung;
+} orchi_bell;
+static void orchi_bell_init(orchi_bell *bell) {
+    pthread_mutex_init(&bell->mutex, NULL);
+    pthread_cond_init(&bell->cond, NULL);
+    bell->rung = false;
+}
+static void orchi_bell_free(orchi_bell *bell) {
+    pthread_cond_destroy(&bell->cond);
+    pthread_mutex_destroy(&bell->mutex);
+}
+static void orchi_bell_ring(orchi_bell *bell) {
+    pthread_mutex_lock(&bell->mutex);
+    bell->rung = true;
+    pthread_cond_signal(&bell->cond);
+    pthread_mutex_unlock(&bell->mutex);
+}
+static int orchi_bell_try(orchi_bell *bell, const struct timespec *until) {
+    int error = 0;
+    pthread_mutex_lock(&bell->mutex);
+    while (!bell->rung && error == 0) {
+        error = until != NULL ? pthread_cond_timedwait(&bell->cond, &bell->mutex, until)
+                              : pthread_cond_wait(&bell->cond, &bell->mutex);
+    }
+    errno = error;
+    bool rung = bell->rung;
+    pthread_mutex_unlock(&bell->mutex);
+    return rung ? 0 : -1;
+}
+#endif
+
+/* Waits for the ring, for so many seconds; 0: for ever. Whether it came. */
+static bool orchi_bell_wait(orchi_bell *bell, int seconds) {
+    struct timespec until;
+    clock_gettime(CLOCK_REALTIME, &until);
+    until.tv_sec += seconds;
+    int error = 0;
+    do error = orchi_bell_try(bell, seconds > 0 ? &until : NULL);
+    while (error != 0 && errno == EINTR);
+    return error == 0;
+}
+
+typedef struct orchi_job {
+    orch_remote remote; // first
+    orch_task_fn fn;
+    void *arg;
+    void (*release)(void *arg);
+    struct orchi_lane *lane; // NULL: not queued (any more)
+    struct orchi_job *next, *previous;
+} orchi_job; // the copied argument follows
+
+typedef struct orchi_worker { // of a thread, as long as it lives
+    orchi_bell bell;
+    struct orchi_worker *next;
+    bool parked; // in the list of its lane
+} orchi_worker;
+
+typedef struct orchi_lane {
+    orchi_job *first, *last;
+    orchi_worker *parked; // last in, first out: the others get to end
+    orch_pool_stats stats;
+} orchi_lane;
+
+// Guarded by orchi_shared.mutex.
+static struct {
+    bool made;
+    orchi_lane lanes[ORCH_LANES];
+    unsigned threads, busy; // in all lanes
+    bool joining;           // the last loop waits for idle threads
+    pthread_cond_t left;    // one has ended
+    bool unjoined;          // `last` has ended, and the next one to end joins it
+    pthread_t last;
+} orchi_pool;
+
+enum { ORCHI_IDLE_SECONDS = 5, ORCHI_LANE_THREADS = 4 };
+
+static unsigned orchi_lane_default(int lane) {
+    if (lane >= ORCH_LANE_OWN) return 1;
+    long cores = lane == ORCH_LANE_DEFAULT ? sysconf(_SC_NPROCESSORS_ONLN) : 0;
+    return cores > ORCHI_LANE_THREADS ? (unsigned)cores : 0u + ORCHI_LANE_THREADS;
+}
+
+/* In a new process there are no threads, no work, and nobody waits. Limits stay. */
+static void orchi_pool_reset(void) {
+    for (int i = 0; i < ORCH_LANES; i++) {
+        orchi_lane *lane = &orchi_pool.lanes[i];
+        lane->first = lane->last = NULL;
+        lane->parked = NULL;
+        lane->stats.threads = lane->stats.idle = 0;
+        lane->stats.queued = 0;
+    }
+    orchi_pool.threads = orchi_pool.busy = 0;
+    orchi_pool.joining = orchi_pool.unjoined = false;
+    pthread_cond_init(&orchi_pool.left, NULL);
+}
+
+/* What the parent's threads have, or would have taken, never comes: in the child it has ended. The
+ * inboxes are unlocked by then. */
+static void orchi_pool_fork(void) {
+    orchi_pool_reset();
+    orch_remote *remote = orchi_loop != NULL ? orchi_loop->remotes : NULL;
+    for (; remote != NULL; remote = remote->next) {
+        if (!remote->lent || remote->letter.in) continue;
+        remote->result = orch_fail(ORCH_ECANCELED);
+        orchi_inbox_put(remote->inbox, &remote->letter);
+    }
+}
+
+/* The first use, with the lock held. */
+static void orchi_pool_make(void) {
+    if (orchi_pool.made) return;
+    orchi_pool.made = true;
+    orchi_pool_reset();
+    for (int i = 0; i < ORCH_LANES; i++) orchi_pool.lanes[i].stats.limit = orchi_lane_default(i);
+    pthread_atfork(NULL, NULL, orchi_pool_fork);
+}
+
+// ---- threads of the pool
+
+/* Whoever takes a thread out of the list rings for it, and with the lock released: so it does not
+ * wake up to wait for the lock. */
+static orchi_worker *orchi_lane_unpark(orchi_lane *lane) {
+    orchi_worker *worker = lane->parked;
+    if (worker == NULL) return NULL;
+    lane->parked = worker->next;
+    worker->parked = false;
+    lane->stats.idle--;
+    return worker;
+}
+
+/* It has waited long enough. */
+static void orchi_lane_remove(orchi_lane *lane, orchi_worker *worker) {
+    orchi_worker **at = &lane->parked;
+    while (*at != worker) at = &(*at)->next;
+    *at = worker->next;
+    lane->stats.idle--;
+}
+
+/* Waits until it is rung for. False when it has waited for so long that the thread is to end. */
+static bool orchi_lane_park(orchi_lane *lane, orchi_worker *worker) {
+    worker->next = lane->parked;
+    worker->parked = true;
+    lane->parked = worker;
+    lane->stats.idle++;
+    if (orchi_pool.joining) pthread_cond_broadcast(&orchi_pool.left); // it stays: do not wait
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    bool rung = orchi_bell_wait(&worker->bell, ORCHI_IDLE_SECONDS);
+    pthread_mutex_lock(&orchi_shared.mutex);
+    if (rung) return true;
+    if (worker->parked) {
+        orchi_lane_remove(lane, worker);
+        return false;
+    }
+    pthread_mutex_unlock(&orchi_shared.mutex); // it is just being rung for
+    orchi_bell_wait(&worker->bell, 0);
+    pthread_mutex_lock(&orchi_shared.mutex);
+    return true;
+}
+
+/* The next piece of work, waited for. NULL: the thread is to end. */
+static orchi_job *orchi_lane_wait(orchi_lane *lane, orchi_worker *worker) {
+    bool stays = true;
+    while (lane->stats.threads <= lane->stats.limit) {
+        if (lane->first != NULL) return lane->first;
+        if (!stays || orchi_shared.inboxes == NULL) break;
+        stays = orchi_lane_park(lane, worker);
+    }
+    return NULL;
+}
+
+/* Every idle thread of a lane looks whether it is still wanted. */
+static void orchi_lane_wake(orchi_lane *lane) {
+    for (orchi_worker *w = orchi_lane_unpark(lane); w != NULL; w = orchi_lane_unpark(lane)) {
+        orchi_bell_ring(&w->bell);
+    }
+}
+
+/* Takes a job out of its lane. */
+static void orchi_job_unlink(orchi_job *job) {
+    orchi_lane *lane = job->lane;
+    if (job->previous != NULL) job->previous->next = job->next;
+    else lane->first = job->next;
+    if (job->next != NULL) job->next->previous = job->previous;
+    else lane->last = job->previous;
+    job->lane = NULL;
+    lane->stats.queued--;
+}
+
+/* Runs a job without the lock, and sends its result home, which frees it. */
+static void orchi_job_run(orchi_job *job) {
+    orch_result r = job->fn(job->arg);
+    if (job->release != NULL) job->release(job->arg);
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_pool.busy--; // before anybody can know that it is done: the last loop waits for it
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    orch_remote_settle(&job->remote, r);
+}
+
+/* The last act of a thread, with the lock held: it joins the one that has ended before it, so that
+ * at most one is not joined. The last loop joins that. Later ones nobody waits for. */
+static void orchi_worker_end(orchi_lane *lane) {
+    bool joins = orchi_pool.unjoined;
+    pthread_t before = orchi_pool.last;
+    lane->stats.threads--;
+    orchi_pool.threads--;
+    orchi_pool.unjoined = orchi_pool.joining || orchi_shared.inboxes != NULL;
+    orchi_pool.last = pthread_self();
+    if (!orchi_pool.unjoined) pthread_detach(orchi_pool.last);
+    pthread_cond_broadcast(&orchi_pool.left);
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    if (joins) pthread_join(before, NULL);
+}
+
+static void *orchi_worker_main(void *argument) {
+    orchi_lane *lane = (orchi_lane *)argument;
+    orchi_job *job = NULL;
+    orchi_worker worker;
+    orchi_bell_init(&worker.bell);
+    pthread_mutex_lock(&orchi_shared.mutex);
+    while ((job = orchi_lane_wait(lane, &worker)) != NULL) {
+        orchi_job_unlink(job);
+        lane->stats.begun++;
+        orchi_pool.busy++;
+        pthread_mutex_unlock(&orchi_shared.mutex);
+        orchi_job_run(job);
+        pthread_mutex_lock(&orchi_shared.mutex);
+    }
+    orchi_worker_end(lane);
+    orchi_bell_free(&worker.bell);
+    return NULL;
+}
+
+/* Signals are the program's own threads' to handle; but a fault's handler runs where it happens. */
+static void orchi_worker_signals(sigset_t *set) {
+    static const int faults[] = {SIGSEGV, SIGBUS, SIGFPE, SIGILL, SIGTRAP, SIGABRT};
+    sigfillset(set);
+    for (size_t i = 0; i < sizeof faults / sizeof *faults; i++) sigdelset(set, faults[i]);
+}
+
+/* One more thread. A new one inherits the mask of who starts it. */
+static int orchi_worker_start(orchi_lane *lane) {
+    pthread_t thread;
+    sigset_t blocked, before;
+    orchi_worker_signals(&blocked);
+    pthread_sigmask(SIG_SETMASK, &blocked, &before);
+    int error = pthread_create(&thread, NULL, orchi_worker_main, lane);
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+    if (error != 0) return -error;
+    lane->stats.threads++;
+    orchi_pool.threads++;
+    return 0;
+}
+
+static void orchi_job_link(orchi_lane *lane, orchi_job *job) {
+    job->lane = lane;
+    job->next = NULL;
+    job->previous = lane->last;
+    if (lane->last != NULL) lane->last->next = job;
+    else lane->first = job;
+    lane->last = job;
+    lane->stats.queued++;
+}
+
+/* Work for a lane: an idle thread for it, a new one, or the next that has time. */
+static int orchi_pool_add(orch_lane id, orchi_job *job) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_pool_make();
+    orchi_lane *lane = &orchi_pool.lanes[id];
+    int error = 0;
+    orchi_job_link(lane, job);
+    orchi_worker *worker = orchi_lane_unpark(lane);
+    if (worker == NULL && lane->stats.threads < lane->stats.limit) error = orchi_worker_start(lane);
+    if (lane->stats.threads > 0) error = 0;
+    if (error != 0) orchi_job_unlink(job);
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    if (worker != NULL) orchi_bell_ring(&worker->bell);
+    return error;
+}
+
+/* The last loop has gone: idle threads end now, and are waited for, so that a tool that looks for
+ * leaks at the end of the process finds nothing. Busy ones end when they have finished. */
+static void orchi_pool_rest(void) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_pool.joining = orchi_pool.threads > 0;
+    for (int i = 0; orchi_pool.joining && i < ORCH_LANES; i++) {
+        orchi_lane_wake(&orchi_pool.lanes[i]);
+    }
+    while (orchi_pool.threads > orchi_pool.busy && orchi_shared.inboxes == NULL) {
+        pthread_cond_wait(&orchi_pool.left, &orchi_shared.mutex);
+    }
+    bool joins = orchi_pool.unjoined;
+    pthread_t last = orchi_pool.last;
+    orchi_pool.joining = orchi_pool.unjoined = false;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    if (joins) pthread_join(last, NULL);
+}
+
+int orch_pool_limit(orch_lane lane, unsigned threads) {
+    if ((unsigned)lane >= ORCH_LANES || threads == 0) {
+        return orchi_misuse("orch_pool_limit", ORCH_EINVAL);
+    }
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_pool_make();
+    orchi_lane *own = &orchi_pool.lanes[lane];
+    own->stats.limit = threads;
+    orchi_lane_wake(own); // those that are too many end
+    while (own->stats.queued > 0 && own->stats.threads < threads) {
+        if (orchi_worker_start(own) != 0) break;
+    }
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    return 0;
+}
+
+orch_pool_stats orch_pool_statistics(orch_lane lane) {
+    orch_pool_stats stats;
+    memset(&stats, 0, sizeof stats);
+    if ((unsigned)lane >= ORCH_LANES) return stats;
+    pthread_mutex_lock(&orchi_shared.mutex);
+    orchi_pool_make();
+    stats = orchi_pool.lanes[lane].stats;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    return stats;
+}
+
+// ---- offload
+
+/* The future was cancelled. It ends now, whatever the thread does. */
+static bool orchi_job_cancel(void *context, int reason) {
+    orchi_job *job = (orchi_job *)context;
+    (void)reason;
+    pthread_mutex_lock(&orchi_shared.mutex);
+    bool queued = job->lane != NULL;
+    if (queued) orchi_job_unlink(job);
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    if (!queued) return true;
+    orchi_remote_out(&job->remote);
+    orchi_inbox_release(job->remote.inbox);
+    if (job->release != NULL) job->release(job->arg);
+    free(job);
+    return true;
+}
+
+/* A job without its future: what a desc says. */
+static orchi_job *orchi_job_new(const orch_offload_desc *desc) {
+    size_t head = (sizeof(orchi_job) + 63) / 64 * 64; // so the copy is aligned for anything
+    if (desc->arg_size > SIZE_MAX - head) return NULL;
+    orchi_job *job = (orchi_job *)malloc(head + desc->arg_size);
+    if (job == NULL) return NULL;
+    job->fn = desc->fn;
+    job->release = desc->release;
+    job->arg = desc->arg;
+    if (desc->arg_size > 0) job->arg = memcpy((char *)job + head, desc->arg, desc->arg_size);
+    return job;
+}
+
+/* Queues a job that its future cannot see yet. */
+static orch_future *orchi_job_begin(orchi_job *job, const orch_offload_desc *desc, int *error) {
+    orch_promise promise;
+    orch_future *f = orch_future_new(&promise);
+    *error = orchi_is_static(f) ? ORCH_ENOMEM : 0;
+    if (*error != 0) return f;
+    orchi_remote_init(orchi_loop, &job->remote, promise);
+    job->remote.lent = true;
+    orch_promise_describe(promise, desc->name);
+    *error = orchi_pool_add(desc->lane, job);
+    if (*error == 0) {
+        orch_promise_on_cancel(promise, orchi_job_cancel, job);
+        return f;
+    }
+    orchi_remote_out(&job->remote);
+    orchi_inbox_release(job->remote.inbox);
+    orch_settle(promise, orch_failf(*error, "no thread: %s", orch_error_text(*error)));
+    return f;
+}
+
+static int orchi_offload_error(const orch_offload_desc *desc) {
+    if (orchi_loop == NULL) return ORCH_ENOLOOP;
+    if (desc == NULL || desc->fn == NULL || (unsigned)desc->lane >= ORCH_LANES) return ORCH_EINVAL;
+    return desc->arg_size > 0 && desc->arg == NULL ? ORCH_EINVAL : 0;
+}
+
+/* What could not be started gives its argument back. */
+static orch_future *orchi_offload(const orch_offload_desc *desc, const char *function) {
+    int error = orchi_offload_error(desc);
+    if (error != 0) orchi_misuse(function, error);
+    orchi_job *job = error == 0 ? orchi_job_new(desc) : NULL;
+    if (error == 0 && job == NULL) error = ORCH_ENOMEM;
+    orch_future *f = error != 0 ? orchi_rejected(error) : orchi_job_begin(job, desc, &error);
+    if (error == 0) return f;
+    if (desc != NULL && desc->release != NULL) desc->release(job != NULL ? job->arg : desc->arg);
+    free(job);
+    return f;
+}
+
+orch_future *orch_offload_with(const orch_offload_desc *desc) {
+    return orchi_offload(desc, "orch_offload_with");
+}
+
+orch_future *orch_offload(orch_task_fn fn, void *arg) {
+    orch_offload_desc desc = {NULL, fn, arg, 0, NULL, ORCH_LANE_DEFAULT};
+    return orchi_offload(&desc, "orch_offload");
+}
+
+// ---- a task on another loop
+//
+// A visit is a remote that has a way there. Its letters, as A's task runs fn on B's loop:
+//
+//     A  orch_go_on         go, to B; the future's cancel hook is set
+//     B  go is opened       a task runs fn
+//     A  cancelled          stop, to B; the future goes on waiting, as fn may use the caller's stack
+//     B  stop is opened     the task is cancelled, if it is still there
+//     B  fn returns         the remote is sent home
+//     A  it is opened       the future settles
+//
+// The stop may be on its way when the answer is: whichever is opened last frees the visit. When B's
+// loop is freed while a visit could not end (its task was given up), it answers ORCH_ECLOSED.
+
+typedef struct orchi_visit {
+    orch_remote remote; // first
+    orchi_letter go, stop;
+    orchi_inbox *there; // held
+    orch_task_fn fn;
+    void *arg;
+    orch_future *future;               // there: of the task; NULL: it has not begun, or has ended
+    struct orchi_visit *next, **place; // there: in the list of visits
+    int reason;
+    uint32_t holders; // orchi_shared.mutex: the answer, a stop, who begins it
+} orchi_visit;
+
+static void orchi_visit_hold(orchi_visit *visit) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    visit->holders++;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+}
+
+static void orchi_visit_release(orchi_visit *visit) {
+    pthread_mutex_lock(&orchi_shared.mutex);
+    bool last = --visit->holders == 0;
+    pthread_mutex_unlock(&orchi_shared.mutex);
+    if (!last) return;
+    if (visit->there != NULL) orchi_inbox_release(visit->there);
+    orchi_inbox_release(visit->remote.inbox);
+    free(visit);
+}
+
+/* Here again, with the answer. */
+static void orchi_visit_home(orch_loop *loop, orchi_letter *letter) {
+    orchi_visit *visit = (orchi_visit *)(void *)letter;
+    (void)loop;
+    orchi_remote_out(&visit->remote);
+    orch_settle(visit->remote.promise, visit->remote.result);
+    orchi_visit_release(visit);
+}
+
+/* There: it has ended. */
+static void orchi_visit_answer(orchi_visit *visit, orch_result r) {
+    if (visit->place != NULL) {
+        *visit->place = visit->next;
+        if (visit->next != NULL) visit->next->place = visit->place;
+        visit->place = NULL;
+    }
+    visit->remote.result = orchi_carry(r);
+    if (orchi_inbox_put(visit->remote.inbox, &visit->remote.letter)) return;
+    orch_result_free(&visit->remote.result);
+    orchi_visit_release(visit);
+}
+
+/* There: the task. A chain is followed here, where its futures are. */
+static orch_result orchi_visit_task(void *arg) {
+    orchi_visit *visit = (orchi_visit *)arg;
+    orch_result r = visit->fn(visit->arg);
+    if (r.release == orchi_chain_release) r = orch_await(orch_settled(r));
+    orch_future *own = visit->future;
+    visit->future = NULL;
+    orchi_visit_answer(visit, r);
+    orch_detach(own);
+    return orch_ok(NULL, NULL);
+}
+
+/* There: the first letter. */
+static void orchi_visit_begin(orch_loop *loop, orchi_letter *letter) {
+    orchi_visit *visit = (orchi_visit *)(void *)((char *)letter - offsetof(orchi_visit, go));
+    orch_task_desc desc = {"visitor", orchi_visit_task, visit, 0, NULL, 0};
+    if (loop->inbox->ending) {
+        orchi_visit_answer(visit, orch_fail(ORCH_ECLOSED));
+        return;
+    }
+    orchi_visit_hold(visit);
+    visit->next = loop->visits;
+    visit->place = &loop->visits;
+    if (visit->next != NULL) visit->next->place = &visit->next;
+    loop->visits = visit;
+    orch_future *f = orch_go_with(&desc);
+    if (orchi_is_static(f)) orchi_visit_answer(visit, orch_fail(ORCH_ENOMEM));
+    else if (visit->place == NULL) orch_detach(f); // has ended
+    else visit->future = f;
+    orchi_visit_release(visit);
+}
+
+/* There: the caller does not want it any more. */
+static void orchi_visit_stop(orch_loop *loop, orchi_letter *letter) {
+    orchi_visit *visit = (orchi_visit *)(void *)((char *)letter - offsetof(orchi_visit, stop));
+    (void)loop;
+    if (visit->future != NULL) orch_cancel(visit->future, visit->reason);
+    orchi_visit_release(visit);
+}
+
+/* Here: the hook. The future ends when the task has. */
+static bool orchi_visit_cancel(void *context, int reason) {
+    orchi_visit *visit = (orchi_visit *)context;
+    visit->reason = reason;
+    orchi_visit_hold(visit);
+    if (!orchi_inbox_put(visit->there, &visit->stop)) orchi_visit_release(visit);
+    return false;
+}
+
+/* The loop ends, and tasks are left that never will: their callers are told. */
+static void orchi_visits_end(orch_loop *loop) {
+    while (loop->visits != NULL) orchi_visit_answer(loop->visits, orch_fail(ORCH_ECLOSED));
+}
+
+static orchi_visit *orchi_visit_new(orch_promise promise, orch_task_fn fn, void *arg) {
+    orchi_visit *visit = (orchi_visit *)calloc(1, sizeof *visit);
+    if (visit == NULL) return NULL;
+    orchi_remote_init(orchi_loop, &visit->remote, promise);
+    visit->remote.letter.open = orchi_visit_home;
+    visit->remote.lent = true;
+    visit->go.open = orchi_visit_begin;
+    visit->stop.open = orchi_visit_stop;
+    visit->fn = fn;
+    visit->arg = arg;
+    visit->holders = 1;
+    return visit;
+}
+
+/* Sends it there. The inbox that it holds is known before the letter can be opened. */
+static bool orchi_visit_send(orchi_visit *visit, const orch_loop *loop) {
+    orchi_inbox *there = orchi_inbox_find(loop);
+    if (there == NULL) return false;
+    visit->there = there;
+    there->holders++;
+    return orchi_inbox_put_locked(there, &visit->go, true);
+}
+
+orch_future *orch_go_on(orch_loop *loop, orch_task_fn fn, void *arg) {
+    if (loop == NULL || fn == NULL) return orchi_rejected(orchi_misuse("orch_go_on", ORCH_EINVAL));
+    orch_promise promise;
+    orch_future *f = orch_future_new(&promise);
+    if (orchi_is_static(f)) return f;
+    orchi_visit *visit = orchi_visit_new(promise, fn, arg);
+    if (visit == NULL) {
+        orch_settle(promise, orch_fail(ORCH_ENOMEM));
+    } else if (orchi_visit_send(visit, loop)) {
+        orch_promise_on_cancel(promise, orchi_visit_cancel, visit);
+    } else {
+        orchi_remote_out(&visit->remote);
+        orchi_visit_release(visit);
+        orch_settle(promise, orch_fail(ORCH_ECLOSED));
+    }
+    return f;
+}
 
 // ---- resolving
 
@@ -8707,8 +9907,51 @@ static orch_result orchi_resolve_now(const char *host, const char *service, int 
     return orch_ok(all, free);
 }
 
+typedef struct orchi_names { // with both names behind it
+    bool host, service;
+    size_t service_at;
+} orchi_names;
+
+static orch_result orchi_resolve_job(void *arg) {
+    const orchi_names *names = (const orchi_names *)arg;
+    const char *text = (const char *)(names + 1);
+    return orchi_resolve_now(names->host ? text : NULL,
+                             names->service ? text + names->service_at : NULL, 0);
+}
+
+/* On a thread: the names come along, as the caller's may go. */
+static orch_future *orchi_resolve_offload(const char *host, const char *service) {
+    size_t host_bytes = host != NULL ? strlen(host) + 1 : 0;
+    size_t service_bytes = service != NULL ? strlen(service) + 1 : 0;
+    orchi_names *names = (orchi_names *)malloc(sizeof *names + host_bytes + service_bytes);
+    if (names == NULL) return orchi_rejected(ORCH_ENOMEM);
+    char *text = (char *)(names + 1);
+    names->host = host != NULL;
+    names->service = service != NULL;
+    names->service_at = host_bytes;
+    if (host_bytes > 0) memcpy(text, host, host_bytes);
+    if (service_bytes > 0) memcpy(text + host_bytes, service, service_bytes);
+    orch_offload_desc desc = {"resolve", orchi_resolve_job, names, 0, free, ORCH_LANE_RESOLVE};
+    return orchi_offload(&desc, "orch_resolve");
+}
+
 orch_future *orch_resolve(const char *host, const char *service) {
-    return orch_settled(orchi_resolve_now(host, service, 0)); // stands in until the pool is there
+    if (orchi_here("orch_resolve") == NULL) return orchi_rejected(ORCH_ENOLOOP);
+    if (host == NULL && service == NULL) {
+        return orchi_rejected(orchi_misuse("orch_resolve", ORCH_EINVAL));
+    }
+    orch_result r = orchi_resolve_now(host, service, AI_NUMERICHOST | AI_NUMERICSERV);
+    if (r.error != ORCH_EHOST) return orch_settled(r);
+    orch_result_free(&r);
+    return orchi_resolve_offload(host, service);
+}
+
+// ---- the end of a loop
+
+/* Nothing of a loop is touched by another thread after this. */
+static void orchi_thread_leave(orch_loop *loop) {
+    orchi_visits_end(loop);
+    if (orchi_inbox_leave(loop)) orchi_pool_rest();
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -8766,6 +10009,7 @@ static void orchi_loop_init(orch_loop *loop, const orch_loop_desc *desc) {
     loop->random = desc->seed != 0 ? desc->seed : orchi_clock() ^ (uintptr_t)loop;
     loop->stack_log = orchi_stack_log(desc->stack_size);
     loop->join = orchi_join;
+    loop->wake_open = orchi_wake_open;
     loop->trimmed = orchi_now(loop);
 }
 
@@ -8782,6 +10026,10 @@ static int orchi_loop_make(const orch_loop_desc *given, orch_loop **made) {
     orch_loop *loop = (orch_loop *)memory;
     orchi_loop_init(loop, &desc);
     int error = orchi_ring_reserve(loop, 1) ? loop->poller.ops->open(loop) : ORCH_ENOMEM;
+    if (error == 0) {
+        error = orchi_inbox_new(loop);
+        if (error != 0) loop->poller.ops->close(loop);
+    }
     if (error != 0) {
         orchi_ring_free(loop);
         desc.allocator.resize(desc.allocator.user, loop, sizeof *loop, 0);
@@ -8944,12 +10192,23 @@ static void orchi_cancel_rest(orch_loop *loop) {
     } while (seen != orchi_resumes(loop));
 }
 
+static void orchi_end_all(orch_loop *loop) {
+    do orchi_cancel_rest(loop);
+    while (orchi_break(loop, true));
+}
+
 int orch_loop_free(orch_loop *loop) {
     int error = orchi_loop_check(loop, "orch_loop_free");
     if (error != 0) return error;
-    do orchi_cancel_rest(loop);
-    while (orchi_break(loop, true));
-    if (orchi_live(loop) > 0) return ORCH_EBUSY;
+    orchi_inbox_ending(loop, true);
+    orchi_end_all(loop);
+    orchi_inbox_close(loop);
+    orchi_end_all(loop);
+    if (orchi_live(loop) > 0) {
+        orchi_inbox_ending(loop, false);
+        return ORCH_EBUSY;
+    }
+    orchi_thread_leave(loop);
     orchi_loop_dispose(loop);
     orchi_loop = NULL;
     return 0;
@@ -9030,7 +10289,11 @@ orch_result orch_run_with(const orch_loop_desc *desc, orch_task_fn main, void *a
     if (error == 0) r = orchi_take_result(f);
     else orchi_release(f);
     if (error == 0 && r.error != 0) orchi_report_seed(loop);
+    orchi_inbox_ending(loop, true);
     orchi_run_rest(loop);
+    orchi_inbox_close(loop);
+    if (!orchi_ring_empty(loop)) orchi_run_rest(loop);
+    orchi_thread_leave(loop);
     return orchi_run_outcome(loop, r);
 }
 
@@ -9094,6 +10357,7 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
     {"settled", orchi_done_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
     {"settled", orchi_on_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
     {"memory", orchi_extra_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
+    {"mail", orchi_mail_run, NULL, NULL, NULL, NULL, NULL, NULL, NULL},
 };
 
 // ------------------------------------------------------------------------------------------------
@@ -13311,6 +14575,7 @@ const orch_adaptive_desc *orch_adaptive_settings(const orch_adaptive *a) {
 #undef ORCHI_PPOLL
 #undef ORCHI_SAVE_FLOATS
 #undef ORCHI_SCALAR
+#undef ORCHI_SEMAPHORES
 #undef ORCHI_STATIC_FUTURE
 #undef ORCHI_SYMBOL
 #undef ORCHI_TSAN

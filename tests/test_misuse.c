@@ -14,6 +14,7 @@
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
+#include <sys/uio.h>
 #include <unistd.h>
 
 // MISUSE: dies in a debug build with "asyncorch: <function>...", and passes its checks in a release
@@ -1369,6 +1370,89 @@ static orch_result scope_in_order(void *arg) {
 
 TEST(tickets_of_scopes_may_be_copied) {
     CHECK_INT(result_error(orch_run(scope_in_order, NULL)), 0);
+}
+
+// ---- input and output
+
+IN_TASK(a_read_into_nothing, "orch_read") {
+    char data[1];
+    CHECK_INT(orch_read(0, NULL, 1), ORCH_EINVAL);
+    CHECK_INT(orch_read(0, data, SIZE_MAX), ORCH_EINVAL);
+    CHECK_INT(orch_read_full(0, NULL, 1), ORCH_EINVAL);
+    CHECK_INT(orch_socket_recv(0, NULL, 1, 0), ORCH_EINVAL);
+    CHECK_INT(orch_socket_recvfrom(0, NULL, 1, NULL), ORCH_EINVAL);
+}
+
+IN_TASK(a_write_of_more_than_there_can_be, "orch_write") {
+    CHECK_INT(orch_write(1, "x", SIZE_MAX), ORCH_EINVAL);
+    CHECK_INT(orch_write(1, "x", (size_t)PTRDIFF_MAX + 1), ORCH_EINVAL);
+    CHECK_INT(orch_write(1, NULL, 1), ORCH_EINVAL);
+    CHECK_INT(orch_socket_send(1, NULL, 1, 0), ORCH_EINVAL);
+    CHECK_INT(orch_socket_sendto(1, "x", 1, NULL), ORCH_EINVAL);
+}
+
+IN_TASK(parts_that_are_none, "orch_readv") {
+    struct iovec part = {NULL, 1}, large[2] = {{(void *)(uintptr_t) "", PTRDIFF_MAX},
+                                               {(void *)(uintptr_t) "", PTRDIFF_MAX}};
+    CHECK_INT(orch_readv(0, &part, 1), ORCH_EINVAL);
+    CHECK_INT(orch_readv(0, NULL, 1), ORCH_EINVAL);
+    CHECK_INT(orch_readv(0, &part, -1), ORCH_EINVAL);
+    CHECK_INT(orch_writev(0, large, 2), ORCH_EINVAL);
+}
+
+IN_LOOP(a_read_outside_a_task, "orch_read" DO_TASK) {
+    char data[1];
+    const char *line;
+    (void)loop;
+    CHECK_INT(orch_read(0, data, 1), ORCH_ENOTASK);
+    CHECK_INT(orch_read(0, data, 0), ORCH_ENOTASK);
+    CHECK_INT(orch_write(1, data, 1), ORCH_ENOTASK);
+    CHECK_INT(orch_accept(0, NULL), ORCH_ENOTASK);
+    CHECK_INT(orch_connect("localhost", "80"), ORCH_ENOTASK);
+    orch_reader *r = orch_reader_new(0, 0);
+    CHECK_INT(orch_reader_line(r, &line), ORCH_ENOTASK);
+    orch_reader_free(r);
+}
+
+MISUSE(a_read_without_a_loop, "orch_read" DO_LOOP) {
+    char data[1];
+    const char *line;
+    CHECK_INT(orch_read(0, data, 1), ORCH_ENOLOOP);
+    orch_reader *r = orch_reader_new(0, 0);
+    CHECK(r != NULL);
+    CHECK_INT(orch_reader_line(r, &line), ORCH_ENOLOOP);
+    orch_reader_free(r);
+}
+
+IN_TASK(a_line_for_nobody, "orch_reader_line") {
+    const char *line;
+    orch_reader *r = orch_reader_new(0, 0);
+    CHECK_INT(orch_reader_line(r, NULL), ORCH_EINVAL);
+    CHECK_INT(orch_reader_line(NULL, &line), ORCH_EINVAL);
+    CHECK_INT(orch_reader_read(r, NULL, 1), ORCH_EINVAL);
+    orch_reader_free(r);
+}
+
+IN_TASK(a_server_without_a_handler, "orch_serve") {
+    int fd[2];
+    if (!CHECK_INT(orch_pipe(fd), 0)) return;
+    CHECK_INT(orch_serve(fd[0], NULL, NULL), ORCH_EINVAL);
+    CHECK_INT(orch_close(fd[0]), -EBADF); // the listener was consumed
+    CHECK_INT(orch_close(fd[1]), 0);
+}
+
+IN_TASK(a_connection_to_nowhere, "orch_connect_with") {
+    orch_connect_desc none;
+    memset(&none, 0, sizeof none);
+    CHECK_INT(orch_connect_with(NULL), ORCH_EINVAL);
+    CHECK_INT(orch_connect_with(&none), ORCH_EINVAL);
+    CHECK_INT(orch_connect(NULL, NULL), ORCH_EINVAL);
+}
+
+MISUSE(a_listener_of_nothing, "orch_listen") { CHECK_INT(orch_listen(NULL), ORCH_EINVAL); }
+MISUSE(a_pipe_for_nobody, "orch_pipe") { CHECK_INT(orch_pipe(NULL), ORCH_EINVAL); }
+MISUSE(an_address_for_nobody, "orch_address_parse") {
+    CHECK_INT(orch_address_parse(NULL, "::", 1), ORCH_EINVAL);
 }
 
 int main(int argc, char **argv) { return test_main(argc, argv); }
