@@ -30,12 +30,13 @@ EXAMPLES := $(patsubst examples/%.c,%,$(wildcard examples/*.c))
 SCRIPTS := $(patsubst tests/%.sh,%,$(wildcard tests/test_*.sh))
 BENCHES := $(patsubst bench/%.c,%,$(wildcard bench/bench_*.c))
 TEST_BUILD = -std=gnu99 -g -fno-omit-frame-pointer $(WARNINGS) $(WRAP)
-FORMATTED := asyncorch.h $(wildcard tests/*.[ch] tests/*.cc examples/*.[ch] bench/*.[ch])
+FORMATTED := asyncorch.h $(wildcard tests/*.[ch] tests/*.cc examples/*.[ch] bench/*.[ch] \
+	bench/*/*.[ch])
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-seeds torture soak bench check deps install uninstall clean format \
-	coverage examples $(TESTS)
+.PHONY: help demo test test-seeds torture soak bench bench-echo bench-peers check deps install \
+	uninstall clean format coverage examples $(TESTS)
 
 help: # this list
 	@echo "asyncorch.h $(VERSION): copy asyncorch.h into your project; nothing else is needed"
@@ -123,6 +124,12 @@ soak: torture # torture, then valgrind, then 200 repeats on a busy machine; hour
 
 bench: $(BENCHES:%=$(B)/bench/%) # the figures, and sequential against parallel as table and chart
 	@sh bench/run.sh $(B)/bench
+
+bench-echo: # an echo server against bare poll(2) and epoll: requests, memory, system calls
+	@sh bench/echo/run.sh $(B)/bench/echo
+
+bench-peers: # the same with libuv, libev, libevent, tokio and Go, where they are found
+	@sh bench/echo/run.sh $(B)/bench/echo libuv libev libevent tokio go
 
 check: # the source: names, layers, sizes, contracts, samples, format, four analysers
 	@sh tests/check/run.sh

@@ -2725,8 +2725,8 @@ typedef struct orchi_poller {
     struct pollfd *fds; // poll(2)
     uint32_t capacity;
     uint32_t muted; // entries of fds whose descriptor nobody waits for
-    int queue;    // epoll, kqueue: the descriptor of the set
-    void *events; // epoll, kqueue: where a look puts what it finds
+    int queue;      // epoll, kqueue: the descriptor of the set
+    void *events;   // epoll, kqueue: where a look puts what it finds
     uint32_t event_capacity;
     pid_t owner;              // the process that made the set, which a child shares
     bool woken;               // on_wake is to be called
