@@ -38,12 +38,12 @@ SCRIPTS := $(patsubst tests/%.sh,%,$(wildcard tests/test_*.sh))
 BENCHES := $(patsubst bench/%.c,%,$(wildcard bench/bench_*.c))
 TEST_BUILD = -std=gnu99 -D_GNU_SOURCE -pthread -g -fno-omit-frame-pointer $(WARNINGS) $(WRAP)
 FORMATTED := asyncorch.h $(wildcard tests/*.[ch] tests/*.cc examples/*.[ch] bench/*.[ch] \
-	bench/echo/*.[ch] bench/peers/*.c*)
+	bench/*/*.[ch] bench/*/*.cc)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-seeds torture soak bench bench-peers check deps install uninstall \
-	clean format coverage examples $(TESTS)
+.PHONY: help demo test test-seeds torture soak bench bench-echo bench-peers check deps install \
+	uninstall clean format coverage examples $(TESTS)
 
 help: # this list
 	@echo "asyncorch.h $(VERSION): copy asyncorch.h into your project; nothing else is needed"
@@ -141,8 +141,12 @@ soak: torture # torture, then valgrind and helgrind, then 200 repeats on a busy 
 bench: $(BENCHES:%=$(B)/bench/%) # the figures, and sequential against parallel as table and chart
 	@sh bench/run.sh $(B)/bench
 
-bench-peers: # the same four measures with Go, tokio, Node, State Threads, Boost: what is there
+bench-echo: # an echo server against bare poll(2) and epoll: requests, memory, system calls
+	@sh bench/echo/run.sh $(B)/bench/echo
+
+bench-peers: # both with Go, tokio, Node, libuv, libev, State Threads and the like, where found
 	@sh bench/peers/run.sh $(B)/peers
+	@sh bench/echo/run.sh $(B)/bench/echo libuv libev libevent tokio go
 
 check: # the source: names, layers, sizes, contracts, samples, format, four analysers
 	@sh tests/check/run.sh

@@ -3050,8 +3050,9 @@ typedef struct orchi_poller {
     uint32_t found_count, found_capacity;
     struct pollfd *fds; // poll(2)
     uint32_t capacity;
-    int queue;    // epoll, kqueue: the descriptor of the set
-    void *events; // epoll, kqueue: where a look puts what it finds
+    uint32_t muted; // entries of fds whose descriptor nobody waits for
+    int queue;      // epoll, kqueue: the descriptor of the set
+    void *events;   // epoll, kqueue: where a look puts what it finds
     uint32_t event_capacity;
     pid_t owner;              // the process that made the set, which a child shares
     bool woken;               // on_wake is to be called
@@ -4356,16 +4357,29 @@ static void orchi_poll_close(orch_loop *loop) {
     orchi_poller *p = &loop->poller;
     orchi_free(loop, p->fds, p->capacity * sizeof *p->fds);
     p->fds = NULL;
-    p->capacity = 0;
+    p->capacity = p->muted = 0;
     for (size_t i = 0; i < p->watch_count; i++) p->watches[i].position = 0;
 }
+
+// Who is told that a descriptor is ready mostly waits for it again before the next look. So an event
+// leaves the entry where it is and only mutes it, with a negative number, which poll(2) passes over;
+// the next wait turns it back. What stays muted is swept out when it is more than half of all.
+
+static int orchi_poll_number(int fd) { return fd < 0 ? ~fd : fd; }
 
 /* The last entry takes the place of the one that goes. */
 static void orchi_poll_remove(orchi_poller *p, orchi_watch *watch) {
     struct pollfd last = p->fds[--p->count];
+    p->muted -= p->fds[watch->position - 1].fd < 0;
     p->fds[watch->position - 1] = last;
-    p->watches[last.fd].position = watch->position;
+    p->watches[orchi_poll_number(last.fd)].position = watch->position;
     watch->position = 0;
+}
+
+static void orchi_poll_sweep(orchi_poller *p) {
+    for (uint32_t i = p->count; i-- > 0;) {
+        if (p->fds[i].fd < 0) orchi_poll_remove(p, &p->watches[~p->fds[i].fd]);
+    }
 }
 
 /* A new entry, at the end. */
@@ -4381,18 +4395,32 @@ static bool orchi_poll_add(orch_loop *loop, int fd, orchi_watch *watch) {
     return true;
 }
 
-/* Arming and disarming touch only the array, so they are always exact. */
+/* Nobody waits for a descriptor that has an entry. */
+static void orchi_poll_stop(orchi_poller *p, int fd, bool exact) {
+    orchi_watch *watch = &p->watches[fd];
+    struct pollfd *entry = &p->fds[watch->position - 1];
+    if (exact) {
+        orchi_poll_remove(p, watch);
+    } else if (entry->fd >= 0) {
+        entry->fd = ~fd;
+        p->muted++;
+    }
+}
+
+/* Arming and disarming touch only the array. */
 static int orchi_poll_update(orch_loop *loop, int fd, bool exact) {
     orchi_poller *p = &loop->poller;
     orchi_watch *watch = &p->watches[fd];
     int events = orchi_wanted(watch);
-    (void)exact;
     if (events == 0) {
-        if (watch->position != 0) orchi_poll_remove(p, watch);
+        if (watch->position != 0) orchi_poll_stop(p, fd, exact);
         return 0;
     }
     if (watch->position == 0 && !orchi_poll_add(loop, fd, watch)) return ORCH_ENOMEM;
-    p->fds[watch->position - 1].events =
+    struct pollfd *entry = &p->fds[watch->position - 1];
+    p->muted -= entry->fd < 0;
+    entry->fd = fd;
+    entry->events =
         (short)((events & ORCH_READABLE ? POLLIN : 0) | (events & ORCH_WRITABLE ? POLLOUT : 0));
     return 0;
 }
@@ -4408,6 +4436,7 @@ static int orchi_poll_events(short revents) {
 /* The array is read to the last one that has something. */
 static int orchi_poll_wait(orch_loop *loop, uint64_t ns) {
     orchi_poller *p = &loop->poller;
+    if (p->muted > p->count / 2 && orchi_ring_empty(loop)) orchi_poll_sweep(p);
     int found = orchi_poll_call(p->fds, p->count, ns);
     if (found < 0) return errno == EINTR ? 0 : -errno;
     for (const struct pollfd *at = p->fds; found > 0; at++) {
@@ -7637,22 +7666,17 @@ static inline void orchi_suspend(orch_loop *loop, orch_task *task) {
 
 enum { ORCHI_FETCHED = 7 }; // cache lines: the frames of a wait in orch_read, and its buffer
 
-/* Fetches what the next two ready tasks need first: of the second its control block, of the first,
- * whose block came the last time, what lies at the top of its stack. For who is about to enter the
- * kernel: of a thousand tasks that wait for descriptors none is in the cache when its turn comes,
- * and each of these lines would be waited for. Inlined, as gcc takes a function that only fetches
- * for one without effect. */
+/* Fetches what the next ready task touches first: the top of its stack, and what it waits for. For
+ * who is about to enter the kernel: of a thousand tasks that wait for descriptors none is in the
+ * cache when its turn comes, and each of these lines would be waited for. Inlined, as gcc takes a
+ * function that only fetches for one without effect. */
 static ORCHI_INLINE void orchi_fetch_ahead(const orch_loop *loop) {
-    const orchi_ring *ring = &loop->ready;
-    if (ring->tail - ring->head < 2) return;
-    const orch_future *first = ring->items[ring->head & ring->mask];
-    const orch_future *second = ring->items[(ring->head + 1) & ring->mask];
-    if (first->kind != ORCHI_TASK || second->kind != ORCHI_TASK) return;
-    __builtin_prefetch(second->as.task.task, 1);
-    const orch_task *next = first->as.task.task;
-    const char *sp = (const char *)next->context.sp;
+    if (orchi_ring_empty(loop)) return;
+    const orch_future *front = orchi_front(loop);
+    if (front->kind != ORCHI_TASK) return;
+    const char *sp = (const char *)front->as.task.task->context.sp;
     for (int i = 0; i < ORCHI_FETCHED; i++) __builtin_prefetch(sp + 64 * i, 1);
-    __builtin_prefetch(next->waiting, 1);
+    __builtin_prefetch(front->as.task.task->waiting, 1);
 }
 
 /* Waits until a claimed pending future has settled. Returns it, or what it was replaced by. */

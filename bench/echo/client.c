@@ -1,9 +1,9 @@
 // The load on the echo servers, and the only judge of them: `busy` connections to each that send 64
-// bytes and wait for them to come back, for ever, and `idle` ones that did so once. The servers take
-// turns, a run of so many seconds each, round after round: a slow moment of a shared machine then
-// spoils one run of each and not all runs of one. What counts is the second half of a run, and the
-// median of a server's runs. Each server has a worker here, with its connections; only one of them
-// runs. Epoll (edge-triggered, as it costs the client least), one thread, no library.
+// bytes and wait for them to come back, for ever, and `idle` ones that did so once. The servers
+// take turns, a run of so many seconds each, round after round: a slow moment of a shared machine
+// then spoils one run of each and not all runs of one. What counts is the second half of a run, and
+// the median of a server's runs. Each server has a worker here, with its connections; only one of
+// them runs. Epoll (edge-triggered, as it costs the client least), one thread, no library.
 // Run: client [-b busy] [-i idle] [-t seconds] [-r rounds] name,port,pid[,port of its report]...
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -333,7 +333,8 @@ static void options_read(int argc, char **argv) {
     require(options.busy > 0 && options.rounds > 0 && options.rounds <= ROUNDS, "options");
     for (; optind < argc && server_count < SERVERS; optind++) {
         server *s = &servers[server_count++];
-        int fields = sscanf(argv[optind], "%31[^,],%d,%d,%d", s->name, &s->port, &s->pid, &s->report);
+        int fields =
+            sscanf(argv[optind], "%31[^,],%d,%d,%d", s->name, &s->port, &s->pid, &s->report);
         require(fields >= 3, argv[optind]);
     }
 }
