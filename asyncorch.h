@@ -4361,9 +4361,10 @@ static void orchi_poll_close(orch_loop *loop) {
     for (size_t i = 0; i < p->watch_count; i++) p->watches[i].position = 0;
 }
 
-// Who is told that a descriptor is ready mostly waits for it again before the next look. So an event
-// leaves the entry where it is and only mutes it, with a negative number, which poll(2) passes over;
-// the next wait turns it back. What stays muted is swept out when it is more than half of all.
+// Who is told that a descriptor is ready mostly waits for it again before the next look. So an
+// event leaves the entry where it is and only mutes it, with a negative number, which poll(2)
+// passes over; the next wait turns it back. What stays muted is swept out when it is more than half
+// of all.
 
 static int orchi_poll_number(int fd) { return fd < 0 ? ~fd : fd; }
 
@@ -16476,8 +16477,8 @@ static int orchi_process_end(orch_process *p) {
 
 // ---- the supervisor
 
-/* Whoever is last: the outputs stay open until then, as a program that says farewell would be killed
- * by SIGPIPE otherwise. */
+/* Whoever is last: the outputs stay open until then, as a program that says farewell would be
+ * killed by SIGPIPE otherwise. */
 static void orchi_process_leave(orch_process *p) {
     if (--p->users > 0) return;
     orchi_process_close(p);

@@ -27,11 +27,11 @@ apt-get) # Debian, Ubuntu
     install="env DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends$known" ;;
 dnf) # Fedora: its cross compilers have no C library
     install='dnf install -y gcc gcc-c++ make clang lld compiler-rt clang-tools-extra
-        pkgconf-pkg-config libcurl-devel glib2-devel libuv-devel libasan libubsan libtsan cppcheck valgrind gcovr
-        musl-gcc' ;;
+        pkgconf-pkg-config libcurl-devel glib2-devel libuv-devel libasan libubsan libtsan cppcheck
+        valgrind gcovr musl-gcc' ;;
 pacman) # Arch
-    install='pacman -S --needed --noconfirm gcc make clang lld compiler-rt pkgconf curl glib2 libuv cppcheck
-        valgrind musl qemu-user-static aarch64-linux-gnu-gcc riscv64-linux-gnu-gcc' ;;
+    install='pacman -S --needed --noconfirm gcc make clang lld compiler-rt pkgconf curl glib2 libuv
+        cppcheck valgrind musl qemu-user-static aarch64-linux-gnu-gcc riscv64-linux-gnu-gcc' ;;
 apk) # Alpine: its gcc comes without sanitizers
     install='apk add build-base linux-headers clang lld compiler-rt clang-extra-tools pkgconf
         curl-dev glib-dev libuv-dev cppcheck valgrind gcovr' ;;

@@ -1,6 +1,5 @@
 // Ten thousand connections at a time, from one process to another: each is served, none costs more
 // than a task's stack as far as it is touched, and memory does not grow from wave to wave.
-#define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
 #include "test.h"
 

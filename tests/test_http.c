@@ -1,6 +1,5 @@
 // The HTTP server of the examples: its parsers on their own, a connection over a socket pair with
 // the virtual clock, and the files of a folder. test_http.sh asks the program itself.
-#define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
 #include "test.h"
 

@@ -3,7 +3,6 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
-#define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
 #include "pollers.h"
 #include "test.h"

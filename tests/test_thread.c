@@ -18,7 +18,6 @@ static int test_create(pthread_t *t, const pthread_attr_t *a, void *(*fn)(void *
     return refuse_threads ? 11 /* EAGAIN */ : pthread_create(t, a, fn, arg);
 }
 #define pthread_create test_create
-#define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
 #undef pthread_create
 #include "pollers.h"
