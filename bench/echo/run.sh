@@ -18,7 +18,7 @@ seconds=${ECHO_SECONDS:-1}
 rounds=${ECHO_ROUNDS:-5}
 work=$(mktemp -d)
 running=
-trap 'kill $running 2>/dev/null; rm -rf "$work"' EXIT
+trap '[ -z "$running" ] || kill $running 2>/dev/null || true; rm -rf "$work"' EXIT
 trap 'exit 1' INT TERM
 
 sh "$here/build.sh" "$dir" "$@"
