@@ -5788,6 +5788,7 @@ int orch_loop_pollfds(orch_loop *loop, struct pollfd *fds, size_t capacity) {
     loop->offered = loop->generation;
     struct pollfd one = {loop->poller.queue, POLLIN, 0};
     bool all = loop->poller.ops == &orchi_poll_ops;
+    if (all) orchi_poll_sweep(&loop->poller); // not every host passes over negative numbers
     size_t count = all ? loop->poller.count : 1;
     const struct pollfd *from = all ? loop->poller.fds : &one;
     for (size_t i = 0; i < count && i < capacity; i++) fds[i] = from[i];

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Installs what the examples, tests and checks can use: the headers of libcurl, GLib and libuv, a second compiler, cross
-# compilers with an emulator, the analysers. asyncorch.h itself needs none of it.
+# Installs what the examples, tests and checks can use: the headers of libcurl, GLib and libuv, a
+# second compiler, cross compilers with an emulator, the analysers. asyncorch.h itself needs none.
 # As root or with sudo that asks for no password; otherwise prints the one line to run.
 set -eu
 
