@@ -71,6 +71,7 @@ $(B)/$(strip $(1))/asyncorch.o: asyncorch.h Makefile
 
 $(B)/$(strip $(1))/%: tests/%.c $(B)/$(strip $(1))/asyncorch.o asyncorch.h \
 		$(wildcard tests/*.h examples/*.h) Makefile
+	@rm -f $$@ # what does not build any more must not run either
 	@$(2) $$(TEST_BUILD) $(3) $$< $$(call own,$$<,$$(@D)/asyncorch.o) -o $$@ $$(call libraries_for,$$<)
 endef
 $(eval $(call way,tests,     $$(CC),-O1 $$(SANITIZE)))

@@ -3,6 +3,7 @@
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE
 #endif
+#define ASYNCORCH_IMPLEMENTATION // its own, as it looks into a process
 #include "../asyncorch.h"
 #include "pollers.h"
 #include "test.h"

@@ -1,4 +1,3 @@
 // test_process_sigchld.c: the tests of test_process.c where a child's end is known by SIGCHLD.
 #define ORCH_USE_SIGCHLD 1
-#define ASYNCORCH_IMPLEMENTATION
-#include "test_process.c"
+#include "test_process.c" // has ASYNCORCH_IMPLEMENTATION

@@ -8,6 +8,8 @@
 #include "test.h"
 
 #include <dirent.h>
+#include <fcntl.h>
+#include <limits.h>
 #include <pthread.h>
 #include <sys/resource.h>
 #include <unistd.h>

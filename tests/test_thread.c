@@ -18,6 +18,7 @@ static int test_create(pthread_t *t, const pthread_attr_t *a, void *(*fn)(void *
     return refuse_threads ? 11 /* EAGAIN */ : pthread_create(t, a, fn, arg);
 }
 #define pthread_create test_create
+#define ASYNCORCH_IMPLEMENTATION // its own, for that
 #include "../asyncorch.h"
 #undef pthread_create
 #include "pollers.h"
