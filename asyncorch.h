@@ -5816,7 +5816,6 @@ static int orchi_guest_look(orch_loop *loop, const struct pollfd *fds, size_t co
     }
     orchi_tell_all(loop, loop->offered, false);
     orchi_wake(loop);
-    orchi_inbox_take(loop);
     return 0;
 }
 
@@ -5828,6 +5827,7 @@ int orch_loop_dispatch(orch_loop *loop, const struct pollfd *fds, size_t count) 
     loop->running = true;
     loop->stats.turns++;
     error = orchi_guest_look(loop, fds, count);
+    orchi_inbox_take(loop);
     uint64_t now = orchi_now(loop);
     orchi_timers_stamp(loop, now);
     orchi_timers_fire(loop, now);
