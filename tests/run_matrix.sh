@@ -116,7 +116,7 @@ group_options() { # compiler
     if [ "$cc" = gcc ] || [ "$full" = 1 ]; then
         for test in test_thread.c test_file.c; do
             try_threads "$cc" \
-                '-std=gnu99 -O1 -g -fsanitize=thread -pthread -DASYNCORCH_IMPLEMENTATION' $test
+                '-std=gnu99 -O1 -g -fsanitize=thread -pthread -DASYNCORCH_IMPLEMENTATION=' $test
         done
     fi
     [ "$full" = 1 ] || return 0
