@@ -2596,12 +2596,20 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #define ORCHI_OS_MACOS 0
 #endif
 
-// ppoll sleeps to the nanosecond. It is declared where _GNU_SOURCE was seen before any system
-// header.
+// ppoll sleeps to the nanosecond, pipe2 and accept4 make descriptors private at once. They are
+// declared where _GNU_SOURCE was seen before any system header.
 #if ORCHI_OS_LINUX && defined(_GNU_SOURCE) && (!defined(__GLIBC__) || defined(__USE_GNU))
-#define ORCHI_PPOLL 1
+#define ORCHI_GNU 1
 #else
-#define ORCHI_PPOLL 0
+#define ORCHI_GNU 0
+#endif
+
+// Elsewhere a descriptor is made, and then made private: a child that another thread forks between
+// the two inherits it.
+#if ORCHI_OS_MACOS || (ORCHI_OS_LINUX && !ORCHI_GNU)
+#define ORCHI_MAKES_PRIVATE 0
+#else
+#define ORCHI_MAKES_PRIVATE 1
 #endif
 
 #if ORCHI_OS_MACOS || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) ||       \
@@ -4336,7 +4344,7 @@ static void orchi_found_add(orchi_poller *p, int fd, int events) {
 
 // ---- poll(2)
 
-#if ORCHI_PPOLL
+#if ORCHI_GNU
 static int orchi_poll_call(struct pollfd *fds, nfds_t count, uint64_t ns) {
     struct timespec timeout = {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)};
     return ppoll(fds, count, ns == UINT64_MAX ? NULL : &timeout, NULL);
@@ -9153,13 +9161,6 @@ static void orchi_quiet(int fd, orchi_watch *watch) {
     setsockopt(fd, SOL_SOCKET, SO_NOSIGPIPE, &on, sizeof on);
     watch->hints |= ORCHI_QUIET;
 }
-/* Non-blocking and close-on-exec, where no call makes descriptors so. */
-static int orchi_private(int fd) {
-    if (fd < 0) return fd;
-    fcntl(fd, F_SETFD, FD_CLOEXEC);
-    fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
-    return fd;
-}
 #else
 static inline void orchi_quiet(int fd, const orchi_watch *watch) {
     (void)fd;
@@ -9548,7 +9549,14 @@ static int orchi_adopt(int fd, uint16_t hints) {
     return fd;
 }
 
-#if ORCHI_OS_MACOS
+#if !ORCHI_MAKES_PRIVATE
+/* Non-blocking and close-on-exec, where no call makes descriptors so. */
+static int orchi_private(int fd) {
+    if (fd < 0) return fd;
+    fcntl(fd, F_SETFD, FD_CLOEXEC);
+    fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | O_NONBLOCK);
+    return fd;
+}
 static int orchi_pipe2(int fds[2]) {
     if (pipe(fds) < 0) return -errno;
     orchi_private(fds[0]);
@@ -11708,7 +11716,7 @@ int orch_socket_peer(int fd, orch_address *address) {
 
 // ---- making sockets
 
-#if ORCHI_OS_MACOS
+#if !ORCHI_MAKES_PRIVATE
 static int orchi_socket(int family, int type) { return orchi_private(socket(family, type, 0)); }
 static int orchi_accept_call(int fd, struct sockaddr *from, socklen_t *size) {
     return orchi_private(accept(fd, from, size));
@@ -16215,6 +16223,10 @@ static void orchi_child_close(int limit) {
 static void orchi_child_close(int limit) { orchi_child_close_each(limit); }
 #endif
 
+#if !ORCHI_GNU
+extern char **environ; // POSIX has it in no header
+#endif
+
 /* Goes on as execvp does when a file is not there; what may not be executed is an error only when
  * nothing else is found. */
 static int orchi_child_exec(const orchi_spawn *spawn) {
@@ -16868,7 +16880,8 @@ orch_result orch_exit_check(orch_exit_status status) {
 #undef ORCHI_OS_MACOS
 #undef ORCHI_PIDFD
 #undef ORCHI_RISCV_SAVE
-#undef ORCHI_PPOLL
+#undef ORCHI_GNU
+#undef ORCHI_MAKES_PRIVATE
 #undef ORCHI_SAVE_FLOATS
 #undef ORCHI_SCALAR
 #undef ORCHI_SEMAPHORES
