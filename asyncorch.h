@@ -306,8 +306,8 @@
 // 18. Fork
 //
 // A child made by fork may close descriptors with orch_close, free the loop, exec or _exit, and
-// takes nothing from its parent. It may run an inherited loop only under poll(2): an epoll set
-// is the parent's too. Other threads' loops are gone there, the pool is empty, and what the parent's
+// takes nothing from its parent. It may run an inherited loop only under poll(2): an epoll set is
+// the parent's too. Other threads' loops are gone there, the pool is empty, and what the parent's
 // threads worked on is ORCH_ECANCELED. To run another program use orch_process_start.
 //
 // 19. Limits and caveats
