@@ -328,10 +328,10 @@
 // - In orch_offload signals are blocked, and children that fn starts itself inherit that. A value
 //   that it returns must not point into its copied argument.
 // - A signal that is blocked in every thread never arrives. Real-time signals are not queued.
-// - Ctrl-C does not reach a child in a process group of its own, but ends it through its parent;
-//   same_group is for one that reads from the terminal. SIGKILL to the parent leaves children
-//   running. Where there is no pidfd (not Linux, or before 5.3), a SIGCHLD handler installed after
-//   ours breaks waiting for them.
+// - A child process has a process group of its own, so Ctrl-C reaches the parent only: with
+//   handle_signals that ends its children; a parent that just dies leaves them running. same_group
+//   is for a child that reads from the terminal. Where there is no pidfd (not Linux, or before
+//   5.3), a SIGCHLD handler installed after ours breaks waiting for children.
 // - On a virtual clock time stands still while a child runs, so no time-out cuts it off.
 // - A process-wide handler for SIGSEGV and SIGBUS names the task on a stack overflow and then hands
 //   on to what was installed before; orch_loop_desc.no_overflow_report leaves them alone.
