@@ -210,6 +210,7 @@
 //     static orch_result echo(int fd, void *context) {    // orch_serve runs it for each connection
 //         char data[4096];
 //         ptrdiff_t n;
+//         (void)context;
 //         while ((n = orch_read(fd, data, sizeof data)) > 0) {
 //             if (orch_write(fd, data, (size_t)n) < 0) break;
 //         }
@@ -276,7 +277,8 @@
 // signal, in whichever thread it arrives, and every loop that waits gets it; afterwards it is
 // handled as before. Several that come before the loop looks count as one.
 // With orch_loop_desc.handle_signals, SIGINT and SIGTERM cancel the main task of orch_run_with, its
-// clean-up is waited for, and orch_exit returns 130 or 143. A second one ends the process at once.
+// clean-up is waited for, and orch_exit returns 130 or 143; 0 when it succeeds all the same. A
+// second one ends the process at once.
 //
 // 15. Processes
 //
@@ -322,9 +324,11 @@
 //   its thread: orch_offload it. Queues and workflows are planned.
 // - A read or write that ends with an error does not say how much was moved before it.
 // - Under epoll and kqueue a descriptor that is closed with close() while somebody waits for it is
-//   not reported (poll: -EBADF): the wait stays until it is cancelled. After orch_adopt and close()
-//   the waits of the number's next owner may hang. Out-of-band data alone wakes nobody.
-// - A loop makes one descriptor before its first sleep, and a signal that is waited for one more.
+//   not reported (poll: -EBADF): the wait stays until it is cancelled. After close() of one that
+//   was adopted or made here, waits of the number's next owner may hang. Out-of-band data alone
+//   wakes nobody.
+// - A loop makes one descriptor before its first sleep (two outside Linux), and each orch_signal
+//   and orch_signals another.
 // - In orch_offload signals are blocked, and children that fn starts itself inherit that. A value
 //   that it returns must not point into its copied argument.
 // - A signal that is blocked in every thread never arrives. Real-time signals are not queued.
