@@ -1,33 +1,40 @@
-// asyncorch.h - v0.1.0 - futures, tasks and orchestration for plain C, in one file. Public domain.
+// asyncorch.h - v0.1.0 - futures, tasks, I/O and orchestration for plain C, in one file.
 //
 //     #define ASYNCORCH_IMPLEMENTATION   // in exactly one .c or .cc file of the program
 //     #include "asyncorch.h"             // and without the define wherever else it is used
-//     cc -O2 program.c                   // nothing to link, nothing to generate
+//     cc -O2 program.c                   // -pthread for glibc before 2.34 and the BSDs
 //
-// Search for >>name to reach a section. Each layer calls only what stands above it in the file.
+// Public domain. Search for >>name to reach a section. Each layer calls only what stands above it.
 //
-//     >>manual          model, first program, ownership, order, cancellation, time, errors,
-//                       misuse, threads, limits and caveats
+//     >>manual          model, first program, ownership, order, cancellation, scopes, time, errors,
+//                       misuse, I/O, sockets, files, threads, signals, processes, pollers, guest
+//                       mode, fork, limits and caveats
 //     >>config          what can be set before the include
-//     >>api             results, futures, combinators, tasks, loop: one contract block each
+//     >>api             by topic (search for // ----): one contract block each
 //     >>implementation  bottom first:
 //
 //       0 >>platform    operating system, processor, compiler, tools
-//       1 >>base        errors, misuse, allocator, slots, ready ring
+//       1 >>base        errors, misuse, allocator, slots, ready ring; >>forward: what cannot wait
 //       2 >>context     the switch, stacks with guards
-//       3 >>poller      one contract; poll(2)
+//       3 >>poller      one contract; poll(2), epoll, kqueue; which one fits
 //       4 >>timer       a heap of deadlines
-//       5 >>loop        turns, rounds, who awaits what ........ orch_loop_run, orch_loop_step
+//         >>inbox       what other threads leave for a loop
+//       5 >>loop        turns, rounds, guest mode ............. orch_loop_run, orch_loop_dispatch
 //       6 >>future      tickets, settle, then, follow, cancel . orch_then, orch_settle, orch_drop
 //       7 >>combinator  all, any, race, quorum, timeout ....... orch_all, orch_timeout
 //       8 >>task        coroutines, await, shield ............. orch_go, orch_await, orch_sleep
 //         >>scope       a nursery and a deadline in one ....... orch_scope_open, orch_scope_go
-//       9 >>io          descriptors ........................... orch_ready, orch_close
-//         >>run         the life of a loop, the main task ..... orch_loop_new, orch_run
+//       9 >>io          descriptors, reading, writing, lines .. orch_read, orch_write, orch_ready
+//      10 >>thread      posts, remotes, offloaded work ........ orch_offload, orch_post, orch_go_on
+//         >>signal      signals, wherever they arrive ......... orch_signal, orch_signals_next
+//         >>run         the life of a loop, the main task ..... orch_loop_new, orch_run, orch_exit
 //         >>kinds       what each kind of future does, a table
+//         >>net         sockets ............................... orch_serve, orch_connect, orch_udp
+//         >>file        files, on threads ..................... orch_file_load, orch_file_read
 //      11 >>coordination semaphore, event, channel, topic ... orch_acquire, orch_send, orch_publish
 //      12 >>policy      retry, map, hedge ..................... orch_retry, orch_map, orch_hedge
 //         >>guard       limiter, breaker, single flight ....... orch_limit, orch_breaker_run
+//         >>process     children: started, fed, read, ended ... orch_process_run, ..._start
 //
 //     >>end             macros undefined, licence
 
@@ -40,10 +47,10 @@
 // 1. The model
 //
 // A future is the read end of work in progress: pending, then settled once and for ever, with a
-// value or an error. A promise is its write end. A task is a C function that may wait for futures
-// (orch_await) while other tasks run. A loop runs all of this on one thread: it runs what is ready,
-// and sleeps in poll(2) when nothing is. Whatever you compose with all, any, race or timeout is a
-// future again.
+// value or an error. A promise is its write end. A task is a C function that may wait, for futures
+// (orch_await) or for input and output (orch_read), while other tasks run. A loop runs all of this
+// on one thread: it runs what is ready, and sleeps in the poller when nothing is. Whatever you
+// compose with all, any, race or timeout is a future again.
 //
 // 2. A first program
 //
@@ -137,8 +144,8 @@
 // 0 is success, negative is -errno or ORCH_E..., positive is yours. Rejections can carry a message
 // (orch_failf) that orch_message finds. A detached future that is rejected and seen by nobody is
 // reported to on_unhandled. When everything is blocked for good, orch_run returns ORCH_EDEADLK and
-// reports who awaits what: tasks by name, combinators and scopes with what is open in them.
-// orch_loop_dump says the same of a running program.
+// reports who awaits what: tasks by name, combinators and scopes with what is open in them, each
+// with up to 8 of its parts. orch_loop_dump says the same at any time, also from a running task.
 //
 // 9. Misuse
 //
@@ -158,6 +165,7 @@
 //     no loop on this thread                          aborts   ORCH_ENOLOOP
 //     a loop or orch_run where one is running         aborts   ORCH_ENESTED (orch_loop_new: NULL)
 //     running or freeing a loop from inside it        aborts   ORCH_ENESTED
+//     a poller that the system has not                aborts   ORCH_EINVAL (orch_loop_new: NULL)
 //     a future or promise of another thread's loop    aborts   ORCH_ETHREAD; settle: false
 //     a stack size below 16 KiB or above 1 GiB        aborts   ORCH_EINVAL
 //     an argument copy above half the stack           aborts   ORCH_EINVAL
@@ -169,30 +177,166 @@
 //     a scope closed twice or by another task         aborts   ORCH_ESCOPE
 //     a scope closed while others are open in it      aborts   those are closed first
 //     a task that ends with a scope open              aborts   reported, cancelled and closed
-//     a second next while one is pending              aborts   ORCH_EBUSY
+//     a second completion_next while one is pending   aborts   ORCH_EBUSY
 //     a promise boxed twice at a time                 aborts   the first unbox wins
 //     orch_ready with no or unknown events            aborts   ORCH_EINVAL
+//     read, write, accept, connect, serve and the     aborts   ORCH_ENOTASK
+//       calls for files outside a task
+//     NULL for memory or a path of one of them        aborts   ORCH_EINVAL
+//     orch_serve without a handler                    aborts   ORCH_EINVAL; the listener is closed
+//     orch_listen of NULL, a connection to nothing,   aborts   ORCH_EINVAL
+//       orch_resolve of neither host nor service
+//     post or go_on without a loop or a function      aborts   ORCH_EINVAL
+//     an unknown lane, a lane of no threads           aborts   ORCH_EINVAL
+//     orch_promise_remote without a loop              aborts   NULL
+//     NULL for a remote (drop: nothing)               aborts   false; the result is freed
+//     orch_signals_new with an empty list             aborts   an object that says ORCH_EINVAL
+//     a process without argv, with an unknown in,     aborts   an object that says ORCH_EINVAL
+//       out or err, or with NULL as input of some size
+//     orch_process_run outside a task                 aborts   ORCH_ENOTASK
+//     guest mode: no array for a count, a virtual     aborts   ORCH_EINVAL
+//       clock
 //     a stack overflow                                dies on the guard and names the task, in both
 //     a cancelled task that goes on waiting           reported once, in both
 //
 // Not detected: a handle used after its slot was used again (release), a result copied and freed
 // twice, an element of a list kept longer than the list, a ticket, box or future used after its
-// loop was freed, a result of orch_await that is not freed.
+// loop was freed, a result of orch_await that is not freed, close() in place of orch_close.
 //
-// 10. Threads
+// 10. Input and output
 //
-// Each thread may have a loop of its own; loops share nothing, and nothing in this file is to be
-// called for another thread's loop. Only orch_ok, orch_fail, orch_failf, orch_message and the like
-// need no loop.
+// Calls for tasks, in direct style: they return what they moved, or a negative error.
 //
-// 11. Limits and caveats
+//     static orch_result echo(int fd, void *context) {    // orch_serve runs it for each connection
+//         char data[4096];
+//         ptrdiff_t n;
+//         (void)context;
+//         while ((n = orch_read(fd, data, sizeof data)) > 0) {
+//             if (orch_write(fd, data, (size_t)n) < 0) break;
+//         }
+//         return orch_ok(NULL, NULL);
+//     }
+//
+// Each tries first and waits only when it would block; after a read that came short the next one
+// waits first, so a request costs one recv and one send. A wait obeys the deadlines and the
+// cancellation around it, so no call has a time-out of its own: open a scope, or await the task
+// within orch_timeout. orch_write writes all of it; of two that meet in one direction of a
+// descriptor the second gets ORCH_EBUSY, so bytes of two never mix. SIGPIPE is never raised. They
+// work for sockets, pipes and terminals, non-blocking or not. orch_reader_line gives lines.
+// orch_ready is a future of readiness alone, for a library that does its own calls.
+// Close with orch_close: whoever waits gets ORCH_ECANCELED, the poller forgets the descriptor, and
+// no late event reaches the next owner of its number. orch_adopt promises it for a descriptor that
+// the library did not make; its waits are then free of system calls under epoll and kqueue too.
+//
+// 11. Sockets
+//
+// orch_listen makes a listener, orch_serve is the accept loop: a task for each connection, at most
+// so many at a time. Out of descriptors it tells on_error once and waits until it can go on; when
+// it is cancelled it stops listening, lets connections end, cancels those that take too long, and
+// returns when all have ended. orch_connect takes a host and a service, resolves on a thread, and
+// races the addresses as RFC 8305 says. orch_listen and orch_udp take numbers and "localhost", no
+// other names. orch_socket_... are the calls with flags, and those for datagrams.
+//
+// 12. Files
+//
+// A disk blocks, whatever poll says: a plain orch_read of a file stops the loop for as long. So
+// orch_file_... run on threads of the pool, on memory of their own: cancelled, they return at once,
+// and never touch the caller's memory afterwards; a cancelled write may or may not happen.
+// orch_file_load reads a whole file; orch_file_save replaces one so that others see the old or the
+// new one, whole.
+//
+// 13. Threads
+//
+// A loop and all that belongs to it is used on its own thread. Each thread may have one; they share
+// nothing. For another thread's loop exactly these may be called:
+//
+//     orch_post(loop, fn, arg)          has the loop call fn       from any thread
+//     orch_remote_settle, ..._drop      settles a promise there    from any thread
+//     orch_go_on(loop, fn, arg)         a task there, future here  from a thread with a loop
+//
+// Any thread, with a loop or without, may call those whose block says "any thread": among them
+// orch_ok, orch_fail, orch_failf, orch_message, orch_pool_limit and orch_pool_statistics. Nothing
+// here may be called from a signal handler.
+// orch_post: what was accepted is called, at the latest when the loop is freed; a loop that is gone
+// says ORCH_ECLOSED. A sleeping loop is woken once for any number of posts. orch_promise_remote
+// makes the write end for another thread; while one is out the loop is not deadlocked, and virtual
+// time stands still when nothing is ready.
+// orch_offload runs what blocks or computes on a thread of the pool: lanes that do not hold up each
+// other (the default, files, names, five of your own), each with a bound, first come first served;
+// threads that are idle for 5 s end. Cancelled before it has begun, it never runs. Begun, it cannot
+// be stopped: its future ends at once, fn runs on, and its result is freed when it comes. So what
+// arg shows must live as long as fn runs, or be copied (arg_size) or owned (release).
+// orch_go_on is not like that: dropped in a task, it returns when the task there has ended.
+// Results cross when their release may run on any thread; messages do. A list or a share of a
+// loop's futures arrives as ORCH_ETHREAD.
+//
+// 14. Signals
+//
+// orch_signal(SIGHUP) is a future of the next time that a signal comes. orch_signals_new and
+// orch_signals_next lose none between two waits. While somebody waits the process catches the
+// signal, in whichever thread it arrives, and every loop that waits gets it; afterwards it is
+// handled as before. Several that come before the loop looks count as one.
+// With orch_loop_desc.handle_signals, SIGINT and SIGTERM cancel the main task of orch_run_with, its
+// clean-up is waited for, and orch_exit returns 130 or 143; 0 when it succeeds all the same. A
+// second one ends the process at once.
+//
+// 15. Processes
+//
+// orch_process_run runs a program, feeds it and captures what it prints, and returns when it has
+// ended. orch_process_start is the same by hand: pipes, orch_process_wait, orch_process_kill. A
+// child's life is its handle's: orch_process_free, a cancelled run and the end of the loop send
+// SIGTERM to its process group, wait for grace_ms, and send SIGKILL. There are no zombies, and
+// nobody else's children are reaped. What cannot be started is an error (-ENOENT), not an exit
+// code. A status is a value; orch_exit_check makes an error of one that is not 0.
+//
+// 16. Pollers
+//
+// A loop begins with poll(2), which is fastest while much of what it looks at is ready. It moves to
+// epoll (Linux) or kqueue (the BSDs, macOS) when looks at more than 64 descriptors find fewer than
+// 1 in 32 of them ready, and back when they find more than 1 in 8, or look at fewer than 32. It
+// judges after 65,536 descriptors looked at, later with each move. orch_loop_desc.poller pins one;
+// orch_loop_statistics says which it is and how often it moved. What is said here holds under each,
+// but for what 19 names.
+//
+// 17. Guest mode
+//
+// A loop can live in another one. Make it with orch_loop_new, start tasks with orch_go, and each
+// time the host goes round ask for orch_loop_pollfds and orch_loop_timeout, wait, and call
+// orch_loop_dispatch. With a poller pinned to epoll or kqueue one descriptor, orch_loop_fd, stands
+// for all. Examples 16 (poll), 17 (GLib) and 18 (libuv) are whole. Nobody reports a deadlock then.
+//
+// 18. Fork
+//
+// A child made by fork may close descriptors with orch_close, free the loop, exec or _exit, and
+// takes nothing from its parent. It may run an inherited loop only under poll(2): an epoll set is
+// the parent's too. Other threads' loops are gone there, the pool is empty, and what the parent's
+// threads worked on is ORCH_ECANCELED. To run another program use orch_process_start.
+//
+// 19. Limits and caveats
 //
 // - A task's stack is 64 KiB by default, of which only touched pages cost memory. Compile with
-//   -fstack-clash-protection, so that even a large frame meets the guard. orch_on_main_stack runs a
-//   hungry call on the thread's own stack.
+//   -fstack-clash-protection: else one frame larger than the guard (16 KiB) jumps over it.
+//   orch_on_main_stack runs a hungry call on the thread's own stack.
 // - Callbacks and hooks must not wait. C++ exceptions must not leave a task or callback; longjmp
-//   must not cross a switch.
-// - Blocking calls block the loop. A thread pool, I/O calls, queues and workflows are planned.
+//   must not cross a switch. MXCSR, its status flags too, and the x87 control word (aarch64: FPCR,
+//   riscv64: fcsr) travel with a task.
+// - A call that blocks (sleep, a database client, a plain read of a slow disk) blocks every task of
+//   its thread: orch_offload it. Queues and workflows are planned.
+// - A read or write that ends with an error does not say how much was moved before it.
+// - Under epoll and kqueue a descriptor that is closed with close() while somebody waits for it is
+//   not reported (poll: -EBADF): the wait stays until it is cancelled. After close() of one that
+//   was adopted or made here, waits of the number's next owner may hang. Out-of-band data alone
+//   wakes nobody.
+// - A loop makes one descriptor before its first sleep (two outside Linux), and each orch_signal
+//   and orch_signals another.
+// - In orch_offload signals are blocked, and children that fn starts itself inherit that. A value
+//   that it returns must not point into its copied argument.
+// - A signal that is blocked in every thread never arrives. Real-time signals are not queued.
+// - A child process has a process group of its own, so Ctrl-C reaches the parent only: with
+//   handle_signals that ends its children; a parent that just dies leaves them running. same_group
+//   is for a child that reads from the terminal. Where there is no pidfd (not Linux, or before
+//   5.3), a SIGCHLD handler installed after ours breaks waiting for children.
+// - On a virtual clock time stands still while a child runs, so no time-out cuts it off.
 // - A process-wide handler for SIGSEGV and SIGBUS names the task on a stack overflow and then hands
 //   on to what was installed before; orch_loop_desc.no_overflow_report leaves them alone.
 // - Built with -fcf-protection for a processor whose shadow stack is on, and on processors without
@@ -211,6 +355,8 @@
 //     ORCH_USE_UCONTEXT       not defined   define to 1 to switch with ucontext instead of assembly
 //     ORCH_USE_SIGCHLD        not defined   define to 1 to wait for children by SIGCHLD where there
 //                                           is a pidfd
+//     ORCH_USE_KQUEUE         not defined   define to 1 for kqueue on Linux, over libkqueue:
+//                                           for tests
 //
 // None changes a public struct. Run-time settings are fields of orch_loop_desc.
 
@@ -918,7 +1064,7 @@ typedef enum orch_guard {
 
 typedef struct orch_loop_desc {
     orch_allocator allocator; // default: malloc
-    orch_poller poller;       // default: poll(2)
+    orch_poller poller;       // default: poll(2), and the system's own while that is better
     size_t stack_size;        // bytes of a task's stack; default: 64 KiB
     bool no_overflow_report;  // leave SIGSEGV alone: a stack overflow is not named
     orch_clock clock;         // default: CLOCK_MONOTONIC
