@@ -166,7 +166,7 @@ install: # the header and asyncorch.pc, under PREFIX (/usr/local) and DESTDIR
 	install -m 644 asyncorch.h $(DESTDIR)$(PREFIX)/include/asyncorch.h
 	@printf '%s\n' 'prefix=$(PREFIX)' 'includedir=$${prefix}/include' '' 'Name: asyncorch' \
 		'Description: futures, tasks and orchestration for plain C, in one header' \
-		'Version: $(VERSION)' 'Cflags: -I$${includedir}' \
+		'Version: $(VERSION)' 'Cflags: -I$${includedir} -pthread' 'Libs: -pthread' \
 		>$(DESTDIR)$(PREFIX)/lib/pkgconfig/asyncorch.pc
 	@echo 'asyncorch.pc -> $(DESTDIR)$(PREFIX)/lib/pkgconfig/asyncorch.pc'
 

@@ -287,7 +287,7 @@
 // child's life is its handle's: orch_process_free, a cancelled run and the end of the loop send
 // SIGTERM to its process group, wait for grace_ms, and send SIGKILL. There are no zombies, and
 // nobody else's children are reaped. What cannot be started is an error (-ENOENT), not an exit
-// code. A status is a value; orch_exit_check makes an error of one that is not 0.
+// code. A status is a value; orch_exit_status_check makes an error of one that is not 0.
 //
 // 16. Pollers
 //
@@ -425,7 +425,7 @@ typedef struct orch_signals orch_signals;       // signals that are caught
     X(ORCH_EOPEN, -10011, "the circuit breaker is open")                                           \
     X(ORCH_ELIMIT, -10012, "more than the limit allows")                                           \
     X(ORCH_ESCOPE, -10013, "the scope is not open here")                                           \
-    X(ORCH_EHOST, -10014, "host not found")                                                        \
+    X(ORCH_EHOST, -10014, "host or service not found")                                             \
     X(ORCH_ERESOLVE, -10015, "the name could not be resolved now")                                 \
     X(ORCH_ESIGNAL, -10016, "ended by a signal")
 
@@ -1108,14 +1108,16 @@ int orch_loop_free(orch_loop *loop);
 
 /* Runs turns until nothing is left to do, or orch_loop_stop.
  * Returns 0; ORCH_EDEADLK when tasks or callbacks are left that nothing can wake (reported);
- * ORCH_ENESTED inside a task or callback; ORCH_EINVAL for NULL; an -errno of the poller.
+ * ORCH_ENESTED inside a task or callback; ORCH_EINVAL for NULL; ORCH_ETHREAD; an -errno of the
+ * poller.
  * Context: loop thread.
  * Owns: borrows loop. */
 int orch_loop_run(orch_loop *loop);
 
 /* Runs one turn, sleeping in the poller for at most ms when nothing is ready.
  * Returns 1 when there is more to do, 0 when nothing can wake the loop any more (a deadlock too);
- * ORCH_ENESTED inside a task or callback; ORCH_EINVAL for NULL; an -errno of the poller.
+ * ORCH_ENESTED inside a task or callback; ORCH_EINVAL for NULL; ORCH_ETHREAD; an -errno of the
+ * poller.
  * Context: loop thread.
  * Owns: borrows loop. Units: milliseconds. */
 int orch_loop_step(orch_loop *loop, uint64_t ms);
@@ -1148,7 +1150,7 @@ int orch_loop_pollfds(orch_loop *loop, struct pollfd *fds, size_t capacity);
 
 /* How long the host may wait. Timers that were armed since the last dispatch count from this call.
  * Returns the time until orch_loop_dispatch is to be called: 0 at once; UINT64_MAX only when a
- * descriptor is ready. 0 for NULL or another thread's loop.
+ * descriptor is ready. 0 for NULL or another thread's loop (debug builds abort).
  * Context: loop thread.
  * Owns: borrows loop. Units: milliseconds. */
 uint64_t orch_loop_timeout(orch_loop *loop);
@@ -1294,7 +1296,8 @@ ORCH_NODISCARD orch_remote *orch_promise_remote(orch_promise promise);
 
 /* Settles the promise from any thread. It needs no memory and cannot fail; whether it decides the
  * future is found out on the loop's thread, where r is freed if not.
- * Returns true; false when the loop is gone: then r was freed here, by this thread.
+ * Returns true; false when the loop is gone: then r was freed here, by this thread. False for NULL,
+ * which aborts in debug builds.
  * Context: any thread; does not block.
  * Owns: consumes remote and r. r must not be an orch_chain. */
 bool orch_remote_settle(orch_remote *remote, orch_result r);
@@ -1642,7 +1645,8 @@ ORCH_NODISCARD int orch_udp(const orch_udp_desc *desc);
 // is duplicated for the call, so that it may be closed after a cancelled one (closing the duplicate
 // gives up fcntl's record locks, as closing always does). Where a block
 // says nothing else, they return 0 or the -errno of the system's call, ORCH_ECANCELED, ORCH_ENOMEM,
-// ORCH_ENOTASK outside a task, and, where debug builds abort, ORCH_EINVAL for NULL.
+// and, where debug builds abort, ORCH_EINVAL for NULL, ORCH_ENOTASK outside a task and ORCH_ENOLOOP
+// without a loop.
 
 typedef struct orch_buffer {
     char *data; // a NUL stands behind the last byte
@@ -1659,7 +1663,7 @@ typedef struct orch_file_info {
 /* Opens a file, with O_CLOEXEC besides the flags. mode is for O_CREAT.
  * Returns the descriptor, or as above.
  * Context: task only; suspends.
- * Owns: hands over the descriptor. One that a cancelled call opened is closed. */
+ * Owns: hands over the descriptor, for orch_close. One that a cancelled call opened is closed. */
 int orch_file_open(const char *path, int flags, int mode);
 
 /* Reads, or writes, all of `size` bytes at an offset; the descriptor's own position stays. A read
@@ -2578,7 +2582,8 @@ int orch_process_close_stdin(orch_process *p);
 ORCH_NODISCARD orch_future *orch_process_wait(orch_process *p);
 
 /* Sends a signal to the process and its group.
- * Returns 0; -ESRCH when it has ended; -EINVAL for no signal, -EPERM; why it did not start.
+ * Returns 0; -ESRCH when it has ended; -EINVAL for a number that is no signal (0 only looks), -EPERM;
+ * why it did not start.
  * Context: loop thread; does not suspend.
  * Owns nothing. */
 int orch_process_kill(orch_process *p, int signal);
@@ -2603,7 +2608,7 @@ typedef struct orch_process_output {
  * has ended when the program has and its captured outputs are at their end. A program that does
  * not read its input is no failure. Cancelled, or failed in between: the program is ended as by
  * orch_process_free.
- * Returns a result with a const orch_process_output *, whatever the status is: orch_exit_check
+ * Returns a result with a const orch_process_output *, whatever the status is: orch_exit_status_check
  * makes an error of it. Rejected: as orch_process_start, with a message; ORCH_ELIMIT, with a
  * message, for an output above the limit; ORCH_ECANCELED; ORCH_ENOMEM; ORCH_ENOTASK; -errno of a
  * pipe.
@@ -2615,14 +2620,14 @@ ORCH_NODISCARD orch_result orch_process_run(const orch_process_desc *desc);
  * Returns buffer, which is cut to fit.
  * Context: any thread.
  * Owns nothing. Units: bytes. */
-const char *orch_exit_text(orch_exit_status status, char *buffer, size_t size);
+const char *orch_exit_status_text(orch_exit_status status, char *buffer, size_t size);
 
 /* A status as a result, for those to whom anything but 0 is a failure.
  * Returns success for code 0; else an error with the status in words: the code, or 128 and the
  * signal, as a shell has it.
  * Context: any thread.
  * Owns: the result owns its message. */
-ORCH_NODISCARD orch_result orch_exit_check(orch_exit_status status);
+ORCH_NODISCARD orch_result orch_exit_status_check(orch_exit_status status);
 
 #ifdef __cplusplus
 } // extern "C"
@@ -2759,7 +2764,7 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #endif
 
 #if ORCHI_OS_MACOS || defined(__FreeBSD__) || defined(__NetBSD__) || defined(__OpenBSD__) ||       \
-    defined(__DragonFly__) || defined(ORCH_USE_KQUEUE)
+    defined(__DragonFly__) || (defined(ORCH_USE_KQUEUE) && ORCH_USE_KQUEUE)
 #define ORCHI_KQUEUE 1
 #else
 #define ORCHI_KQUEUE 0
@@ -2813,7 +2818,6 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #include <sys/types.h>
 
 #include <sys/event.h>
-#include <sys/stat.h>
 #endif
 
 #if defined(__has_include)
@@ -2841,10 +2845,6 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 #include <sanitizer/tsan_interface.h>
 #else
 #define ORCHI_TSAN 0
-#endif
-
-#if ORCHI_OS_LINUX
-#include <sys/eventfd.h>
 #endif
 
 #if ORCHI_OS_MACOS // has only those with a name
@@ -16971,18 +16971,18 @@ orch_result orch_process_run(const orch_process_desc *given) {
 
 // ---- statuses
 
-const char *orch_exit_text(orch_exit_status status, char *buffer, size_t size) {
+const char *orch_exit_status_text(orch_exit_status status, char *buffer, size_t size) {
     if (status.signal == 0) snprintf(buffer, size, "exited with %d", status.code);
     else
         snprintf(buffer, size, "killed by signal %d (%s)", status.signal, strsignal(status.signal));
     return buffer;
 }
 
-orch_result orch_exit_check(orch_exit_status status) {
+orch_result orch_exit_status_check(orch_exit_status status) {
     char text[128];
     if (status.signal == 0 && status.code == 0) return orch_ok(NULL, NULL);
     int error = status.signal != 0 ? 128 + status.signal : status.code;
-    return orch_failf(error, "%s", orch_exit_text(status, text, sizeof text));
+    return orch_failf(error, "%s", orch_exit_status_text(status, text, sizeof text));
 }
 
 #ifdef __cplusplus

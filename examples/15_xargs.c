@@ -82,7 +82,7 @@ static orch_result attempt(void *arg) {
     free_words(words);
     if (r.error != 0) return r;
     const orch_process_output *output = r.value;
-    orch_result status = orch_exit_check(output->status);
+    orch_result status = orch_exit_status_check(output->status);
     fwrite(output->out, 1, output->out_size, stdout);
     fflush(stdout);
     fwrite(output->err, 1, output->err_size, stderr);

@@ -107,9 +107,8 @@ lto() { # compiler
 group_options() { # compiler
     cc=$1
     hardened='-fstack-clash-protection -fstack-protector-strong -fPIC -fvisibility=hidden'
-    for options in '-O0' '-O2' "-O3 $(lto "$cc")" '-O2 -DNDEBUG' \
-        '-O2 -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2' '-O2 -fcf-protection=full' "-O2 $hardened" \
-        '-O1 -DORCH_USE_UCONTEXT=1' '-O0 -g -fsanitize=address,undefined'; do
+    for options in '-O0' '-O2 -DNDEBUG' '-O1 -DORCH_USE_UCONTEXT=1' \
+        "-O2 -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2 -fcf-protection=full $hardened"; do
         try "$cc" "-std=c99 $options" compile_c.c
     done
     try_threads "$cc" '-std=c99 -O1 -g -fsanitize=thread' compile_c.c
@@ -120,7 +119,9 @@ group_options() { # compiler
         done
     fi
     [ "$full" = 1 ] || return 0
-    for options in '-Os' '-O2 -fstack-clash-protection' '-O2 -fstack-protector-strong' \
+    for options in '-Os' '-O2' "-O3 $(lto "$cc")" '-O0 -g -fsanitize=address,undefined' \
+        '-O2 -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2' '-O2 -fcf-protection=full' \
+        '-O2 -fstack-clash-protection' '-O2 -fstack-protector-strong' \
         '-O2 -fPIC -fvisibility=hidden' '-O1 -g -fsanitize=address,undefined' \
         '-O1 -g -fsanitize=address -DORCH_USE_UCONTEXT=1'; do
         try "$cc" "-std=c99 $options" compile_c.c
@@ -142,26 +143,28 @@ try_threads() { # compiler, flags, source
 
 group_static() {
     for cc in gcc clang; do
-        for options in -O2 "-O3 $(lto $cc)" '-O1 -DORCH_USE_UCONTEXT=1'; do
+        for options in -O2 "-O3 $(lto $cc)"; do
             try $cc "-std=c99 $options" static_seen.c
         done
         [ "$full" = 1 ] || continue
-        for options in -O0 -O1 -O3 -Os '-O3 -DORCH_USE_UCONTEXT=1'; do
+        for options in -O0 -O1 -O3 -Os '-O1 -DORCH_USE_UCONTEXT=1' \
+            '-O3 -DORCH_USE_UCONTEXT=1'; do
             try $cc "-std=c99 $options" static_seen.c
         done
     done
 }
 
 group_cross() {
-    try aarch64-linux-gnu-gcc '-std=c99 -O0 -static' compile_c.c qemu-aarch64-static
     try aarch64-linux-gnu-gcc '-std=c99 -O2 -mbranch-protection=standard -static' compile_c.c \
         qemu-aarch64-static
     try aarch64-linux-gnu-gcc '-std=c99 -O3 -static' static_seen.c qemu-aarch64-static
-    try riscv64-linux-gnu-gcc '-std=c99 -O0 -static' compile_c.c qemu-riscv64-static
-    try riscv64-linux-gnu-gcc '-std=c99 -O3 -static' compile_c.c qemu-riscv64-static
+    try riscv64-linux-gnu-gcc '-std=c99 -O2 -static' compile_c.c qemu-riscv64-static
     try musl-gcc '-std=c99 -O2' compile_c.c
     [ "$full" = 1 ] || return 0
     try aarch64-linux-gnu-gcc '-std=c99 -O3 -static' compile_c.c qemu-aarch64-static
+    try aarch64-linux-gnu-gcc '-std=c99 -O0 -static' compile_c.c qemu-aarch64-static
+    try riscv64-linux-gnu-gcc '-std=c99 -O0 -static' compile_c.c qemu-riscv64-static
+    try riscv64-linux-gnu-gcc '-std=c99 -O3 -static' compile_c.c qemu-riscv64-static
     try riscv64-linux-gnu-gcc '-std=c99 -O3 -static' static_seen.c qemu-riscv64-static
     try musl-gcc '-std=c99 -O3 -static' static_seen.c
 }
@@ -190,7 +193,6 @@ units() { # compiler of a, flags of a, compiler of b, flags of b, flags to link
 
 group_units() {
     units gcc '-std=c99 -O0' gcc '-std=c99 -O2' ''
-    units gcc '-std=c99 -O3 -flto' gcc '-std=c99 -O3 -flto' '-O3 -flto'
     units clang '-std=c99 -O0' gcc '-std=c11 -O2 -DNDEBUG' ''
     units gcc '-std=c99 -O0' g++ '-x c++ -std=c++11 -O2' ''
     units g++ '-x c++ -std=c++17 -O0' gcc '-std=c2x -O2' ''

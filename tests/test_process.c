@@ -748,17 +748,17 @@ TASK_TEST_ON(the_grace_is_virtual_too, ORCH_CLOCK_VIRTUAL) {
 
 TEST(statuses_in_words) {
     char text[64];
-    CHECK_STR(orch_exit_text((orch_exit_status){3, 0}, text, sizeof text), "exited with 3");
-    CHECK_STR(orch_exit_text((orch_exit_status){0, 9}, text, sizeof text),
+    CHECK_STR(orch_exit_status_text((orch_exit_status){3, 0}, text, sizeof text), "exited with 3");
+    CHECK_STR(orch_exit_status_text((orch_exit_status){0, 9}, text, sizeof text),
               "killed by signal 9 (Killed)");
-    CHECK_STR(orch_exit_text((orch_exit_status){0, 9}, text, 7), "killed");
-    orch_result r = orch_exit_check((orch_exit_status){0, 0});
+    CHECK_STR(orch_exit_status_text((orch_exit_status){0, 9}, text, 7), "killed");
+    orch_result r = orch_exit_status_check((orch_exit_status){0, 0});
     CHECK_INT(r.error, 0);
-    r = orch_exit_check((orch_exit_status){3, 0});
+    r = orch_exit_status_check((orch_exit_status){3, 0});
     CHECK_INT(r.error, 3);
     CHECK_STR(orch_message(&r), "exited with 3");
     orch_result_free(&r);
-    r = orch_exit_check((orch_exit_status){0, 15});
+    r = orch_exit_status_check((orch_exit_status){0, 15});
     CHECK_INT(r.error, 143);
     orch_result_free(&r);
 }

@@ -1321,7 +1321,7 @@ TASK_TEST(an_unknown_host_is_an_error_with_a_message) {
     CHECK(r.error == ORCH_EHOST || r.error == ORCH_ERESOLVE);
     CHECK(strlen(orch_message(&r)) > 0);
     orch_result_free(&r);
-    CHECK_STR(orch_error_text(ORCH_EHOST), "host not found");
+    CHECK_STR(orch_error_text(ORCH_EHOST), "host or service not found");
 }
 
 // Every thread that may resolve is busy: other work goes on, and a name can be given up.
