@@ -91,7 +91,8 @@ build = $(MAKE) -k --no-print-directory -j$(JOBS) \
 
 # Lines for tests/run.sh: way, label, arguments, what goes before.
 lines = $(foreach t,$(TESTS),echo '$(t)$(if $(2),/$(2)) $(4) $(B)/$(strip $(1))/$(t) $(3)';)
-sweeps = $(if $(WRAP),$(foreach t,$(1),echo '$(t)/sweep TEST_SEEDS=1 $(B)/tests/$(t) --sweep';),echo \
+sweeps = $(if $(WRAP),$(foreach t,$(1),echo \
+	'$(t)/sweep TEST_SEEDS=1 $(B)/tests/$(t) --sweep';),echo \
 	'sweep echo "skipped the sweep (no ld --wrap)"; echo "0 passed, 0 failed, 1 skipped"';)
 matrix = $(foreach g,options-gcc options-clang c cxx static cross units,echo \
 	'matrix/$(g) $(1) sh tests/run_matrix.sh $(g)';)

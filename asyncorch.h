@@ -2582,8 +2582,8 @@ int orch_process_close_stdin(orch_process *p);
 ORCH_NODISCARD orch_future *orch_process_wait(orch_process *p);
 
 /* Sends a signal to the process and its group.
- * Returns 0; -ESRCH when it has ended; -EINVAL for a number that is no signal (0 only looks), -EPERM;
- * why it did not start.
+ * Returns 0; -ESRCH when it has ended; -EINVAL for a number that is no signal (0 only looks);
+ * -EPERM; why it did not start.
  * Context: loop thread; does not suspend.
  * Owns nothing. */
 int orch_process_kill(orch_process *p, int signal);
@@ -2608,10 +2608,10 @@ typedef struct orch_process_output {
  * has ended when the program has and its captured outputs are at their end. A program that does
  * not read its input is no failure. Cancelled, or failed in between: the program is ended as by
  * orch_process_free.
- * Returns a result with a const orch_process_output *, whatever the status is: orch_exit_status_check
- * makes an error of it. Rejected: as orch_process_start, with a message; ORCH_ELIMIT, with a
- * message, for an output above the limit; ORCH_ECANCELED; ORCH_ENOMEM; ORCH_ENOTASK; -errno of a
- * pipe.
+ * Returns a result with a const orch_process_output *, whatever the status is:
+ * orch_exit_status_check makes an error of it. Rejected: as orch_process_start, with a message;
+ * ORCH_ELIMIT, with a message, for an output above the limit; ORCH_ECANCELED; ORCH_ENOMEM;
+ * ORCH_ENOTASK; -errno of a pipe.
  * Context: task only; suspends.
  * Owns: borrows what desc shows; the result is the caller's to free. */
 ORCH_NODISCARD orch_result orch_process_run(const orch_process_desc *desc);
