@@ -5178,10 +5178,11 @@ struct orch_remote {
 // The only state of the process, with the pool's in >>thread, and what a signal handler needs.
 static struct {
     pthread_mutex_t mutex;
-    orchi_inbox *inboxes; // of all loops
-    orchi_inbox *spare;   // of none
-    bool forks;           // the handlers are installed
-} orchi_shared = {PTHREAD_MUTEX_INITIALIZER, NULL, NULL, false};
+    orchi_inbox *inboxes;  // of all loops
+    orchi_inbox *spare;    // of none
+    bool forks;            // the handlers are installed
+    void (*on_fork)(void); // in the child, with all unlocked again: the pool's part
+} orchi_shared = {PTHREAD_MUTEX_INITIALIZER, NULL, NULL, false, NULL};
 
 // A post from thread 2 to the loop of thread 1, which has nothing to do:
 //
@@ -5442,6 +5443,7 @@ static void orchi_fork_child(void) {
         pthread_mutex_unlock(&i->mutex);
     }
     pthread_mutex_unlock(&orchi_shared.mutex);
+    if (orchi_shared.on_fork != NULL) orchi_shared.on_fork();
 }
 
 /* helgrind takes a relaxed read for a race: it is told to leave the flag alone (its client request
@@ -5505,13 +5507,19 @@ static void orchi_inbox_ending(orch_loop *loop, bool ending) {
     pthread_mutex_unlock(&loop->inbox->mutex);
 }
 
-/* From now on nothing is put in. What was put in before is taken. */
+/* From now on nothing is put in. What was put in before is taken. The loop forgets its remotes
+ * first, as from then on who settles one frees it. */
 static void orchi_inbox_close(orch_loop *loop) {
+    while (loop->remotes != NULL) orchi_remote_out(loop->remotes);
     pthread_mutex_lock(&loop->inbox->mutex);
     loop->inbox->closed = true;
     pthread_mutex_unlock(&loop->inbox->mutex);
     orchi_inbox_take(loop);
 }
+
+/* Then what another thread was to answer would be freed there, while the loop knows it. Only this
+ * thread writes it. */
+static bool orchi_inbox_is_closed(const orch_loop *loop) { return loop->inbox->closed; }
 
 /* The loop goes. Whether it was the last one. */
 static bool orchi_inbox_leave(orch_loop *loop) {
@@ -5744,7 +5752,7 @@ static int orchi_jump(orch_loop *loop, uint64_t ns, uint64_t limit) {
     bool watched = loop->stats.watched > 0;
     loop->ticked = orchi_resumes(loop);
     bool outside = orchi_remotes_wait(loop) || loop->children > 0;
-    if (outside) return watched || limit > 0 ? orchi_poll(loop, limit) : 0;
+    if (outside && ns > 0) return orchi_poll(loop, limit);
     int error = watched ? orchi_poll(loop, ns == UINT64_MAX ? ns : 0) : 0;
     if (error != 0 || !orchi_ring_empty(loop) || (watched && ns == UINT64_MAX)) return error;
     loop->now = ns < UINT64_MAX - loop->now ? loop->now + ns : UINT64_MAX;
@@ -10066,7 +10074,7 @@ orch_remote *orch_promise_remote(orch_promise promise) {
     orch_remote *remote = (orch_remote *)malloc(sizeof *remote);
     if (remote == NULL) return NULL;
     orchi_remote_init(orchi_loop, remote, promise);
-    if (!pending) orchi_remote_out(remote);
+    if (!pending || orchi_inbox_is_closed(orchi_loop)) orchi_remote_out(remote);
     return remote;
 }
 
@@ -10189,7 +10197,7 @@ static struct {
     bool made;
     orchi_lane lanes[ORCH_LANES];
     unsigned threads, busy; // in all lanes
-    bool joining;           // the last loop waits for idle threads
+    unsigned joining;       // last loops that wait for idle threads
     pthread_cond_t left;    // one has ended
     bool unjoined;          // `last` has ended, and the next one to end joins it
     pthread_t last;
@@ -10207,13 +10215,15 @@ static unsigned orchi_lane_default(int lane) {
 static void orchi_pool_reset(void) {
     for (int i = 0; i < ORCH_LANES; i++) {
         orchi_lane *lane = &orchi_pool.lanes[i];
+        for (orchi_job *job = lane->first; job != NULL; job = job->next) job->lane = NULL;
         lane->first = lane->last = NULL;
         lane->parked = NULL;
         lane->stats.threads = lane->stats.idle = 0;
         lane->stats.queued = 0;
     }
     orchi_pool.threads = orchi_pool.busy = 0;
-    orchi_pool.joining = orchi_pool.unjoined = false;
+    orchi_pool.joining = 0;
+    orchi_pool.unjoined = false;
     pthread_cond_init(&orchi_pool.left, NULL);
 }
 
@@ -10235,7 +10245,7 @@ static void orchi_pool_make(void) {
     orchi_pool.made = true;
     orchi_pool_reset();
     for (int i = 0; i < ORCH_LANES; i++) orchi_pool.lanes[i].stats.limit = orchi_lane_default(i);
-    pthread_atfork(NULL, NULL, orchi_pool_fork);
+    orchi_shared.on_fork = orchi_pool_fork;
 }
 
 // ---- threads of the pool
@@ -10265,7 +10275,7 @@ static bool orchi_lane_park(orchi_lane *lane, orchi_worker *worker) {
     worker->parked = true;
     lane->parked = worker;
     lane->stats.idle++;
-    if (orchi_pool.joining) pthread_cond_broadcast(&orchi_pool.left); // it stays: do not wait
+    if (orchi_pool.joining > 0) pthread_cond_broadcast(&orchi_pool.left); // it stays: do not wait
     pthread_mutex_unlock(&orchi_shared.mutex);
     bool rung = orchi_bell_wait(&worker->bell, ORCHI_IDLE_SECONDS);
     pthread_mutex_lock(&orchi_shared.mutex);
@@ -10326,7 +10336,7 @@ static void orchi_worker_end(orchi_lane *lane) {
     pthread_t before = orchi_pool.last;
     lane->stats.threads--;
     orchi_pool.threads--;
-    orchi_pool.unjoined = orchi_pool.joining || orchi_shared.inboxes != NULL;
+    orchi_pool.unjoined = orchi_pool.joining > 0 || orchi_shared.inboxes != NULL;
     orchi_pool.last = pthread_self();
     if (!orchi_pool.unjoined) pthread_detach(orchi_pool.last);
     pthread_cond_broadcast(&orchi_pool.left);
@@ -10344,6 +10354,7 @@ static void *orchi_worker_main(void *argument) {
         orchi_job_unlink(job);
         lane->stats.begun++;
         orchi_pool.busy++;
+        if (orchi_pool.joining > 0) pthread_cond_broadcast(&orchi_pool.left); // another loop's work
         pthread_mutex_unlock(&orchi_shared.mutex);
         orchi_job_run(job);
         pthread_mutex_lock(&orchi_shared.mutex);
@@ -10404,16 +10415,15 @@ static int orchi_pool_add(orch_lane id, orchi_job *job) {
  * leaks at the end of the process finds nothing. Busy ones end when they have finished. */
 static void orchi_pool_rest(void) {
     pthread_mutex_lock(&orchi_shared.mutex);
-    orchi_pool.joining = orchi_pool.threads > 0;
-    for (int i = 0; orchi_pool.joining && i < ORCH_LANES; i++) {
-        orchi_lane_wake(&orchi_pool.lanes[i]);
-    }
+    orchi_pool.joining++;
+    for (int i = 0; i < ORCH_LANES; i++) orchi_lane_wake(&orchi_pool.lanes[i]);
     while (orchi_pool.threads > orchi_pool.busy && orchi_shared.inboxes == NULL) {
         pthread_cond_wait(&orchi_pool.left, &orchi_shared.mutex);
     }
     bool joins = orchi_pool.unjoined;
     pthread_t last = orchi_pool.last;
-    orchi_pool.joining = orchi_pool.unjoined = false;
+    orchi_pool.joining--;
+    orchi_pool.unjoined = false;
     pthread_mutex_unlock(&orchi_shared.mutex);
     if (joins) pthread_join(last, NULL);
 }
@@ -10506,6 +10516,7 @@ static int orchi_offload_error(const orch_offload_desc *desc) {
 static orch_future *orchi_offload(const orch_offload_desc *desc, const char *function) {
     int error = orchi_offload_error(desc);
     if (error != 0) orchi_misuse(function, error);
+    else if (orchi_inbox_is_closed(orchi_loop)) error = ORCH_ECLOSED;
     orchi_job *job = error == 0 ? orchi_job_new(desc) : NULL;
     if (error == 0 && job == NULL) error = ORCH_ENOMEM;
     orch_future *f = error != 0 ? orchi_rejected(error) : orchi_job_begin(job, desc, &error);
@@ -10670,9 +10681,10 @@ orch_future *orch_go_on(orch_loop *loop, orch_task_fn fn, void *arg) {
     orch_promise promise;
     orch_future *f = orch_future_new(&promise);
     if (orchi_is_static(f)) return f;
-    orchi_visit *visit = orchi_visit_new(promise, fn, arg);
+    bool closed = orchi_inbox_is_closed(orchi_loop);
+    orchi_visit *visit = closed ? NULL : orchi_visit_new(promise, fn, arg);
     if (visit == NULL) {
-        orch_settle(promise, orch_fail(ORCH_ENOMEM));
+        orch_settle(promise, orch_fail(closed ? ORCH_ECLOSED : ORCH_ENOMEM));
     } else if (orchi_visit_send(visit, loop)) {
         orch_promise_on_cancel(promise, orchi_visit_cancel, visit);
     } else {
@@ -11413,13 +11425,14 @@ static bool orchi_break(orch_loop *loop, bool circles) {
     return breaking.any;
 }
 
-/* Asks again whenever something ran since, as what it left may have been waited for before. */
+/* Asks again whenever something ran since, as what it left may have been waited for before. Answers
+ * that have come are opened, too. */
 static void orchi_cancel_rest(orch_loop *loop) {
     uint64_t seen;
     do {
         seen = orchi_resumes(loop);
         orchi_cancel_all(loop);
-        while (!orchi_ring_empty(loop)) orchi_turn(loop, 0);
+        while (!orchi_ring_empty(loop) || orchi_inbox_posted(loop)) orchi_turn(loop, 0);
     } while (seen != orchi_resumes(loop));
 }
 
@@ -11433,8 +11446,10 @@ int orch_loop_free(orch_loop *loop) {
     if (error != 0) return error;
     orchi_inbox_ending(loop, true);
     orchi_end_all(loop);
-    orchi_inbox_close(loop);
-    orchi_end_all(loop);
+    if (orchi_live(loop) == 0) { // what is left may get an answer yet
+        orchi_inbox_close(loop);
+        orchi_end_all(loop);
+    }
     if (orchi_live(loop) > 0) {
         orchi_inbox_ending(loop, false);
         return ORCH_EBUSY;
@@ -11567,7 +11582,6 @@ static orch_result orchi_run_all(orch_loop *loop, orch_task_fn main, void *arg) 
     orchi_run_rest(loop);
     orchi_inbox_close(loop);
     if (!orchi_ring_empty(loop)) orchi_run_rest(loop);
-    orchi_thread_leave(loop);
     return r;
 }
 
@@ -11580,6 +11594,7 @@ orch_result orch_run_with(const orch_loop_desc *desc, orch_task_fn main, void *a
     error = orchi_run_catch(loop, &caught);
     orch_result r = error == 0 ? orchi_run_all(loop, main, arg) : orch_fail(error);
     orch_signals_free(caught);
+    orchi_thread_leave(loop);
     return orchi_run_outcome(loop, r);
 }
 
@@ -16621,8 +16636,9 @@ static int orchi_process_reap(orch_process *p, int error) {
 /* Ends it. SIGCONT, as one that is stopped would not see SIGTERM. On a virtual clock the grace
  * passes at once when nothing else can happen, as otherwise it never would. */
 static int orchi_process_end(orch_process *p) {
-    bool gentle = !p->desc.no_grace && orchi_process_over(p) >= 0;
-    if (gentle) {
+    int over = orchi_process_over(p);
+    if (over < 0) return over; // not our child: reaped by somebody else, or our parent's
+    if (!p->desc.no_grace) {
         orchi_process_signal(p, SIGTERM);
         orchi_process_signal(p, SIGCONT);
         p->loop->children--;

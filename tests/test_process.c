@@ -609,6 +609,25 @@ TASK_TEST(somebody_else_has_reaped_it) {
     orch_process_free(p);
 }
 
+// Its copy of the loop gives up processes that are not its own.
+TASK_TEST(a_child_made_by_fork_ends_nothing_of_ours) {
+    orch_process *p = orch_process_start(&(orch_process_desc){.argv = ARGV("sleep", "1000")});
+    int status = 0;
+    fflush(NULL);
+    pid_t pid = fork();
+    if (pid == 0) {
+        orch_process_free(p);
+        _exit(3);
+    }
+    CHECK_INT(waitpid(pid, &status, 0), pid);
+    CHECK_INT(status, 3 << 8);
+    orch_future *f = orch_process_wait(p);
+    orch_process_free(p);
+    orch_result r = orch_await(f);
+    if (r.error == 0) CHECK_INT(((const orch_exit_status *)r.value)->signal, SIGTERM); // by us
+    orch_result_free(&r);
+}
+
 TASK_TEST(foreign_children_are_left_alone) {
     int status = 0;
     pid_t pid = fork();

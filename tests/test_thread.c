@@ -1346,4 +1346,159 @@ MISUSE(resolving_nothing, "orch_resolve") {
     CHECK_INT(orch_loop_free(loop), 0);
 }
 
+// ---- found in review
+
+// What is posted reaches a loop whose host waits for one descriptor, too.
+TEST(a_host_of_a_pinned_loop_gets_posts) {
+    const orch_poller pollers[] = {ORCH_POLLER_POLL, ORCH_POLLER_EPOLL};
+    for (int i = 0; i < 2; i++) {
+        orch_loop_desc desc = {.poller = pollers[i]};
+        orch_loop *loop = orch_loop_new(&desc);
+        if (loop == NULL) continue; // not here, or no memory
+        posted_count = 0;
+        bool sent = orch_post(loop, note_post, NULL) == 0;
+        for (int turn = 0; turn < 10; turn++) {
+            struct pollfd fds[4];
+            int offered = orch_loop_pollfds(loop, fds, 4);
+            if (offered >= 0) poll(fds, (nfds_t)offered, orch_loop_timeout(loop) > 0 ? 1 : 0);
+            orch_loop_dispatch(loop, fds, offered < 0 ? 0 : (size_t)offered);
+        }
+        CHECK_INT(posted_count, sent);
+        CHECK_INT(orch_loop_free(loop), 0);
+    }
+}
+
+// What is due now is no matter of time.
+VIRTUAL_TEST(what_is_due_does_not_wait_for_a_thread) {
+    orch_remote *remote;
+    orch_future *f = remote_new(&remote);
+    CHECK_INT(join(orch_after(0)), 0);
+    settle(remote, orch_ok_int(1));
+    CHECK_INT(join(f), 1);
+}
+
+static orch_result fork_with_work(void *arg) {
+    orch_future *first, *second;
+    occupy(&first, NULL);
+    orch_offload_desc desc = {NULL, number, (void *)1, 0, note_freed, ORCH_LANE_OWN};
+    second = orch_offload_with(&desc);
+    fflush(NULL);
+    pid_t pid = fork();
+    if (pid == 0) {
+        alarm(2);
+        if (*(bool *)arg) orch_cancel(second, 0); // before it could know
+        int a = (int)join(first), b = (int)join(second);
+        bool ended = (a == ORCH_ECANCELED || a == ORCH_ENOMEM || a == -EAGAIN) && (b == a || b < 0);
+        ended = ended && orch_pool_statistics(ORCH_LANE_OWN).queued == 0;
+        _exit(ended ? 3 : 4);
+    }
+    CHECK_INT(child_status(pid), 3);
+    gate_open(&blocked_end);
+    join(first);
+    join(second);
+    return orch_ok_int(1);
+}
+
+// Limits are set before there is any loop: the child gets its work back all the same.
+TEST_SKIP(a_pool_that_is_older_than_loops_survives_fork, TSAN) {
+    bool cancels = false;
+    CHECK_INT(orch_pool_limit(ORCH_LANE_OWN, 1), 0);
+    orch_result r = orch_run(fork_with_work, &cancels);
+    CHECK_INT(orch_int(&r), 1);
+}
+
+TEST_SKIP(a_child_cancels_what_was_queued, TSAN) {
+    bool cancels = true;
+    orch_result r = orch_run(fork_with_work, &cancels);
+    CHECK_INT(orch_int(&r), 1);
+}
+
+// A producer that answers when its loop is already ending, just after the look for answers, and
+// somebody who begins work then.
+static bool asked;
+static bool answers_later(void *context, int reason) {
+    (void)context, (void)reason;
+    asked = true;
+    return false;
+}
+
+static orch_remote *answer;
+static uint64_t look_at_the_clock(void *context) {
+    (void)context;
+    orch_remote *remote = asked ? answer : NULL;
+    if (remote != NULL) answer = NULL;
+    if (remote != NULL) orch_remote_settle(remote, orch_ok_int(1));
+    return 1;
+}
+
+static bool began_late;
+static void begin_late(orch_result *in, void *context) {
+    (void)in, (void)context;
+    orch_future *f = orch_offload(number, (void *)1);
+    began_late = true;
+    while (orch_pool_statistics(ORCH_LANE_DEFAULT).idle == 0 && !orch_is_settled(f)) continue;
+    orch_detach(f);
+}
+
+TEST(work_begun_as_the_loop_ends) {
+    orch_loop_desc desc = {.now = look_at_the_clock};
+    orch_loop *loop = orch_loop_new(&desc);
+    if (!CHECK(loop != NULL)) return;
+    orch_promise p;
+    orch_future *f = orch_future_new(&p);
+    answer = orch_promise_remote(p);
+    if (answer == NULL) orch_settle(p, orch_ok_int(1));
+    orch_promise_on_cancel(p, answers_later, NULL);
+    orch_on(f, begin_late, NULL);
+    CHECK_INT(orch_loop_free(loop), 0);
+    CHECK(began_late);
+}
+
+static void *settle_in_a_while(void *arg) {
+    for (volatile int i = 0; i < 2000; i++) continue;
+    settle(arg, orch_ok_int(42));
+    return NULL;
+}
+
+// Somebody holds a future, and tries to free the loop until its answer has come.
+TEST(a_loop_that_could_not_be_freed_gets_answers) {
+    for (int i = 0; i < (test_shared->fail_at ? 1 : 200); i++) {
+        orch_loop *loop = orch_loop_new(NULL);
+        if (!CHECK(loop != NULL)) return;
+        orch_promise p;
+        orch_future *f = orch_future_new(&p);
+        orch_remote *remote = orch_promise_remote(p);
+        if (remote == NULL) orch_settle(p, orch_ok_int(1));
+        orch_promise_on_cancel(p, answers_later, NULL);
+        pthread_t thread;
+        start_thread(&thread, settle_in_a_while, remote);
+        int tries = 0;
+        while (!orch_is_settled(f) && tries++ < 10000000 && orch_loop_free(loop) == ORCH_EBUSY)
+            continue;
+        CHECK(orch_is_settled(f));
+        pthread_join(thread, NULL);
+        orch_drop(f);
+        CHECK_INT(orch_loop_free(loop), 0);
+    }
+}
+
+// A run that cannot begin leaves nothing that would keep threads.
+static orch_result offload_one(void *arg) { return orch_ok_int(join(orch_offload(number, arg))); }
+
+TEST(a_run_that_could_not_begin_is_gone) {
+    struct rlimit limit, none = {0, 0};
+    CHECK_INT(getrlimit(RLIMIT_NOFILE, &limit), 0);
+    none.rlim_max = limit.rlim_max;
+    CHECK_INT(setrlimit(RLIMIT_NOFILE, &none), 0);
+    orch_loop_desc desc = {.handle_signals = true};
+    orch_result r = orch_run_with(&desc, offload_one, NULL);
+    CHECK(r.error != 0);
+    orch_result_free(&r);
+    CHECK_INT(setrlimit(RLIMIT_NOFILE, &limit), 0);
+    r = orch_run(offload_one, (void *)3);
+    CHECK(r.error != 0 || orch_int(&r) == 3);
+    orch_result_free(&r);
+    CHECK_INT(orch_pool_statistics(ORCH_LANE_DEFAULT).threads, 0);
+}
+
 int main(int argc, char **argv) { return test_main(argc, argv); }
