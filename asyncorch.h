@@ -3175,10 +3175,9 @@ enum orchi_hint {               // uint16_t, of a descriptor
     ORCHI_IN_READ = 16,         // a call that had to wait is in this direction
     ORCHI_IN_WRITE = 32,
     ORCHI_NO_SOCKET = 64,
-    ORCHI_PIPE = 128,
-    ORCHI_SLOW = 256, // is blocking: each piece is waited for
-    ORCHI_DATAGRAMS = 512,
-    ORCHI_QUIET = 1024 // a socket that raises no SIGPIPE
+    ORCHI_SLOW = 128, // is blocking: each piece is waited for
+    ORCHI_DATAGRAMS = 256,
+    ORCHI_QUIET = 512 // a socket that raises no SIGPIPE
 };
 
 enum { ORCHI_REGISTERED = 4 }; // orchi_watch.armed: the poller knows the descriptor
@@ -5965,20 +5964,27 @@ uint64_t orch_loop_timeout(orch_loop *loop) {
     return ns == UINT64_MAX ? ns : ns / 1000000u + (ns % 1000000u != 0);
 }
 
+static void orchi_guest_found(orchi_poller *p, const struct pollfd *at) {
+    bool known = at->fd >= 0 && (size_t)at->fd < p->watch_count;
+    if (known && at->revents != 0) orchi_found_add(p, at->fd, orchi_poll_events(at->revents));
+}
+
 /* What the host has found, as a look would have. It may ask about descriptors that nobody waits for
  * any more. */
 static int orchi_guest_look(orch_loop *loop, const struct pollfd *fds, size_t count) {
     orchi_poller *p = &loop->poller;
-    if (p->ops != &orchi_poll_ops) return orchi_poll(loop, 0);
-    if (!orchi_found_reserve(loop, count)) return ORCH_ENOMEM;
-    for (size_t i = 0; i < count; i++) {
-        bool known = fds[i].fd >= 0 && (size_t)fds[i].fd < p->watch_count;
-        if (known && fds[i].revents != 0)
-            orchi_found_add(p, fds[i].fd, orchi_poll_events(fds[i].revents));
+    int error = 0;
+    if (p->ops != &orchi_poll_ops) {
+        error = orchi_poll(loop, 0);
+    } else if (!orchi_found_reserve(loop, count)) {
+        error = ORCH_ENOMEM;
+    } else {
+        for (size_t i = 0; i < count; i++) orchi_guest_found(p, &fds[i]);
+        orchi_tell_all(loop, loop->offered, false);
+        orchi_wake(loop);
     }
-    orchi_tell_all(loop, loop->offered, false);
-    orchi_wake(loop);
-    return 0;
+    orchi_inbox_take(loop);
+    return error;
 }
 
 int orch_loop_dispatch(orch_loop *loop, const struct pollfd *fds, size_t count) {
@@ -5989,7 +5995,6 @@ int orch_loop_dispatch(orch_loop *loop, const struct pollfd *fds, size_t count) 
     loop->running = true;
     loop->stats.turns++;
     error = orchi_guest_look(loop, fds, count);
-    orchi_inbox_take(loop);
     uint64_t now = orchi_now(loop);
     orchi_timers_stamp(loop, now);
     orchi_timers_fire(loop, now);
@@ -9444,7 +9449,6 @@ static void orchi_watch_classify(int fd, orchi_watch *watch) {
     bool known = fstat(fd, &about) == 0;
     bool waits = !known || (!S_ISREG(about.st_mode) && !S_ISBLK(about.st_mode));
     watch->hints |= ORCHI_NO_SOCKET;
-    if (known && S_ISFIFO(about.st_mode)) watch->hints |= ORCHI_PIPE;
     if (waits && flags >= 0 && !(flags & O_NONBLOCK)) watch->hints |= ORCHI_SLOW;
 }
 
@@ -9463,8 +9467,9 @@ typedef struct orchi_sigpipe {
 } orchi_sigpipe;
 
 /* A write to a pipe without a reader raises SIGPIPE in the thread that writes. It is blocked around
- * the call and taken back: two short system calls, for pipes only. Left out: ignoring the signal,
- * which would change it for the whole process and all it starts. */
+ * the call and taken back: two short system calls, for all that is no socket, since a number that
+ * was a file's may be a pipe's by now. Left out: ignoring the signal, which would change it for the
+ * whole process and all it starts. */
 static void orchi_sigpipe_begin(orchi_sigpipe *s) {
     sigset_t set;
     sigemptyset(&set);
@@ -9487,16 +9492,14 @@ static void orchi_sigpipe_end(const orchi_sigpipe *s, bool broken) {
 }
 
 /* writev for what is no socket. */
-static ptrdiff_t orchi_write_parts(int fd, const orchi_watch *watch, const struct iovec *parts,
-                                   int count) {
+static ptrdiff_t orchi_write_parts(int fd, const struct iovec *parts, int count) {
     orchi_sigpipe s;
     ptrdiff_t n;
-    bool guarded = (watch->hints & ORCHI_PIPE) != 0;
-    if (guarded) orchi_sigpipe_begin(&s);
+    orchi_sigpipe_begin(&s);
     do n = writev(fd, parts, count);
     while (n < 0 && errno == EINTR);
     if (n < 0) n = -errno;
-    if (guarded) orchi_sigpipe_end(&s, n == -EPIPE);
+    orchi_sigpipe_end(&s, n == -EPIPE);
     return n;
 }
 
@@ -9616,10 +9619,10 @@ static ptrdiff_t orchi_attempt_write(int fd, orchi_watch *watch, orchi_transfer 
     }
     struct iovec part = {t->data + t->done, t->size - t->done};
     if ((watch->hints & ORCHI_SLOW) && part.iov_len > PIPE_BUF) part.iov_len = PIPE_BUF;
-    return orchi_wrote(watch, t, orchi_write_parts(fd, watch, &part, 1));
+    return orchi_wrote(watch, t, orchi_write_parts(fd, &part, 1));
 }
 
-enum { ORCHI_PARTS = 32 };
+enum { ORCHI_PARTS = 32, ORCHI_PARTS_MOST = 1024 }; // the latter: what the systems here take
 
 /* The next parts that are not written yet, from byte `done` on, at most ORCHI_PARTS and `most`
  * bytes. */
@@ -9652,20 +9655,29 @@ static ptrdiff_t orchi_send_parts(int fd, orchi_watch *watch, struct iovec *part
     return n < 0 ? -errno : n;
 }
 
-/* Many parts go in several calls: only one that comes short ends the attempt. */
+/* One call for some parts, whatever the descriptor is. */
+static ptrdiff_t orchi_put_parts(int fd, orchi_watch *watch, const struct iovec *parts, int count) {
+    ptrdiff_t n = -ENOTSOCK;
+    if (!(watch->hints & ORCHI_NO_SOCKET)) {
+        n = orchi_send_parts(fd, watch, (struct iovec *)(uintptr_t)parts, count);
+        if (!orchi_no_socket(fd, watch, &n)) return n;
+    }
+    return orchi_write_parts(fd, parts, count);
+}
+
+/* All at once where that can be, as a datagram's parts have to stay together. What is left goes in
+ * several calls: only one that comes short ends the attempt. */
 static ptrdiff_t orchi_attempt_writev(int fd, orchi_watch *watch, orchi_transfer *t) {
     struct iovec left[ORCHI_PARTS];
     ptrdiff_t n;
     do {
-        int count = orchi_parts_left(t, watch->hints & ORCHI_SLOW ? PIPE_BUF : SIZE_MAX, left);
+        bool slow = (watch->hints & ORCHI_SLOW) != 0,
+             all = !slow && t->done == 0 && t->count <= ORCHI_PARTS_MOST;
+        int count = all ? t->count : orchi_parts_left(t, slow ? PIPE_BUF : SIZE_MAX, left);
         size_t size = 0;
-        for (int i = 0; i < count; i++) size += left[i].iov_len;
-        n = -ENOTSOCK;
-        if (!(watch->hints & ORCHI_NO_SOCKET)) n = orchi_send_parts(fd, watch, left, count);
-        if (n == -ENOTSOCK &&
-            ((watch->hints & ORCHI_NO_SOCKET) || orchi_no_socket(fd, watch, &n))) {
-            n = orchi_write_parts(fd, watch, left, count);
-        }
+        const struct iovec *parts = all ? t->parts : left;
+        for (int i = 0; i < count; i++) size += parts[i].iov_len;
+        n = orchi_put_parts(fd, watch, parts, count);
         bool whole = n >= 0 && (size_t)n == size && !(watch->hints & ORCHI_SLOW);
         n = orchi_wrote(watch, t, n);
         if (!whole) break;
@@ -9741,9 +9753,7 @@ static int orchi_two(const char *function, int fds[2], int (*make)(int fds[2]), 
     return 0;
 }
 
-int orch_pipe(int fds[2]) {
-    return orchi_two("orch_pipe", fds, orchi_pipe2, ORCHI_NO_SOCKET | ORCHI_PIPE);
-}
+int orch_pipe(int fds[2]) { return orchi_two("orch_pipe", fds, orchi_pipe2, ORCHI_NO_SOCKET); }
 
 int orch_socketpair(int fds[2]) { return orchi_two("orch_socketpair", fds, orchi_socketpair2, 0); }
 
@@ -9862,8 +9872,9 @@ static void orchi_reader_skip(orch_reader *r, const char *newline) {
     r->seen = 0;
 }
 
+/* A line that is skipped may have no end, and come so fast that there is no wait to be refused. */
 static ptrdiff_t orchi_reader_line(orch_reader *r, const char **line) {
-    for (;;) {
+    for (int skips = 0;;) {
         const char *text = r->buffer + r->start, *newline = NULL;
         size_t have = r->end - r->start;
         if (have > r->seen) {
@@ -9871,6 +9882,7 @@ static ptrdiff_t orchi_reader_line(orch_reader *r, const char **line) {
         }
         if (r->skipping && have > 0) {
             orchi_reader_skip(r, newline);
+            if (skips++ > ORCHI_BUDGET && orchi_must_end(r->loop->current)) return ORCH_ECANCELED;
             continue;
         }
         if (newline != NULL) return orchi_reader_whole(r, (size_t)(newline - text), line);
@@ -11271,6 +11283,7 @@ static int orchi_loop_make(const orch_loop_desc *given, orch_loop **made) {
         if (error != 0) loop->poller.ops->close(loop);
     }
     if (error != 0) {
+        orchi_free(loop, loop->poller.found, loop->poller.found_capacity * sizeof(orchi_found));
         orchi_ring_free(loop);
         desc.allocator.resize(desc.allocator.user, loop, sizeof *loop, 0);
         return error;
@@ -11804,10 +11817,11 @@ static void orchi_path_text(const orch_address *address, char *buffer, size_t si
     size_t head = offsetof(struct sockaddr_un, sun_path);
     memset(&un, 0, sizeof un);
     memcpy(&un, address->storage, address->size < sizeof un ? address->size : sizeof un);
-    int length = address->size > head ? (int)(address->size - head) : 0;
+    size_t length = address->size > head ? address->size - head : 0;
+    if (length > sizeof un.sun_path) length = sizeof un.sun_path; // Linux counts a zero behind it
     bool abstract = length > 0 && un.sun_path[0] == '\0';
     if (abstract) un.sun_path[0] = '@';
-    snprintf(buffer, size, "%.*s", length, un.sun_path);
+    snprintf(buffer, size, "%.*s", (int)length, un.sun_path);
 }
 
 static void orchi_ipv6_text(const struct sockaddr_in6 *in, char *buffer, size_t size) {
@@ -11988,8 +12002,16 @@ int orch_udp(const orch_udp_desc *desc) {
 
 // ---- sending and receiving
 
+/* Out-of-band data makes nothing readable: what the last read saw says nothing of it. */
+static void orchi_watch_forget_dry(int fd) {
+    orch_loop *loop = orchi_loop;
+    bool known = loop != NULL && fd >= 0 && (size_t)fd < loop->poller.watch_count;
+    if (known) orchi_watch_hint(&loop->poller.watches[fd], ORCHI_DRY, false);
+}
+
 ptrdiff_t orch_socket_recv(int fd, void *buffer, size_t size, int flags) {
     orchi_transfer t = {(char *)buffer, size, 0, flags, 0, NULL, NULL};
+    if (flags & MSG_OOB) orchi_watch_forget_dry(fd);
     return orchi_io_memory("orch_socket_recv", fd, ORCH_READABLE, orchi_attempt_recv, &t);
 }
 
@@ -12185,9 +12207,17 @@ static int orchi_server_short(orchi_server *s, int error) {
     return orchi_server_pause(s, ORCHI_SHORT_MS);
 }
 
-static int orchi_server_accept(orchi_server *s, int listener) {
+/* Whether to stop listening. Where clients never end, accepting never waits and is never refused;
+ * and a listener that was closed while nobody waited for it may be another's number by now. */
+static bool orchi_server_ends(const orchi_server *s, int listener, uint16_t generation) {
+    return orchi_must_end(s->loop->current) ||
+           s->loop->poller.watches[listener].generation != generation;
+}
+
+static int orchi_server_accept(orchi_server *s, int listener, uint16_t generation) {
     int error = 0;
     while (error == 0) {
+        if (orchi_server_ends(s, listener, generation)) return ORCH_ECANCELED;
         if (s->count >= s->desc.max_connections) {
             error = orchi_server_pause(s, UINT64_MAX);
             continue;
@@ -12259,8 +12289,8 @@ int orch_serve(int listener, orch_result (*handler)(int fd, void *context),
     if (error == 0) error = listener < 0 ? -EBADF : orchi_watch_reserve(orchi_loop, listener);
     orchi_server *s = error == 0 ? orchi_server_new(handler, desc) : NULL;
     if (s == NULL) return orchi_close_for(listener, error != 0 ? error : ORCH_ENOMEM);
-    uint32_t generation = orchi_loop->poller.watches[listener].generation;
-    error = orchi_server_accept(s, listener);
+    uint16_t generation = orchi_loop->poller.watches[listener].generation;
+    error = orchi_server_accept(s, listener, generation);
     if (orchi_loop->poller.watches[listener].generation == generation) orch_close(listener);
     orchi_server_drain(s);
     orchi_server_leave(s);
@@ -12332,17 +12362,19 @@ static int orchi_dial_patiently(const orch_connect_desc *desc, const orch_addres
     return fd;
 }
 
-/* Starts the next attempt. */
-static void orchi_dial_start(orchi_dial *d) {
+/* Starts the next attempt. Returns -EAGAIN to go on, whatever became of it, or ORCH_ECANCELED. */
+static int orchi_dial_start(orchi_dial *d) {
     const orch_address *to = d->tries[d->started++].address;
     int fd = orchi_dial_patiently(d->desc, to);
+    if (fd == ORCH_ECANCELED && orchi_must_end(d->loop->current)) return fd;
     if (fd < 0) {
         orchi_dial_note(d, to, fd);
-        return;
+        return -EAGAIN;
     }
     orchi_adopt(fd, 0);
     d->tries[d->open].to = to;
     d->tries[d->open++].fd = fd;
+    return -EAGAIN;
 }
 
 /* What a descriptor that is writable came to. What is no socket is connected. */
@@ -12387,10 +12419,8 @@ static int orchi_dial_run(orchi_dial *d) {
     int fd = -EAGAIN;
     while (fd == -EAGAIN) {
         if (d->started < d->count && (next || d->open == 0)) {
-            next = false;
-            orchi_dial_start(d);
+            fd = orchi_dial_start(d);
             next = d->open == 0;
-            if (orch_cancel_reason() != 0 && d->error == ORCH_ECANCELED) return d->error;
         } else {
             fd = d->open > 0 ? orchi_dial_wait(d, &next) : d->error;
         }

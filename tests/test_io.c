@@ -377,6 +377,21 @@ TASK_TEST(a_broken_pipe_is_an_error_and_no_signal) {
     CHECK_INT(orch_close(fd[1]), 0);
 }
 
+// A number that was a file's, and now is a pipe's.
+TASK_TEST(a_pipe_behind_the_librarys_back_raises_no_signal) {
+    int fd[2], file = open("/tmp", O_TMPFILE | O_RDWR | O_CLOEXEC, 0600);
+    if (file < 0) file = open("/dev/null", O_WRONLY | O_CLOEXEC);
+    CHECK_INT(orch_write(file, "x", 1), 1);
+    close(file);
+    if (!CHECK_INT(pipe(fd), 0)) return;
+    CHECK_INT(orch_nonblock(fd[0]) | orch_nonblock(fd[1]), 0);
+    int kept = dup(fd[0] == file ? fd[1] : fd[0]);
+    CHECK_INT(dup2(fd[1], file), file);
+    CHECK_INT(orch_close(fd[1]) | (fd[0] == file ? 0 : orch_close(fd[0])) | orch_close(kept), 0);
+    CHECK_INT(orch_write(file, "x", 1), -EPIPE);
+    CHECK_INT(orch_close(file), 0);
+}
+
 TASK_TEST(a_sigpipe_of_the_programs_own_is_left_pending) {
     int fd[2];
     sigset_t set;
@@ -788,6 +803,23 @@ TASK_TEST(long_lines_are_told_and_skipped) {
     CHECK_LINES("123456", 5, "-90:12345|");
     CHECK_LINES("12345", 5, "5:12345|");
     CHECK_LINES("ab\nc\n", 1, "-90:a|1:c|");
+}
+
+TASK_TEST(a_line_without_an_end_can_be_given_up) {
+    const char *line;
+    orch_scope s;
+    int fd = open("/dev/zero", O_RDONLY | O_NONBLOCK); // never has to be waited for
+    if (!CHECK(fd >= 0)) return;
+    orch_reader *r = orch_reader_new(fd, 100);
+    if (orch_scope_open(&s, &(orch_scope_desc){.timeout_ms = 5}) == 0) {
+        CHECK_INT(orch_reader_line(r, &line), -EMSGSIZE);
+        CHECK_INT(orch_reader_line(r, &line), ORCH_ECANCELED);
+        orch_result closed = orch_scope_close(&s);
+        CHECK_INT(closed.error, ORCH_ETIMEDOUT);
+        orch_result_free(&closed);
+    }
+    orch_reader_free(r);
+    CHECK_INT(orch_close(fd), 0);
 }
 
 TASK_TEST(lines_of_nothing) {

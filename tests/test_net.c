@@ -16,6 +16,7 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/un.h>
 #include <unistd.h>
 
 #ifdef __linux__
@@ -152,6 +153,48 @@ TEST(other_texts_are_no_addresses) {
     text[0] = '/';
     CHECK_STR(reprinted(text), strerror(ENAMETOOLONG));
     CHECK_STR(reprinted("fe80::1%nowhere"), strerror(ENODEV));
+}
+
+// The system counts a zero behind a path that fills its place.
+TEST(the_longest_path_is_an_address) {
+    struct sockaddr_un un = {.sun_family = AF_UNIX};
+    orch_address at;
+    char text[ORCH_ADDRESS_TEXT];
+    int length = snprintf(un.sun_path, sizeof un.sun_path, "/tmp/asyncorch.%d.", (int)getpid());
+    memset(un.sun_path + length, 'x', sizeof un.sun_path - (size_t)length);
+    int fd = socket(AF_UNIX, SOCK_STREAM, 0);
+    if (CHECK_INT(bind(fd, (struct sockaddr *)&un, sizeof un), 0)) {
+        CHECK_INT(orch_socket_address(fd, &at), 0);
+        CHECK_INT(strlen(orch_address_text(&at, text, sizeof text)), sizeof un.sun_path);
+        CHECK_INT(memcmp(text, un.sun_path, sizeof un.sun_path), 0);
+        CHECK_INT(unlink(text), 0);
+    }
+    close(fd);
+}
+
+// Whatever the text is: an error, or an address whose own text means the same.
+TEST(any_text_is_an_address_or_none) {
+    static const char some[] = "0123456789abcdef::::....[]%%@/lox *\xff\x01";
+    char text[200], once[ORCH_ADDRESS_TEXT], again[ORCH_ADDRESS_TEXT];
+    orch_address at, same;
+    uint32_t state = 1;
+    int found = 0;
+    for (int i = 0; i < 30000; i++) {
+        state = state * 1664525u + 1013904223u;
+        size_t size = (state >> 8) % (i % 8 == 0 ? sizeof text : 12);
+        for (size_t k = 0; k < size; k++) {
+            state = state * 1664525u + 1013904223u;
+            text[k] = some[(state >> 16) % (sizeof some - 1)];
+        }
+        text[size] = '\0';
+        if (orch_address_parse(&at, text, 80) != 0) continue;
+        found++;
+        orch_address_text(&at, once, sizeof once);
+        if (!CHECK_INT(orch_address_parse(&same, once, 0), 0)) fprintf(stderr, "'%s'\n", text);
+        CHECK_STR(orch_address_text(&same, again, sizeof again), once);
+        CHECK(same.size == at.size && memcmp(same.storage, at.storage, at.size) == 0);
+    }
+    CHECK(found > 100);
 }
 
 TEST(an_address_is_cut_to_the_buffer) {
@@ -466,6 +509,32 @@ static void reset(int fd) {
     end(fd);
 }
 
+// What an address before it ended with does not hide that the call was cancelled.
+TASK_TEST(waiting_for_a_backlog_is_cancelled) {
+    orch_address at[3];
+    int fd[8];
+    orch_scope s;
+    if (!LINUX) return;
+    int listener = orch_listen(&(orch_listen_desc){.path = "@asyncorch_full", .backlog = 1});
+    if (!CHECK(listener >= 0)) return;
+    CHECK_INT(orch_address_parse(&at[0], "@asyncorch_nobody", 0), 0);
+    CHECK_INT(orch_address_parse(&at[1], "@asyncorch_full", 0), 0);
+    at[2] = at[1];
+    for (int i = 0; i < 8; i++) {
+        fd[i] = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0);
+        connect(fd[i], (struct sockaddr *)at[1].storage, at[1].size);
+    }
+    if (orch_scope_open(&s, &(orch_scope_desc){.timeout_ms = 10}) == 0) {
+        CHECK_INT(orch_connect_with(&(orch_connect_desc){.addresses = at, .count = 3}),
+                  ORCH_ECANCELED);
+        orch_result r = orch_scope_close(&s);
+        CHECK_INT(r.error, ORCH_ETIMEDOUT);
+        orch_result_free(&r);
+    }
+    for (int i = 0; i < 8; i++) close(fd[i]);
+    end(listener);
+}
+
 TASK_TEST(half_a_close_leaves_the_other_half) {
     int fd[2];
     char data[8];
@@ -531,6 +600,22 @@ TASK_TEST(urgent_data_comes_once) {
     CHECK(!orch_is_settled(f));
     CHECK_INT(orch_write(fd[0], "e", 1), 1);
     CHECK_INT(join(f), 1);
+    end(fd[0]);
+    end(fd[1]);
+}
+
+// It makes nothing readable, so that a read that took all there was must not make it wait.
+TASK_TEST(urgent_data_alone_is_received) {
+    int fd[2];
+    char data[16];
+    if (!connected("127.0.0.1", fd)) return;
+    CHECK_INT(orch_write(fd[0], "ab", 2), 2);
+    CHECK_INT(orch_read(fd[1], data, sizeof data), 2);
+    CHECK_INT(orch_socket_send(fd[0], "!", 1, MSG_OOB), 1);
+    CHECK_INT(orch_sleep(2), 0);
+    CHECK_INT(orch_socket_recv(fd[1], data, 1, MSG_OOB), 1);
+    CHECK_INT(data[0], '!');
+    CHECK_INT(orch_socket_recv(-1, data, 1, MSG_OOB), -EBADF);
     end(fd[0]);
     end(fd[1]);
 }
@@ -836,6 +921,61 @@ TASK_TEST(a_server_whose_listener_is_gone) {
     CHECK_INT(join(server), -EINVAL);
 }
 
+// At its bound nobody waits for the listener: its number may change hands unseen.
+TASK_TEST(a_server_does_not_accept_from_the_next_owner_of_its_number) {
+    int next;
+    orch_address at;
+    orch_serve_desc one = {.max_connections = 1, .on_error = note_error};
+    served s = {listener_at("127.0.0.1", &at), echo, &one};
+    int listener = s.listener;
+    orch_future *server = orch_go(do_serve, &s);
+    int fd = connect_to(&at);
+    if (fd >= 0) check_exchange(fd, fd);
+    end(listener);
+    next = listener_at("127.0.0.1", &at);
+    CHECK_INT(next, listener);
+    int other = connect_to(&at);
+    end(fd);
+    CHECK_INT(join(server), ORCH_ECANCELED);
+    int mine = orch_accept(next, NULL);
+    if (other >= 0 && CHECK(mine >= 0)) check_exchange(other, mine);
+    end(mine);
+    end(other);
+    end(next);
+}
+
+// Each client brings the next one, so that accepting never has to wait.
+static struct flood {
+    orch_address at;
+    int count, last;
+} flood;
+
+static orch_result bring_another(int fd, void *context) {
+    (void)fd, (void)context;
+    if (flood.count >= 5000) return orch_ok(NULL, NULL);
+    int next = socket(AF_UNIX, SOCK_STREAM | SOCK_NONBLOCK, 0);
+    CHECK_INT(connect(next, (struct sockaddr *)flood.at.storage, flood.at.size), 0);
+    if (flood.last >= 0) close(flood.last);
+    flood.last = next;
+    flood.count++;
+    return orch_ok(NULL, NULL);
+}
+
+TASK_TEST_ON(a_server_that_is_flooded_can_be_cancelled, ORCH_CLOCK_MONOTONIC, !LINUX) {
+    served s = {orch_listen(&(orch_listen_desc){.path = "@asyncorch_flood"}), bring_another, NULL};
+    if (!CHECK(s.listener >= 0)) return;
+    CHECK_INT(orch_socket_address(s.listener, &flood.at), 0);
+    flood.last = -1;
+    orch_future *server = orch_go(do_serve, &s);
+    int first = orch_connect_with(&(orch_connect_desc){.path = "@asyncorch_flood"});
+    CHECK_INT(orch_sleep(1), 0);
+    int count = flood.count;
+    CHECK_INT(stop(server), ORCH_ECANCELED);
+    CHECK(count > 0 && flood.count < count + 500);
+    end(first);
+    if (flood.last >= 0) close(flood.last);
+}
+
 TASK_TEST(the_end_of_the_loop_ends_servers) {
     static orch_address at;
     static served s;
@@ -1093,6 +1233,21 @@ TASK_TEST_ON(datagrams_over_ipv6, ORCH_CLOCK_MONOTONIC, no_ipv6()) {
     CHECK_INT(orch_socket_sendto(b, "six", 3, &at), 3);
     CHECK_INT(orch_socket_recvfrom(a, data, sizeof data, &from), 3);
     CHECK_STR(data, "six");
+    end(a);
+    end(b);
+}
+
+TASK_TEST(the_parts_of_a_datagram_stay_together) {
+    enum { PARTS = 100 };
+    orch_address at;
+    struct iovec parts[PARTS];
+    char data[PARTS + 1];
+    int a = orch_udp(&(orch_udp_desc){.host = "127.0.0.1"});
+    CHECK_INT(orch_socket_address(a, &at), 0);
+    int b = orch_udp(&(orch_udp_desc){.peer = &at});
+    for (int i = 0; i < PARTS; i++) parts[i] = (struct iovec){(void *)(uintptr_t) "x", 1};
+    CHECK_INT(orch_writev(b, parts, PARTS), PARTS);
+    CHECK_INT(orch_socket_recvfrom(a, data, sizeof data, NULL), PARTS);
     end(a);
     end(b);
 }

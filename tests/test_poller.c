@@ -1084,7 +1084,8 @@ static void *post_it(void *arg) {
     return NULL;
 }
 
-// The host sleeps without a limit: only the post can end that.
+// The host sleeps without a limit: only the post can end that. Without memory for what wakes it, it
+// sleeps in short pieces.
 TEST(a_post_wakes_the_host) {
     guest g;
     pthread_t thread;
@@ -1092,9 +1093,10 @@ TEST(a_post_wakes_the_host) {
     if (!guest_open(&g, test_poller())) return;
     orch_on(orch_ready(g.fd[0], ORCH_READABLE), set_true, &(bool){false});
     int count = orch_loop_pollfds(g.loop, fds, 8);
-    CHECK(orch_loop_timeout(g.loop) == UINT64_MAX);
+    uint64_t ms = orch_loop_timeout(g.loop);
+    CHECK(ms == UINT64_MAX);
     if (!CHECK(count > 0 && pthread_create(&thread, NULL, post_it, &g) == 0)) return;
-    CHECK_INT(poll(fds, (nfds_t)count, -1), 1);
+    CHECK_INT(poll(fds, (nfds_t)count, ms == UINT64_MAX ? -1 : (int)ms), 1);
     while (!g.came && orch_loop_dispatch(g.loop, fds, (size_t)count) == 1) {
         count = orch_loop_pollfds(g.loop, fds, 8);
     }
@@ -1251,6 +1253,138 @@ TASK_TEST(busy_descriptors_hold_up_neither_timers_nor_tasks) {
     CHECK_INT(orch_sleep(1), 0);
     CHECK(reads > before); // it went on meanwhile, and the timer fired before its 1,000 were done
     CHECK_INT(join(f), 1000);
+    close_pair(fd);
+}
+
+// ---- muted entries of poll's array
+
+static bool not_by_poll(void) {
+    return test_poller() != ORCH_POLLER_DEFAULT && test_poller() != ORCH_POLLER_POLL;
+}
+
+static orchi_poller *array(void) { return &orch_loop_current()->poller; }
+
+// Every entry has its watch, and the other way round; muted ones are counted. How many there are
+// that belong to nobody's wait.
+static uint32_t check_array(void) {
+    const orchi_poller *p = array();
+    uint32_t muted = 0, placed = 0;
+    for (uint32_t i = 0; i < p->count; i++) {
+        int fd = orchi_poll_number(p->fds[i].fd);
+        CHECK_INT(p->watches[fd].position, i + 1);
+        CHECK((p->fds[i].fd < 0) == (orchi_wanted(&p->watches[fd]) == 0));
+        muted += p->fds[i].fd < 0;
+    }
+    for (size_t fd = 0; fd < p->watch_count; fd++) placed += p->watches[fd].position != 0;
+    CHECK_INT(placed, p->count);
+    CHECK_INT(p->muted, muted);
+    return muted;
+}
+
+TASK_TEST_IF(an_event_mutes_an_entry_and_the_next_wait_turns_it_back, not_by_poll()) {
+    int fd[2];
+    if (!make_pair(fd)) return;
+    put(fd[1]);
+    CHECK_INT(soon(orch_ready(fd[0], ORCH_READABLE)), ORCH_READABLE);
+    uint32_t place = array()->watches[fd[0]].position, count = array()->count;
+    if (place == 0) return; // refused
+    CHECK_INT(array()->fds[place - 1].fd, ~fd[0]);
+    CHECK_INT(check_array(), 1);
+    orch_future *f = orch_ready(fd[0], ORCH_WRITABLE); // another direction, too
+    CHECK_INT(array()->fds[place - 1].fd, fd[0]);
+    CHECK_INT(array()->fds[place - 1].events, POLLOUT);
+    CHECK_INT(array()->count, count);
+    CHECK_INT(check_array(), 0);
+    orch_drop(f); // no event: nothing is left of it
+    CHECK_INT(array()->watches[fd[0]].position, 0);
+    CHECK_INT(check_array(), 0);
+    close_pair(fd);
+}
+
+TASK_TEST_IF(closing_takes_a_muted_entry_out, not_by_poll()) {
+    int fd[2], next[2];
+    if (!make_pair(fd)) return;
+    put(fd[1]);
+    CHECK_INT(soon(orch_ready(fd[0], ORCH_READABLE)), ORCH_READABLE);
+    CHECK_INT(orch_close(fd[0]), 0);
+    CHECK_INT(array()->watches[fd[0]].position, 0);
+    CHECK_INT(check_array(), 0);
+    if (!make_pair(next)) return;
+    CHECK_INT(next[0], fd[0]);
+    put(next[1]);
+    CHECK_INT(soon(orch_ready(next[0], ORCH_READABLE)), ORCH_READABLE);
+    close(next[0]), close(next[1]); // behind its back: what is muted belongs to nobody
+    CHECK_INT(orch_sleep(1), 0);
+    if (!CHECK_INT(orch_socketpair(next), 0)) return;
+    CHECK_INT(array()->watches[next[0]].position, 0);
+    CHECK_INT(check_array(), 0);
+    CHECK_INT(orch_close(next[0]) | orch_close(next[1]), 0);
+    close(fd[1]);
+}
+
+TASK_TEST_IF(what_stays_muted_is_swept_out_by_an_idle_loop, not_by_poll()) {
+    enum { COUNT = 20, WAITING = 4 };
+    static orch_future *f[COUNT];
+    int made = 0;
+    while (made < COUNT && make_pair(pairs[made])) made++;
+    if (made < COUNT) return;
+    for (int i = 0; i < COUNT; i++) f[i] = orch_ready(pairs[i][0], ORCH_READABLE);
+    for (int i = 0; i < COUNT; i++) put(pairs[(i * 7) % COUNT][1]);
+    for (int i = 0; i < COUNT; i++) CHECK_INT(soon(f[i]), ORCH_READABLE);
+    CHECK_INT(check_array(), COUNT); // all in one look
+    for (int i = 0; i < WAITING; i++) {
+        drain(pairs[i * 3][0]);
+        f[i] = orch_ready(pairs[i * 3][0], ORCH_READABLE);
+    }
+    CHECK_INT(check_array(), COUNT - WAITING);
+    orch_future *busy = orch_go(yield_on, NULL);
+    for (int i = 0; i < 300; i++) orch_yield();
+    CHECK_INT(check_array(), COUNT - WAITING); // they may be waited for any moment
+    read_stop = true;
+    CHECK_INT(join(busy), 1);
+    CHECK_INT(orch_sleep(1), 0);
+    CHECK_INT(check_array(), 0);
+    CHECK(array()->count <= WAITING + 1);
+    for (int i = 0; i < WAITING; i++) {
+        put(pairs[i * 3][1]);
+        CHECK_INT(soon(f[i]), ORCH_READABLE); // the entries that moved are found
+    }
+    for (int i = 0; i < COUNT; i++) close_pair(pairs[i]);
+}
+
+TASK_TEST_IF(muted_entries_do_not_come_along_to_another_poller, no_other() || not_by_poll()) {
+    int fd[2], quiet[2];
+    if (!make_pair(fd) || !make_pair(quiet)) return;
+    orch_future *f = orch_ready(quiet[0], ORCH_READABLE);
+    put(fd[1]);
+    CHECK_INT(soon(orch_ready(fd[0], ORCH_READABLE)), ORCH_READABLE);
+    if (orchi_poller_move(orch_loop_current(), other()) == 0) {
+        CHECK_INT(array()->muted, 0);
+        CHECK(array()->watches[fd[0]].armed == 0 && array()->watches[quiet[0]].armed != 0);
+        CHECK_INT(soon(orch_ready(fd[0], ORCH_READABLE)), ORCH_READABLE);
+        CHECK_INT(orchi_poller_move(orch_loop_current(), &orchi_poll_ops), 0);
+        check_array();
+    }
+    put(quiet[1]);
+    CHECK_INT(soon(f), ORCH_READABLE);
+    close_pair(fd);
+    close_pair(quiet);
+}
+
+TEST_SKIP(a_host_is_not_given_muted_entries, not_by_poll()) {
+    struct pollfd fds[8];
+    int fd[2];
+    orch_loop_desc desc = {.poller = ORCH_POLLER_POLL};
+    orch_loop *loop = orch_loop_new(&desc);
+    if (!CHECK(loop != NULL) || !make_pair(fd)) return;
+    put(fd[1]);
+    orch_on(orch_ready(fd[0], ORCH_READABLE), set_true, &(bool){false});
+    orch_loop_step(loop, 100);
+    CHECK_INT(check_array(), 1);
+    int count = orch_loop_pollfds(loop, fds, 8);
+    for (int i = 0; i < count; i++) CHECK(fds[i].fd >= 0 && fds[i].fd != fd[0]);
+    CHECK_INT(check_array(), 0);
+    CHECK_INT(orch_loop_free(loop), 0);
     close_pair(fd);
 }
 
