@@ -4308,7 +4308,7 @@ typedef struct orchi_poller_ops {
 } orchi_poller_ops;
 
 /* What a descriptor is waited for, in all. */
-static int orchi_wanted(const orchi_watch *watch) {
+static inline int orchi_wanted(const orchi_watch *watch) {
     return (watch->reader != NULL || (watch->hints & ORCHI_WAKE) ? ORCH_READABLE : 0) |
            (watch->writer != NULL ? ORCH_WRITABLE : 0);
 }
@@ -4782,8 +4782,9 @@ ORCHI_COLD static void orchi_poller_renew(orch_loop *loop) {
 // each it finds, and more. So what counts is how many of those looked at are found: where they are
 // few, epoll is faster by any factor; where a busy server's looks find a good part of them ready,
 // poll is by a fifth. Between the two bounds, 1 in 32 and 1 in 8, it stays as it is, and below 64
-// descriptors it does not matter. epoll finds again what has been told and not yet been served, so
-// that a backlog counts there, as it should.
+// descriptors it does not matter. A backlog, of what was told and has not been served yet, is a sign
+// of a busy server: epoll finds it again, so that it counts as found, and poll does not look at it,
+// as it is muted. Counted as looked at and not found, it would send a busy loop to epoll and back.
 //
 // It is judged after looks at 65,536 descriptors in all, at least 16 and at most
 // 1,024; after twice as much with each move, and an eighth less each time it stays. A load that
