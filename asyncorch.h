@@ -4461,7 +4461,7 @@ typedef struct orchi_poller_ops {
 } orchi_poller_ops;
 
 /* What a descriptor is waited for, in all. */
-static int orchi_wanted(const orchi_watch *watch) {
+static inline int orchi_wanted(const orchi_watch *watch) {
     return (watch->reader != NULL || (watch->hints & ORCHI_WAKE) ? ORCH_READABLE : 0) |
            (watch->writer != NULL ? ORCH_WRITABLE : 0);
 }
@@ -4516,8 +4516,8 @@ static void orchi_poll_close(orch_loop *loop) {
 
 // Who is told that a descriptor is ready mostly waits for it again before the next look. So an
 // event leaves the entry where it is and only mutes it, with a negative number, which poll(2)
-// passes over; the next wait turns it back. What stays muted is swept out when it is more than half
-// of all.
+// passes over; the next wait, or orchi_tell for who waits on, turns it back. What stays muted is
+// swept out when it is more than half of all.
 
 static int orchi_poll_number(int fd) { return fd < 0 ? ~fd : fd; }
 
@@ -4549,25 +4549,13 @@ static bool orchi_poll_add(orch_loop *loop, int fd, orchi_watch *watch) {
     return true;
 }
 
-/* Nobody waits for a descriptor that has an entry. */
-static void orchi_poll_stop(orchi_poller *p, int fd, bool exact) {
-    orchi_watch *watch = &p->watches[fd];
-    struct pollfd *entry = &p->fds[watch->position - 1];
-    if (exact) {
-        orchi_poll_remove(p, watch);
-    } else if (entry->fd >= 0) {
-        entry->fd = ~fd;
-        p->muted++;
-    }
-}
-
 /* Arming and disarming touch only the array. */
 static int orchi_poll_update(orch_loop *loop, int fd, bool exact) {
     orchi_poller *p = &loop->poller;
     orchi_watch *watch = &p->watches[fd];
     int events = orchi_wanted(watch);
     if (events == 0) {
-        if (watch->position != 0) orchi_poll_stop(p, fd, exact);
+        if (exact && watch->position != 0) orchi_poll_remove(p, watch);
         return 0;
     }
     if (watch->position == 0 && !orchi_poll_add(loop, fd, watch)) return ORCH_ENOMEM;
@@ -4587,16 +4575,23 @@ static int orchi_poll_events(short revents) {
            (revents & POLLOUT ? ORCH_WRITABLE : 0);
 }
 
+/* An entry that has an event is found, and muted. */
+static inline void orchi_poll_found(orchi_poller *p, struct pollfd *entry, short revents) {
+    orchi_found_add(p, entry->fd, orchi_poll_events(revents));
+    entry->fd = ~entry->fd;
+    p->muted++;
+}
+
 /* The array is read to the last one that has something. */
 static int orchi_poll_wait(orch_loop *loop, uint64_t ns) {
     orchi_poller *p = &loop->poller;
     if (p->muted > p->count / 2 && orchi_ring_empty(loop)) orchi_poll_sweep(p);
     int found = orchi_poll_call(p->fds, p->count, ns);
     if (found < 0) return errno == EINTR ? 0 : -errno;
-    for (const struct pollfd *at = p->fds; found > 0; at++) {
+    for (struct pollfd *at = p->fds; found > 0; at++) {
         if (at->revents == 0) continue;
         found--;
-        orchi_found_add(p, at->fd, orchi_poll_events(at->revents));
+        orchi_poll_found(p, at, at->revents);
     }
     return 0;
 }
@@ -4940,8 +4935,9 @@ ORCHI_COLD static void orchi_poller_renew(orch_loop *loop) {
 // each it finds, and more. So what counts is how many of those looked at are found: where they are
 // few, epoll is faster by any factor; where a busy server's looks find a good part of them ready,
 // poll is by a fifth. Between the two bounds, 1 in 32 and 1 in 8, it stays as it is, and below 64
-// descriptors it does not matter. epoll finds again what has been told and not yet been served, so
-// that a backlog counts there, as it should.
+// descriptors it does not matter. A backlog, of what was told and has not been served yet, is a sign
+// of a busy server: epoll finds it again, so that it counts as found, and poll does not look at it,
+// as it is muted. Counted as looked at and not found, it would send a busy loop to epoll and back.
 //
 // It is judged after looks at 65,536 descriptors in all, at least 16 and at most
 // 1,024; after twice as much with each move, and an eighth less each time it stays. A load that
@@ -5606,14 +5602,15 @@ static void orchi_round(orch_loop *loop) {
     orchi_round_set(loop, ORCHI_BUDGET);
 }
 
-/* Takes a waiting future out of the table. `exact`: without an event, so the poller is to stop. */
-static void orchi_unwatch(orch_loop *loop, orch_future *f, bool exact) {
+/* Takes a waiting future out of the table. `exact`: without an event, so the poller is to stop;
+ * after one, orchi_tell sees to it. */
+static inline void orchi_unwatch(orch_loop *loop, orch_future *f, bool exact) {
     int fd = f->as.ready.fd;
     orchi_watch *watch = &loop->poller.watches[fd];
     if (watch->reader == f) watch->reader = NULL;
     if (watch->writer == f) watch->writer = NULL;
     loop->stats.watched--;
-    loop->poller.ops->update(loop, fd, exact);
+    if (exact) loop->poller.ops->update(loop, fd, true);
 }
 
 /* Whether an event is for this waiter. One that was made after the look waits for the next: the
@@ -5622,8 +5619,14 @@ static bool orchi_meant(const orch_future *f, uint64_t generation, int events, i
     return f != NULL && f->generation < generation && (events & (direction | ORCHI_BAD_FD));
 }
 
+/* An event for its waiter. The table is constant: a task's wait is called directly, or in line. */
+static inline void orchi_fire(orch_future *f, int events) {
+    if (ORCHI_LIKELY(f->kind == ORCHI_READY)) orchi_kinds[ORCHI_READY].fire(f, events);
+    else orchi_kinds[f->kind].fire(f, events);
+}
+
 /* Tells the waiters of a descriptor that was found ready. The table is read again after each, as a
- * rejection's hook may have changed it. */
+ * rejection's hook may have changed it. Who waits on has to be looked for on. */
 static bool orchi_tell(orch_loop *loop, orchi_found found, uint64_t generation) {
     orchi_watch *watch = &loop->poller.watches[found.fd];
     orch_future *reader = watch->reader;
@@ -5631,16 +5634,16 @@ static bool orchi_tell(orch_loop *loop, orchi_found found, uint64_t generation) 
     watch->hints &= (uint16_t) ~(found.events & ORCHI_BOTH);
     loop->poller.woken |= told;
     if (orchi_meant(reader, generation, found.events, ORCH_READABLE)) {
-        bool both = reader == watch->writer;
-        orchi_kinds[reader->kind].fire(reader, found.events);
-        if (both) return true;
+        orchi_fire(reader, found.events); // the writer too, if that is the same
         told = true;
     }
     orch_future *writer = loop->poller.watches[found.fd].writer;
     if (orchi_meant(writer, generation, found.events, ORCH_WRITABLE)) {
-        orchi_kinds[writer->kind].fire(writer, found.events);
+        orchi_fire(writer, found.events);
         told = true;
     }
+    bool more = orchi_wanted(&loop->poller.watches[found.fd]) != 0;
+    if (ORCHI_UNLIKELY(more)) loop->poller.ops->update(loop, found.fd, false);
     return told;
 }
 
@@ -5688,7 +5691,7 @@ static int orchi_poll(orch_loop *loop, uint64_t ns) {
     bool sleeps = ns > 0;
     if (sleeps) ns = orchi_doze(loop, ns);
     loop->stats.polls++;
-    p->looked_at += p->count;
+    p->looked_at += p->count - p->muted;
     int error = p->ops->wait(loop, ns);
     p->came += p->found_count;
     orchi_tell_all(loop, generation, idle);
@@ -5966,7 +5969,11 @@ uint64_t orch_loop_timeout(orch_loop *loop) {
 
 static void orchi_guest_found(orchi_poller *p, const struct pollfd *at) {
     bool known = at->fd >= 0 && (size_t)at->fd < p->watch_count;
-    if (known && at->revents != 0) orchi_found_add(p, at->fd, orchi_poll_events(at->revents));
+    uint32_t position = known ? p->watches[at->fd].position : 0;
+    struct pollfd *entry = position != 0 ? &p->fds[position - 1] : NULL;
+    if (entry != NULL && entry->fd >= 0 && at->revents != 0) {
+        orchi_poll_found(p, entry, at->revents);
+    }
 }
 
 /* What the host has found, as a look would have. It may ask about descriptors that nobody waits for
@@ -9221,7 +9228,7 @@ static void orchi_ready_fire(orch_future *f, int events) {
     int came = events & f->as.ready.events;
     orchi_unwatch(loop, f, false);
     orch_result r = events & ORCHI_BAD_FD ? orch_fail(-EBADF) : orch_ok_int(came);
-    orchi_settle(loop, f, &r);
+    orchi_settle_inline(loop, f, &r);
 }
 
 /* Leaves the poller at once, so that the descriptor can be closed. */
@@ -9505,7 +9512,7 @@ static ptrdiff_t orchi_write_parts(int fd, const struct iovec *parts, int count)
 
 // ---- reading
 
-static ptrdiff_t orchi_attempt_recv(int fd, orchi_watch *watch, orchi_transfer *t) {
+static ORCHI_INLINE ptrdiff_t orchi_attempt_recv(int fd, orchi_watch *watch, orchi_transfer *t) {
     ptrdiff_t n;
     do n = recv(fd, t->data, t->size, t->flags | MSG_DONTWAIT);
     while (ORCHI_UNLIKELY(n < 0 && errno == EINTR));
@@ -9602,7 +9609,7 @@ static ptrdiff_t orchi_wrote(orchi_watch *watch, orchi_transfer *t, ptrdiff_t n)
     return t->done < t->size ? -EAGAIN : (ptrdiff_t)t->done;
 }
 
-static ptrdiff_t orchi_attempt_send(int fd, orchi_watch *watch, orchi_transfer *t) {
+static ORCHI_INLINE ptrdiff_t orchi_attempt_send(int fd, orchi_watch *watch, orchi_transfer *t) {
     ptrdiff_t n;
     orchi_quiet(fd, watch);
     do n = send(fd, t->data + t->done, t->size - t->done, t->flags | MSG_DONTWAIT | ORCHI_NOSIGNAL);
@@ -9611,7 +9618,7 @@ static ptrdiff_t orchi_attempt_send(int fd, orchi_watch *watch, orchi_transfer *
     return orchi_wrote(watch, t, n);
 }
 
-static ptrdiff_t orchi_attempt_write(int fd, orchi_watch *watch, orchi_transfer *t) {
+static ORCHI_INLINE ptrdiff_t orchi_attempt_write(int fd, orchi_watch *watch, orchi_transfer *t) {
     ptrdiff_t n = -ENOTSOCK;
     if (!(watch->hints & ORCHI_NO_SOCKET)) {
         n = orchi_attempt_send(fd, watch, t);

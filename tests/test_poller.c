@@ -958,6 +958,39 @@ TEST_SKIP(the_loop_moves_to_what_fits_and_loses_nothing, no_other() || !may_open
     for (int i = 0; i < CROWD; i++) close_pair(crowd[i]);
 }
 
+// All of the crowd have an event that nobody has fetched; the loop is never without work, and each
+// look finds one more.
+static orch_result backlog(void *arg) {
+    static orch_future *f[CROWD];
+    (void)arg;
+    for (int i = 1; i < CROWD; i++) {
+        f[i] = orch_ready(crowd[i][0], ORCH_READABLE);
+        put(crowd[i][1]);
+    }
+    for (int i = 0; i < 600; i++) {
+        f[0] = orch_ready(crowd[0][0], ORCH_READABLE);
+        put(crowd[0][1]);
+        while (!orch_is_settled(f[0])) orch_yield();
+        orch_drop(f[0]);
+        drain(crowd[0][0]);
+    }
+    CHECK_INT(stats().moves, 0);
+    CHECK_INT(now_by(), ORCH_POLLER_POLL);
+    for (int i = 1; i < CROWD; i++) orch_drop(f[i]);
+    return orch_ok_int(1);
+}
+
+TEST_SKIP(a_backlog_is_not_taken_for_idle_descriptors, !may_open(2 * CROWD + 50)) {
+    int made = 0;
+    if (!may_open(2 * CROWD + 50)) return;
+    while (made < CROWD && make_pair(crowd[made])) made++;
+    if (made < CROWD) return;
+    orch_result r = orch_run(backlog, NULL);
+    CHECK_INT(orch_int(&r), 1);
+    orch_result_free(&r);
+    for (int i = 0; i < CROWD; i++) close_pair(crowd[i]);
+}
+
 static orch_result stay(void *arg) {
     static long sent[CROWD];
     (void)arg;
