@@ -6933,6 +6933,8 @@ static orch_future *orchi_timer_cancel(orch_future *f, int reason) {
 // Left out: a result of its own for each combinator, as a struct or a callback per input. orch_at
 // reads them all alike, and a list can be handed on like any other value.
 
+// A head of 8 bytes and five pointers are the 48 bytes of an extra slot. The most is what 32 bits
+// count with room to spare, as the hidden deadline comes on top of it.
 enum { ORCHI_LIST_IN_SLOT = 5 };
 static const size_t ORCHI_LIST_MOST = 0x7ffffff0;
 #define ORCHI_NO_WINNER UINT32_MAX
@@ -6944,6 +6946,10 @@ typedef enum orchi_mode {
     ORCHI_RACE,
     ORCHI_QUORUM
 } orchi_mode;
+
+// One allocation serves from beginning to end. While inputs are open, its places say where each one
+// is, so that losers can be asked. When all have ended, the same places hold settled futures, and
+// the list becomes the owner of the result. Nothing is copied in between.
 
 struct orchi_list { // followed by its futures
     uint32_t count; // what orch_at shows
@@ -7029,6 +7035,9 @@ static bool orchi_combine_decide(orch_future *c, uint32_t winner) {
     return true;
 }
 
+// A counter only goes down, and who takes it to 0 decides. What comes later is of no account, as
+// DECIDED is asked first: so no counter wraps, though losers go on settling behind the decision.
+
 /* Counts an input's outcome. The deadline's own decides at once, and as a success. */
 static bool orchi_combine_decided(orch_future *c, uint32_t input, bool *ok) {
     const orchi_list *list = c->as.combine.list;
@@ -7042,6 +7051,9 @@ static bool orchi_combine_decided(orch_future *c, uint32_t input, bool *ok) {
     uint32_t *left = *ok ? &c->as.combine.ok_left : &c->as.combine.fail_left;
     return --*left == 0 && orchi_combine_decide(c, input);
 }
+
+// A decision and an end are counted apart. An input that passes on a decision early (a race whose
+// loser is still ending) is heard twice: first it decides, later it is counted out.
 
 /* When the last input has ended, the result can be built. */
 static void orchi_combine_ended(orch_future *c, uint32_t input) {
@@ -7079,6 +7091,9 @@ static void orchi_combine_retarget(orch_future *c, uint32_t input, orch_future *
 static bool orchi_open(const orch_future *item) {
     return !orchi_settled(item) && !(item->flags & ORCHI_DECIDED);
 }
+
+// `unended` is in the loop's head because a promise without a hook settles inside the walk: when
+// the last one has, the rest of the list need not be looked at.
 
 /* Asks every input that is still open. Some end at once, which counts them out during the walk. */
 static void orchi_cancel_losers(orch_future *c) {
@@ -7124,10 +7139,15 @@ static void orchi_show_late(orch_loop *loop, orchi_list *list) {
     }
 }
 
+/* The list owns what it shows: one release gives up all its places. */
 static orch_result orchi_list_result(int error, uint32_t winner, orchi_list *list) {
     orch_result r = {error, winner, orchi_items(list), list, orchi_list_release};
     return r;
 }
+
+// all that fails, any that succeeds and race have one outcome; the other inputs' results are freed
+// with the list. The place that was moved out gets an immortal future, so that the release can walk
+// over it like over any other.
 
 /* The outcome of one input, moved out of the list; the others are given up. */
 static orch_result orchi_pick(orchi_list *list, uint32_t winner) {
@@ -7177,6 +7197,13 @@ static orch_future *orchi_combine_source(const orch_future *c, uint32_t *at) {
 }
 
 // ---- building one
+
+// A constructor takes over every input that it can read, whatever comes of it: each is claimed, or
+// given up when there is no memory or the call makes no sense. So no caller has a path on which it
+// still owns some of them.
+//
+// A settled input is marked as WAITED here, though nobody will be told: that is what makes a second
+// use of the same handle a misuse which is seen.
 
 /* Registers at a claimed input. What is settled or decided counts now; nobody waits for c yet. */
 static void orchi_combine_add(orch_future *c, uint32_t i, orch_future *item) {
@@ -7244,6 +7271,12 @@ static orch_future *orchi_combine_refuse(const char *function, int error, size_t
     return orchi_rejected(orchi_misuse(function, error));
 }
 
+// From here on each constructor is a line of the table at the head of this section: its mode and
+// its two counters. An empty list needs no combinator: all, all_settled, quorum and gather of
+// nothing fulfil at once, any of nothing has failed, and a race of nothing would never end, so it
+// is refused. That, and a quorum of more than there are, is a rejection and not a misuse: how many
+// inputs there are is often known at run time only.
+
 orch_future *orch_all_n(size_t count, orch_future *const *futures) {
     int error = orchi_combine_error(count, futures);
     if (error != 0) return orchi_combine_refuse("orch_all", error, count, futures);
@@ -7284,6 +7317,7 @@ orch_future *orch_quorum_n(size_t needed, size_t count, orch_future *const *futu
                          NULL);
 }
 
+/* The deadline is made first: until then no input was touched, and all can be given up. */
 orch_future *orch_gather_n(size_t count, orch_future *const *futures, uint64_t ms) {
     int error = orchi_combine_error(count, futures);
     if (error != 0) return orchi_combine_refuse("orch_gather", error, count, futures);
@@ -7328,6 +7362,16 @@ orch_future *orch_gather_list(uint64_t ms, orch_future *const *futures) {
 }
 
 // ---- timeout
+
+// The life of a timeout, t, of an input:
+//
+//     the input decides   the timer is disarmed; when the input has settled, t settles as it has
+//     the timer fires     t is decided, as a failure, and says so at once; the input is asked to
+//                         end; when it has, t settles with ORCH_ETIMEDOUT
+//     t is cancelled      the timer is disarmed and the input is asked; then as the first
+//
+// In no case does it settle before the input has ended: what that uses may lie in the frame of
+// whoever awaits t. A timeout that must not wait so long is a race with orch_after.
 
 orch_future *orch_timeout(orch_future *f, uint64_t ms) {
     orch_loop *loop = orchi_here("orch_timeout");
@@ -7403,9 +7447,12 @@ struct orch_completion {
     orch_future **items;
 };
 
+// Never written, so that all threads can share it. How many of them are out is counted in the loop;
+// when two have failed for different reasons, both are told the later one.
 // What stands for an iteration that could not be made: its first element is the error, see next.
 static orch_completion orchi_failed_iteration;
 
+/* Pointers before numbers, as both are then aligned. */
 static size_t orchi_completion_bytes(size_t count) {
     return sizeof(orch_completion) + count * (sizeof(orch_future *) + sizeof(uint32_t));
 }
@@ -7419,6 +7466,7 @@ static orch_completion *orchi_completion_fail(const char *function, int error, s
     return &orchi_failed_iteration;
 }
 
+/* One allocation and a slot: the hub has to be one, as consumers of futures are slots. */
 static orch_completion *orchi_completion_new(orch_loop *loop, size_t count) {
     void *memory = orchi_allocate(loop, orchi_completion_bytes(count));
     orch_completion *c = (orch_completion *)memory;
@@ -7461,6 +7509,7 @@ static void orchi_hub_ended(orch_future *hub, uint32_t input) {
     orchi_push(orchi_loop_of(hub), hub);
 }
 
+/* An input that followed was bypassed: its source stands in its place. */
 static void orchi_hub_retarget(orch_future *hub, uint32_t input, orch_future *to) {
     hub->as.hub.iteration->items[input] = to;
 }
@@ -7587,9 +7636,18 @@ struct orch_task { // first what every wait touches: one cache line
 
 typedef char orchi_task_fits[sizeof(struct orch_task) <= ORCHI_STACK_HEAD ? 1 : -1];
 
+// Two fields say what a request does to a task. `asked` is the task's own, for ever. `reason` is
+// what counts for the next wait: orchi_task_judge works it out from the open scopes and `asked`, so
+// that a wait has one integer to test, however many scopes there are.
+
 enum { ORCHI_PATIENCE = 1000 }; // refused waits until a task is reported
 
 // ---- entering and leaving
+
+// Who may enter a task: the main stack (orchi_enter), a task that leaves (orchi_leave), and whoever
+// starts one (orchi_task_start). All three set loop->current before they switch; nobody sets it
+// after, as by then another stack runs. A task that leaves switches to the next one directly, which
+// is one switch where going by the loop would be two.
 
 /* On the main stack, when a task has left to it: it may have left a call to be made here. */
 static inline void orchi_serve(orch_loop *loop) {
@@ -7651,6 +7709,10 @@ static inline void orchi_leave(orch_loop *loop, orch_task *task) {
     loop->current = next;
     orchi_context_switch(&task->context, orchi_context_of(loop, next));
 }
+
+// loop->trash is a list on the stack of whoever is freeing results. It must not be left in place
+// over a switch: what another task retires meanwhile would be put on this list, and be freed when
+// this task comes back, which may be never.
 
 /* Waits inside a release: others must not wait for what this task frees after it. */
 ORCHI_COLD static void orchi_suspend_freeing(orch_loop *loop, orch_task *task) {
@@ -7803,6 +7865,7 @@ static void orchi_circle_append(orch_future **last, orch_future *f) {
     *last = f;
 }
 
+/* From the front, so that failures are seen in the order in which they came. */
 static orch_future *orchi_circle_take(orch_future **last) {
     orch_future *first = (*last)->waiter.one.target;
     (*last)->waiter.one.target = first->waiter.one.target;
@@ -7810,12 +7873,17 @@ static orch_future *orchi_circle_take(orch_future **last) {
     return first;
 }
 
+/* A walk over at most ORCH_SCOPE_ERRORS failures, once, at close. */
 static size_t orchi_circle_length(const orch_future *last) {
     size_t length = last != NULL;
     const orch_future *f = last;
     while (f != NULL && (f = f->waiter.one.target) != last) length++;
     return length;
 }
+
+// What settling does for a scope is constant: a swap in the array, a link, a push. Counting the
+// failure, releasing the member and asking the others run later, from the queue, as each of them
+// may run code of the user's or recurse into other scopes.
 
 /* A member has settled: the last one takes its place. */
 static void orchi_scope_ended(orch_future *f, uint32_t input) {
@@ -7859,6 +7927,17 @@ static void orchi_scope_ask_members(orch_future *f) {
     }
 }
 
+// How a tree of scopes is cancelled, where a member of scope A is a task with a scope B of its own:
+//
+//     orch_scope_cancel(A)   A is marked and queued; the wait of A's body is broken off
+//     A runs                 asks its members: the task is marked, and with it B, which is queued
+//     B runs                 asks its own members
+//     they end               B closes, its task ends, A has a member less
+//
+// So each level is one turn of the queue, the depth of the C stack does not depend on the depth of
+// the tree, and the ends come from the leaves up. Every scope asks its members once (ASKED_ALL); as
+// it takes no new ones after it was marked, that is enough.
+
 /* Brings a scope up to date. */
 static void orchi_scope_sweep(orch_future *f) {
     orchi_scope *scope = f->as.scope.own;
@@ -7890,6 +7969,7 @@ static void orchi_scope_run(orch_future *f) {
     orchi_push(orchi_loop_of(f), f->as.scope.task->future);
 }
 
+/* A member that followed was bypassed: its source has the place now. */
 static void orchi_scope_retarget(orch_future *f, uint32_t input, orch_future *to) {
     f->as.scope.own->members[input] = to;
 }
@@ -7908,6 +7988,10 @@ static orch_future *orchi_scope_cancel(orch_future *f, int reason) {
 
 static const char *orchi_scope_label(const orch_future *f) { return f->as.scope.own->name; }
 
+// The capacity is a byte: 0, then 6 for a slot's worth, then the exponents from 7 on. So 6 is never
+// an exponent, and the step is from 6 members to 128. Doubling makes admitting constant on average;
+// an array never shrinks, as a scope lives about as long as its busiest moment.
+
 enum { ORCHI_SCOPE_SMALL = 6 };
 
 /* Six members fit into a slot, which saves small scopes an allocation. */
@@ -7917,6 +8001,7 @@ static size_t orchi_scope_capacity(const orchi_scope *scope) {
     return scope->capacity == small ? small : (size_t)1 << scope->capacity;
 }
 
+/* Of no capacity there is nothing to free: orchi_free takes NULL. */
 static void orchi_scope_free_members(orch_loop *loop, orchi_scope *scope) {
     if (scope->capacity == ORCHI_SCOPE_SMALL) orchi_extra_free(loop, scope->members);
     else orchi_free(loop, scope->members, orchi_scope_capacity(scope) * sizeof(orch_future *));
@@ -7954,12 +8039,14 @@ static orch_future *orchi_deadline_new(orch_loop *loop, orch_future *owner, uint
     return f;
 }
 
+/* Also for one that has fired: disarming it again does nothing. */
 static void orchi_deadline_free(orch_loop *loop, orch_future *f) {
     if (f == NULL) return;
     orchi_timer_disarm(loop, f);
     orchi_slot_free(loop, f);
 }
 
+/* A task is asked like by anybody else. A scope also notes that it was the time: close says so. */
 static void orchi_deadline_fire(orch_future *f, int events) {
     (void)events;
     orch_future *owner = f->waiter.one.target;
@@ -8042,6 +8129,7 @@ static size_t orchi_locals_bytes(uint32_t count) {
     return sizeof(orchi_locals) + count * sizeof(orchi_local *);
 }
 
+/* The slot goes before the user's release is called, which may set a value and need one. */
 static void orchi_local_drop(orch_loop *loop, orchi_local *local) {
     if (--local->holders > 0) return;
     orchi_local gone = *local;
@@ -8049,6 +8137,7 @@ static void orchi_local_drop(orch_loop *loop, orchi_local *local) {
     if (gone.release != NULL) gone.release(gone.value);
 }
 
+/* A table goes with the last task that shares it, and lets go of each of its values. */
 static void orchi_locals_drop(orch_loop *loop, orchi_locals *locals) {
     if (locals == NULL || --locals->holders > 0) return;
     for (uint32_t i = 0; i < locals->count; i++) {
@@ -8057,6 +8146,7 @@ static void orchi_locals_drop(orch_loop *loop, orchi_locals *locals) {
     orchi_free(loop, locals, orchi_locals_bytes(locals->count));
 }
 
+/* What starting a task costs for all its values: one increment. */
 static orchi_locals *orchi_locals_share(orchi_locals *locals) {
     if (locals != NULL) locals->holders++;
     return locals;
@@ -8220,11 +8310,13 @@ static void *orchi_task_main(void *argument) {
 
 // ---- waiting for an end
 
+/* What it waits for has followed something: from now on it waits for that. */
 static void orchi_task_retarget(orch_future *f, uint32_t input, orch_future *to) {
     (void)input;
     f->as.task.task->waiting = to;
 }
 
+/* For reports: NULL while it runs or is ready. */
 static orch_future *orchi_task_source(const orch_future *f, uint32_t *at) {
     return (*at)++ == 0 ? f->as.task.task->waiting : NULL;
 }
@@ -8261,6 +8353,8 @@ static void orchi_join_in(orch_loop *loop, orch_task *task, orch_future *f) {
     orchi_release(f);
 }
 
+/* What orch_drop calls inside a task. One that has ended has no stack to come back to: it asks, and
+ * the work ends alone. */
 static void orchi_join(orch_future *f) {
     orch_task *task = orchi_loop->current;
     if (task->ended) orchi_release(f);
@@ -8414,6 +8508,8 @@ orch_future *orch_go(orch_task_fn fn, void *arg) {
     return orchi_begin(&desc, NULL, true, "orch_go");
 }
 
+/* There is no future to carry an error, so it is returned. A detached task needs no reference while
+ * it runs, and frees its slot when it settles. */
 int orch_spawn(orch_task_fn fn, void *arg) {
     orch_task_desc desc = {NULL, fn, arg, 0, NULL, 0};
     orch_future *f = orchi_begin(&desc, NULL, false, "orch_spawn");
@@ -8444,6 +8540,16 @@ static ORCHI_INLINE orch_result orchi_await_pending(orch_loop *loop, orch_task *
     return orchi_take_result(orchi_wait_for(loop, task, f));
 }
 
+// The order of checks in a wait, here and in everything that is built on it:
+//
+//     in a task?         if not, the future is given up: it was handed over
+//     the handle         misuse gives an immortal rejected future, which is settled
+//     settled            the result at once, also for a cancelled task: it costs no wait
+//     asked to end       the future is cancelled, waited for and dropped; ORCH_ECANCELED
+//     else               leave, and come back when it has settled
+//
+// A future that is decided is waited for even by a cancelled task: its success must not be lost.
+
 orch_result orch_await(orch_future *f) {
     int error;
     orch_task *task = orchi_here_task("orch_await", &error);
@@ -8470,6 +8576,7 @@ static int orchi_look(orch_loop *loop, orch_task *task, orch_future *f) {
     return let_go ? ORCH_ECANCELED : 0;
 }
 
+/* Looks and does not consume, so the handle stays good whatever comes, and the result is lent. */
 orch_result orch_wait(orch_future *f) {
     int error;
     orch_task *task = orchi_here_task("orch_wait", &error);
@@ -8522,6 +8629,7 @@ ORCHI_YIELD_LINKAGE int ORCHI_YIELD(void) {
     return orchi_must_end(task) ? ORCH_ECANCELED : 0;
 }
 
+/* Refused before a timer is made, so a cancelled task in a loop of sleeps needs none. */
 int orch_sleep(uint64_t ms) {
     int error;
     orch_task *task = orchi_here_task("orch_sleep", &error);
@@ -8530,6 +8638,10 @@ int orch_sleep(uint64_t ms) {
     orch_result r = orch_await(orch_after(ms));
     return r.error;
 }
+
+// Shields are a count, as they nest. Beginning one changes no reason: a request that came before it
+// is held off by comparing counts, see orchi_must_end. Ending one may let through what came
+// meanwhile; the wait after it is then refused, not the end itself.
 
 void orch_shield_begin(void) {
     int error;
@@ -8604,6 +8716,9 @@ int orch_cancel_reason(void) {
     return task != NULL ? task->reason : 0;
 }
 
+// What follows only looks, is allowed anywhere, and takes NULL as "no task": it is called from
+// hooks and loggers, which may run outside of one.
+
 const char *orch_task_name(const orch_task *task) { return task != NULL ? task->name : ""; }
 
 size_t orch_task_stack_size(const orch_task *task) {
@@ -8613,6 +8728,10 @@ size_t orch_task_stack_size(const orch_task *task) {
 size_t orch_task_stack_peak(const orch_task *task) {
     return task != NULL ? orchi_stack_touched(task->stack) : 0;
 }
+
+// The call is left in the loop and made by orchi_serve when the main stack is back: fn gets its
+// whole depth, for libraries that need megabytes. Meanwhile there is no current task, so whatever
+// would wait is refused, and the loop counts as running, so that it cannot be stepped from there.
 
 void *orch_on_main_stack(void *(*fn)(void *arg), void *arg) {
     orch_task *task = orch_self();
@@ -8660,6 +8779,7 @@ static void orchi_fault_write(const char *text) {
     if (write(2, text, strlen(text)) < 0) return;
 }
 
+/* In decimal, by hand: printf is not allowed here. */
 static void orchi_fault_number(uint64_t number) {
     char digits[24], *p = digits + sizeof digits - 1;
     *p = '\0';
@@ -8861,6 +8981,8 @@ static int orchi_scope_fail(orch_future *f, int error) {
     return error;
 }
 
+/* Starting does not fail alone: what could not be started is a failure of the scope, too, so that
+ * nobody has to look at each return value. */
 static int orchi_scope_start(const orch_scope *scope, const orch_task_desc *desc,
                              const char *function) {
     int error;
@@ -8884,6 +9006,7 @@ int orch_scope_go_with(orch_scope *scope, const orch_task_desc *desc) {
     return orchi_scope_start(scope, desc, "orch_scope_go_with");
 }
 
+/* A settled future is counted at once and never takes a place in the array. */
 int orch_scope_add(orch_scope *scope, orch_future *added) {
     int error;
     orch_future *f = orchi_scope_enter(scope, "orch_scope_add", &error);
@@ -8923,6 +9046,10 @@ static bool orchi_scope_closes(orch_loop *loop, orch_task *task, orch_future *f)
     return true;
 }
 
+// Close cannot be refused and returns when every member has ended, also in a cancelled task: who
+// comes back from it knows that nothing of the scope uses the frame any more. To bound it, give the
+// scope a deadline, or have members that end when they are asked.
+
 orch_result orch_scope_close(orch_scope *scope) {
     int error;
     orch_task *task = orchi_here_task("orch_scope_close", &error);
@@ -8934,6 +9061,8 @@ orch_result orch_scope_close(orch_scope *scope) {
     return orchi_scope_end(orchi_loop, task, f);
 }
 
+/* A new timer, whose duration counts from the end of this round as any other's does. The old one
+ * goes first: without memory for the new one the scope has no deadline at all. */
 int orch_scope_extend(orch_scope *scope, uint64_t ms) {
     int error;
     orch_future *f = orchi_scope_enter(scope, "orch_scope_extend", &error);
@@ -8965,6 +9094,7 @@ const orch_result *orch_scope_error(const orch_scope *scope, size_t i) {
     return i == 0 ? &at->as.result : &orchi_no_element;
 }
 
+/* Rounded down: a call that is given what is left must not come back after the deadline. */
 uint64_t orch_time_left(void) {
     const orch_task *task = orch_self();
     if (task == NULL) return ORCH_NO_DEADLINE;
@@ -12711,6 +12841,16 @@ int orch_file_save(const char *path, const void *data, size_t size) {
 // Had the race been decided before, both items would have stayed. Had a task been in orch_recv, the
 // sender would have settled the task's promise, with no pump between them.
 
+// How a channel's parts work together, with room for two items:
+//
+//     senders             items            receivers
+//     w3 -> w4            [ 1 | 2 ]        -
+//
+// recv takes 1 and calls orchi_channel_match, which goes round until nothing moves: no receiver
+// waits, so nothing is handed over; there is room, so w3's item moves into the ring and w3's
+// promise settles. What is left is [ 2 | 3 ] and w4. An item goes only to the right, and senders
+// and receivers are each in order, so what was sent first is received first.
+
 typedef struct orchi_object { // what each of them begins with
     int error;                // not 0: broken or freed; what every operation says
     uint32_t users;           // the handle, a pump on its way, calls that are inside
@@ -12876,6 +13016,7 @@ static bool orchi_pump_soon(orchi_object *o) {
 
 static void orchi_ring_init(orchi_link *ring) { ring->next = ring->previous = ring; }
 
+/* Nobody is in. Where somebody is, it may be nobody who is still wanted: see orchi_first. */
 static inline bool orchi_ring_alone(const orchi_link *ring) { return ring->next == ring; }
 
 static void orchi_ring_append(orchi_link *ring, orchi_link *link) {
@@ -12893,6 +13034,10 @@ static bool orchi_take_out(orchi_link *link) {
     link->next = NULL;
     return true;
 }
+
+// Being wanted is asked when somebody could be served, and not noted when it changes: a race that
+// is decided would otherwise have to tell every object that its losers wait at. Who is not wanted
+// is taken out when it is met, and so is met once.
 
 /* The first that is wanted. Those before it never will be again, and are taken out, so that a
  * thousand that are cancelled at once are not looked at a thousand times; their tasks and hooks
@@ -12964,6 +13109,10 @@ static size_t orchi_ring_count(const orchi_link *ring) {
 // timeout, and cannot be lost. FIFO is strict, by weight too: a request for five at the head is not
 // overtaken by one for one, or it would wait for ever under load. The fast path of acquire is a
 // handful of compares and an addition; it looks at the ring only to see that nobody waits.
+
+// `taken` counts what is out, `permits` what there may be. They are two numbers and not one that
+// goes down, as a resize may set permits below what is out: nothing is taken away from anybody, and
+// the next permits to come back are not given out again.
 
 static void orchi_semaphore_leave(orch_semaphore *s) {
     if (--s->object.users == 0) orchi_free(s->object.loop, s, sizeof *s);
@@ -13049,6 +13198,8 @@ static int orchi_permits_error(const orch_semaphore *s, size_t count, const char
     return count > s->permits && s->permits > 0 ? ORCH_ELIMIT : 0;
 }
 
+/* A waiter that is still in when the wait is over was not served: it was cancelled, or there was no
+ * memory for its promise. Those behind it may fit now. */
 static int orchi_acquire_wait(orch_semaphore *s, size_t count) {
     orchi_waiter w;
     w.wants.count = count;
@@ -13057,6 +13208,8 @@ static int orchi_acquire_wait(orch_semaphore *s, size_t count) {
     return error;
 }
 
+/* Who need not wait may still stand behind somebody: only a ring without anybody who is wanted lets
+ * it pass. */
 ORCHI_NO_INLINE static int orchi_acquire_slow(orch_semaphore *s, size_t count,
                                               const char *function) {
     int error = orchi_object_wait_error(s, function);
@@ -13085,6 +13238,7 @@ int orch_acquire_n(orch_semaphore *s, size_t count) {
     return orchi_acquire(s, count, "orch_acquire_n");
 }
 
+/* Callable outside a task, as it never waits. It does not overtake either. */
 bool orch_try_acquire_n(orch_semaphore *s, size_t count) {
     int error = orchi_object_error(s, "orch_try_acquire");
     if (error == 0) error = orchi_permits_error(s, count, "orch_try_acquire");
@@ -13102,6 +13256,7 @@ ORCHI_COLD static int orchi_release_error(const orch_semaphore *s, const char *f
     return error == 0 || error == ORCH_ECLOSED ? orchi_misuse(function, ORCH_EINVAL) : error;
 }
 
+/* More than was taken is refused and changes nothing. What was freed takes permits back, too. */
 static inline int orchi_release_permits(orch_semaphore *s, size_t count, const char *function) {
     bool good = s != NULL && s->object.loop == orchi_loop && count - 1 < s->taken; // 0 is large
     if (ORCHI_UNLIKELY(!good)) return orchi_release_error(s, function);
@@ -13115,6 +13270,7 @@ int orch_release_n(orch_semaphore *s, size_t count) {
     return orchi_release_permits(s, count, "orch_release_n");
 }
 
+/* The pump is ordered before there is a waiter: when that fails, nothing has to be undone. */
 orch_future *orch_semaphore_acquire_n(orch_semaphore *s, size_t count) {
     orch_future *f;
     int error = orchi_object_error(s, "orch_semaphore_acquire");
@@ -13179,6 +13335,7 @@ void orch_semaphore_free(orch_semaphore *s) {
 // order in which they came. Left out: a set that wakes one (that is a semaphore) and a pulse that
 // wakes only who waits now (who comes a moment later would wait for ever).
 
+/* Takes out its own waiter. Nobody stood behind it, as an event serves all at once. */
 static bool orchi_event_cancel(void *waiter, int reason) {
     (void)reason;
     orchi_waiter_end((orchi_waiter *)waiter);
@@ -13235,6 +13392,7 @@ void orch_event_free(orch_event *e) {
 // The ring grows with what is in it, so that a capacity of SIZE_MAX is a queue without bound.
 // Left out: a send that overwrites the oldest. A topic's subscription can do that.
 
+/* What was in it has been freed by then: a free empties it first. */
 static void orchi_channel_leave(orch_channel *c) {
     if (--c->object.users > 0) return;
     orchi_free(c->object.loop, c->items, c->room * sizeof *c->items);
@@ -13380,6 +13538,10 @@ static int orchi_send_wait(orch_channel *c, orch_result *item) {
     return error;
 }
 
+// Sending consumes the item whatever happens, so that every path but success frees it. The turn
+// that is due comes last: by then the send has its outcome, and what orch_yield says is not looked
+// at, as a cancellation would hide that the item was sent.
+
 ORCHI_NO_INLINE static int orchi_send_slow(orch_channel *c, orch_result *item) {
     int error = orchi_object_wait_error(c, "orch_send");
     bool turn = error == 0 && orchi_object_turn(&c->object);
@@ -13432,6 +13594,7 @@ orch_result orch_recv(orch_channel *c) {
     return item;
 }
 
+/* The item is the caller's until it was taken, and is empty after: so a retry needs no copy. */
 int orch_try_send(orch_channel *c, orch_result *item) {
     int error = orchi_object_error(c, "orch_try_send");
     if (error == 0 && item == NULL) error = orchi_misuse("orch_try_send", ORCH_EINVAL);
@@ -13447,6 +13610,7 @@ int orch_try_recv(orch_channel *c, orch_result *item) {
     return error != 0 ? error : orchi_channel_get(c, item, true);
 }
 
+/* Its item goes with it. Whoever stood behind it waits for room, of which this makes none. */
 static bool orchi_send_cancel(void *context, int reason) {
     (void)reason;
     orch_result item;
@@ -13482,6 +13646,7 @@ orch_future *orch_channel_send(orch_channel *c, orch_result item) {
     return f;
 }
 
+/* An item that it would have had stays in the channel for the next receiver. */
 static bool orchi_receive_cancel(void *context, int reason) {
     (void)reason;
     orchi_waiter_end((orchi_waiter *)context);
@@ -13518,6 +13683,7 @@ void orch_channel_close(orch_channel *c) {
     if (orchi_object_error(c, "orch_channel_close") == 0) orchi_channel_shut(c);
 }
 
+/* Without those of senders that wait: they are not in the channel yet. */
 size_t orch_channel_count(const orch_channel *c) {
     return orchi_object_error(c, "orch_channel_count") == 0 ? c->count : 0;
 }
@@ -13543,6 +13709,10 @@ void orch_channel_free(orch_channel *c) {
 // An event is a settled future. A subscription is a channel whose items are chains to it: what they
 // settle gets a share, whatever the event is. Nothing of the user's runs inside publish: on_event
 // is started from the loop, and what is dropped is given up there.
+
+// What an event costs: one slot for the event, however many subscribe, and for each subscription a
+// reference and a place in its ring. Publishing is linear in subscriptions and waits for nobody;
+// what a full subscription does is its own choice (overflow), as the publisher cannot know it.
 
 orch_topic *orch_topic_new(void) {
     orch_topic *t = (orch_topic *)orchi_object_new(sizeof(orch_topic), NULL, "orch_topic_new");
@@ -13722,6 +13892,7 @@ static orch_subscribe_desc orchi_subscribe_defaults(const orch_subscribe_desc *g
     return desc;
 }
 
+/* The channel first: it can be given up without a trace when the rest fails. */
 static orch_subscription *orchi_subscribe(orch_topic *t, const orch_subscribe_desc *desc) {
     int error = orchi_object_error(t, "orch_subscribe");
     if (error == 0 && (unsigned)desc->overflow > ORCH_OVERFLOW_CLOSE)
@@ -13742,6 +13913,7 @@ static orch_subscription *orchi_subscribe(orch_topic *t, const orch_subscribe_de
     return s;
 }
 
+/* What could not subscribe still owes its release: the caller has given the context away. */
 orch_subscription *orch_subscribe(orch_topic *t, const orch_subscribe_desc *given) {
     orch_subscribe_desc desc = orchi_subscribe_defaults(given);
     orch_subscription *s = orchi_subscribe(t, &desc);
@@ -13772,6 +13944,15 @@ const orch_subscribe_desc *orch_subscription_settings(const orch_subscription *s
     return s != NULL && s->object.error == 0 ? &s->desc : NULL;
 }
 
+// Who ends a subscription, and what becomes of its worker:
+//
+//     another task, or the loop   the worker is dropped; a task waits until on_event has returned
+//     the worker itself           nobody waits; the worker ends as the last user
+//     before the worker waited    orch_go_with has not returned its future yet (orphan): whoever
+//                                 started it drops it when it has
+//
+// In each case release is called once, after the last on_event.
+
 void orch_unsubscribe(orch_subscription *s) {
     if (!orchi_object_close(s, "orch_unsubscribe")) return;
     orch_future *worker = NULL;
@@ -13787,6 +13968,7 @@ void orch_unsubscribe(orch_subscription *s) {
     orchi_subscription_leave(s);
 }
 
+/* Subscriptions outlive their topic: what they have queued can still be received. */
 void orch_topic_free(orch_topic *t) {
     if (!orchi_object_close(t, "orch_topic_free")) return;
     while (!orchi_ring_alone(&t->subscriptions)) {
@@ -13902,6 +14084,11 @@ unsigned orch_attempt_number(void) { return (unsigned)(uintptr_t)orch_local(&orc
 // three times the delay before, below the cap. (M. Brooker, "Exponential Backoff And Jitter", AWS
 // Architecture Blog, 2015.)
 
+// In numbers: attempts at 100 ms without jitter, a budget of 500 ms, each failing after 50 ms. They
+// begin at 0, 150 and 400 ms (delays 100 and 200). The third fails at 450; the next delay, of 400,
+// would end at 850, after the budget, so the retry ends at 450 with the third's error, and does not
+// sleep first only to find that out.
+
 typedef struct orchi_attempts {  // a retry under way
     const orch_retry_desc *desc; // its defaults filled in
     orch_task_fn fn;
@@ -13960,6 +14147,9 @@ static uint64_t orchi_retry_limit(const orchi_attempts *a) {
     return limit == 0 || left < limit ? left : limit;
 }
 
+// The budget is no timer over the whole: it limits each attempt's time and decides whether another
+// one begins. So a hook of the user's is never cut off.
+
 /* One attempt, to its end. Without a limit it costs no task. With one it has its own, so that the
  * cancellation ends with it, whatever it has left behind: shields, task-local values. */
 static orch_result orchi_retry_attempt(orchi_attempts *a) {
@@ -13975,6 +14165,9 @@ static orch_result orchi_retry_attempt(orchi_attempts *a) {
     return orch_failf(ORCH_ETIMEDOUT, "Timeout after %llu ms, the budget of the retry",
                       (unsigned long long)d->budget_ms);
 }
+
+// The modulus prefers low numbers by less than one in 2^20 or so, as the span is below 2^44 and the
+// draw has 64 bits. That does not matter for a jitter.
 
 /* From low to high, both included. High is at most three times a hundred years. */
 static uint64_t orchi_retry_draw(uint64_t low, uint64_t high) {
@@ -14408,6 +14601,10 @@ static bool orchi_mapping_valid(const orch_map_desc *d, orch_result *refusal) {
     return false;
 }
 
+// The desc's copy has zeros for NULL, so one path serves: a missing fn is the mistake it would be
+// anyway. Whatever is refused gives the context back at once; else the batch owns it, and its
+// release comes with the last reference, on every path.
+
 orch_future *orch_map(const orch_map_desc *desc) {
     orch_map_desc d;
     orch_result refusal;
@@ -14507,6 +14704,9 @@ static orchi_hedge *orchi_hedge_make(const orch_hedge_desc *d) {
     return h;
 }
 
+// As with orch_map. A race of attempts is not enough here: the first outcome may be a failure, and
+// a hedge wants the first success. So it combines by orch_any_n, and fails when every attempt has.
+
 orch_future *orch_hedge(const orch_hedge_desc *desc) {
     orch_hedge_desc d;
     orch_result refusal;
@@ -14542,6 +14742,10 @@ orch_future *orch_hedge(const orch_hedge_desc *desc) {
 //   - A state changes as a whole before anything of the user's runs, and is looked at again after.
 
 // ---- what guards have in common
+
+// Why no guard has a task or a timer of its own: a program has a breaker for each service it calls,
+// and most of them are idle. An idle guard is a few words that nobody looks at. What time would
+// change is worked out when somebody comes; only a line of waiters needs an alarm.
 
 typedef struct orchi_gate { // first in every guard
     int error;              // not 0: broken, and this is all there is
@@ -14616,6 +14820,15 @@ enum { ORCHI_LABEL = 48 };
 // What a semaphore does for tasks, a guard does for promises: a call under a guard is a future from
 // its beginning, so who waits never lies on a stack. First come, first served, and joining, leaving
 // and serving are constant, however long the line is.
+
+// The places of a line are linked both ways, as a hook takes one out of the middle. Waiting is a
+// promise in the line's order:
+//
+//     join        a place at the end; its promise gets the hook and the label
+//     served      the place goes first, then the promise settles: whoever hears of it may join anew
+//     cancelled   the hook takes the place out and lets the promise end at once
+//     not wanted  its hook may be on its way still. Serving passes over it, and settles it then and
+//                 there, so that the hook, which would find its place gone, is not called
 
 typedef struct orchi_place { // in an extra slot
     orch_promise promise;
@@ -14692,6 +14905,10 @@ static void orchi_line_close(orchi_line *line, int error) {
 // It is a `then` on a timer or on a settled future. Calling it off drops nothing that would have to
 // be waited for: it forgets its owner, and cleans up after itself when the loop comes by.
 
+// Its life: `future` is held by whoever may call it off. Rung or called off, it is detached, and
+// the callback frees the slot; nobody else does, so it is freed once. An alarm that was called off
+// has NULL for an owner: the owner may be gone before the loop comes by.
+
 typedef struct orchi_alarm { // in an extra slot
     void (*ring)(void *owner, int error);
     void *owner; // NULL: it was called off
@@ -14735,6 +14952,15 @@ static void orchi_alarm_off(orchi_alarm *alarm) {
 }
 
 // ---- a call: a task whose first function is a guard's
+
+// The block, as it is built by the caller and then copied to the top of the new task's stack:
+//
+//     | orchi_call, and what the guard needs | copy of the argument | more: the key of a flight |
+//     0                                      copied                 more
+//
+// The offsets stay right wherever it lies, while pointers into it would not. `started` points to
+// the caller's frame: the task begins inside of orch_go_with, so that frame is still there, and
+// false says that nobody has taken over the argument.
 
 typedef struct orchi_call { // first in the block that the guard's function gets
     orch_task_fn fn;
@@ -14810,6 +15036,7 @@ static void *orchi_call_arg(orchi_call *call) {
     return call->copied > 0 ? (char *)call + call->copied : call->arg;
 }
 
+/* Of the copy, if there is one, as that is what fn was given. */
 static void orchi_call_release(orchi_call *call) {
     if (call->release != NULL) call->release(orchi_call_arg(call));
 }
@@ -14875,6 +15102,10 @@ static bool orchi_pass_take(orch_result *r, void (*unused)(void *pass), orchi_pa
 //
 // A bucket allows limit starts at the end of an interval and limit at the beginning of the next.
 // Servers that count by windows of their own answer that with 429: for them there is `strict`.
+
+// Why exact: 3 starts in 1000 ms cost 333,333,333 ns and a third each. Rounded down, a limiter
+// would let through more than its limit in the long run; rounded up, fewer. The thirds add up to
+// whole nanoseconds in `part`, and only a wait is rounded, upwards.
 
 typedef struct orchi_instant {
     int64_t ns;
@@ -14990,12 +15221,14 @@ static void orchi_limiter_take(orch_limiter *l, uint32_t weight, int64_t now) {
     }
 }
 
+/* No alarm without a line: one left behind would keep the loop awake for nobody. */
 static void orchi_limiter_off(orch_limiter *l) {
     orchi_alarm_off(l->alarm);
     l->alarm = NULL;
     l->soon = false;
 }
 
+/* No alarm is left for a line that is gone. */
 static void orchi_limiter_close(orch_limiter *l, int error) {
     orchi_limiter_off(l);
     orchi_line_close(&l->line, error);
@@ -15009,6 +15242,8 @@ static void orchi_limiter_wake(orch_limiter *l, orch_future *when, bool soon) {
     if (l->alarm == NULL) orchi_limiter_close(l, ORCH_ENOMEM);
 }
 
+/* In the loop's next round and not at once: whoever has just joined does not hold the future
+ * yet, and may drop it or hand it to a race first. */
 static void orchi_limiter_soon(orch_limiter *l) {
     if (!l->soon) orchi_limiter_wake(l, orch_settled(orch_ok(NULL, NULL)), true);
 }
@@ -15089,6 +15324,7 @@ static bool orchi_limiter_pass(orch_limiter *l, uint32_t weight) {
     return true;
 }
 
+/* Also outside a task. It takes nothing from those who stand in line. */
 bool orch_limiter_try(orch_limiter *l, uint32_t weight) {
     return orchi_limiter_error(l, weight, "orch_limiter_try") == 0 && orchi_limiter_pass(l, weight);
 }
@@ -15123,12 +15359,15 @@ int orch_limit(orch_limiter *l, uint32_t weight) {
     return r.error;
 }
 
+/* For a start made now: of those in line it knows nothing, and who joins comes after them. */
 uint64_t orch_limiter_delay(orch_limiter *l, uint32_t weight) {
     if (orchi_limiter_error(l, weight, "orch_limiter_delay") != 0) return UINT64_MAX;
     int64_t now = orchi_gate_now(&l->gate);
     return orchi_ns_ms(orchi_limiter_when(l, weight, now) - now);
 }
 
+/* An alarm that is set already is left: when it rings, serving sees `paused` and sets the next. A
+ * pause only ever gets longer, so that two clients that were told to wait do not shorten it. */
 int orch_limiter_pause(orch_limiter *l, uint64_t ms) {
     int error = orchi_gate_error(l, "orch_limiter_pause");
     if (error != 0) return error;
@@ -15177,6 +15416,8 @@ static void orchi_limiter_rewind(orch_limiter *l, const orch_limiter_desc *desc,
     orchi_limiter_set(l, desc);
 }
 
+/* What needs memory comes before anything is changed. Those in line are looked at anew: what
+ * was allowed later may be allowed now. */
 int orch_limiter_change(orch_limiter *l, const orch_limiter_desc *given) {
     orch_limiter_desc desc;
     int error = orchi_gate_error(l, "orch_limiter_change");
@@ -15210,6 +15451,18 @@ const orch_limiter_desc *orch_limiter_settings(const orch_limiter *l) {
 // No timer: time is looked at when a call comes. Each state has a number, and a call remembers the
 // one it began in, as the end of a call from before it opened says nothing about the service now.
 // (M. Nygard, "Release It!", 2007.)
+
+//                 enough bad calls                      open_ms, and a call comes
+//     +--------+ ------------------> +------+ -------------------------------> +-----------+
+//     | closed |                     | open |                                  | half-open |
+//     +--------+                     +------+ <------------------------------- +-----------+
+//          ^                            a bad probe, or one not back in probe_ms     |
+//          +-------------------------------------------------------------------------+
+//                                  `probes` good ones
+//
+// orch_breaker_trip leads to open from anywhere, orch_breaker_reset to closed. Every arrow goes
+// through orchi_breaker_enter, which counts up `number`: that is what makes outcomes of before
+// worthless, without a list of the calls under way.
 
 struct orch_breaker {
     orchi_gate gate;
@@ -15245,6 +15498,7 @@ static bool orchi_breaker_resolve(const orch_breaker_desc *given, orch_breaker_d
            !orchi_long_ms(desc->slow_ms);
 }
 
+/* A window is there only where a rate counts; failures in a row need a number. */
 static size_t orchi_breaker_bytes(const orch_breaker_desc *desc) {
     size_t words = desc->failure_rate > 0.0 ? (desc->window + 63u) / 64u : 0;
     return sizeof(orch_breaker) + words * sizeof(uint64_t);
@@ -15267,6 +15521,7 @@ static void orchi_breaker_leave(orch_breaker *b) {
     orchi_free(b->gate.loop, b, orchi_breaker_bytes(&b->desc));
 }
 
+/* It may be freed from on_change or judge: then the call that is under way is the last user. */
 void orch_breaker_free(orch_breaker *b) {
     if (b == NULL || orchi_gate_error(b, "orch_breaker_free") != 0) return;
     b->gate.freed = true;
@@ -15287,6 +15542,7 @@ static void orchi_breaker_enter(orch_breaker *b, orch_breaker_state state, int64
     if (b->desc.on_change != NULL) b->desc.on_change(from, state, b->desc.context);
 }
 
+/* Counts from now, also when the bad call began long ago. */
 static void orchi_breaker_open(orch_breaker *b) {
     int64_t now = orchi_gate_now(&b->gate);
     orchi_breaker_enter(b, ORCH_BREAKER_OPEN, now + orchi_ms_ns(b->desc.open_ms));
@@ -15363,12 +15619,14 @@ static bool orchi_breaker_enough(const orch_breaker *b) {
            b->seen_bad >= b->desc.failure_rate * b->seen;
 }
 
+/* A good call ends the row, and never opens it, even if with it enough calls were seen. */
 static void orchi_breaker_count_closed(orch_breaker *b, bool bad) {
     if (b->in_row < UINT32_MAX || !bad) b->in_row = bad ? b->in_row + 1 : 0;
     if (b->desc.failure_rate > 0.0) orchi_breaker_note(b, bad);
     if (bad && orchi_breaker_enough(b)) orchi_breaker_open(b);
 }
 
+/* One bad probe is enough, whatever the others say: their outcomes are of an earlier state then. */
 static void orchi_breaker_count_probe(orch_breaker *b, orch_outcome outcome) {
     b->probing--;
     if (outcome == ORCH_OUTCOME_IGNORED) return; // somebody else may try
@@ -15415,6 +15673,8 @@ static orch_result orchi_breaker_task(void *arg) {
     return r;
 }
 
+/* Admitted first, started then: what could not start for want of memory was no call, and gives its
+ * place back without a word about the service. */
 orch_future *orch_breaker_run_with(orch_breaker *b, const orch_task_desc *desc) {
     int error = orchi_gate_error(b, "orch_breaker_run");
     if (error == 0) error = orchi_call_error(desc, "orch_breaker_run");
@@ -15442,6 +15702,7 @@ static void orchi_breaker_unused(void *context) {
     orchi_breaker_end((orch_breaker *)pass.guard, &pass, ORCH_OUTCOME_IGNORED);
 }
 
+/* The slot first: once it was admitted, nothing may fail. */
 orch_result orch_breaker_allow(orch_breaker *b) {
     orch_result refusal;
     int error = orchi_gate_error(b, "orch_breaker_allow");
@@ -15484,6 +15745,7 @@ int orch_breaker_reset(orch_breaker *b) {
     return error != 0 ? error : orchi_breaker_force(b, ORCH_BREAKER_CLOSED, 0);
 }
 
+/* What the next call would find. It changes nothing, so that looking does not tell on_change. */
 orch_breaker_state orch_breaker_state_of(const orch_breaker *b) {
     if (!orchi_gate_usable(b, "orch_breaker_state_of")) return ORCH_BREAKER_OPEN;
     bool due = b->state != ORCH_BREAKER_CLOSED && orchi_gate_now(&b->gate) >= b->until;
@@ -15512,6 +15774,17 @@ const orch_breaker_desc *orch_breaker_settings(const orch_breaker *b) {
 // own in the run's line, so that the last one to leave is known. For a key, the table has at most
 // one run that can be joined, and at most one that all have left and that has not ended: what a new
 // one waits for.
+
+// Two callers, A and B, of one key, and a third, C, after them:
+//
+//     A   no run: its block is built, the task starts and links it into the table; fn is called
+//     B   finds the run: joins its line, and gives up its own argument
+//     A   is cancelled: its place goes (unless the run works on A's own argument: then A's future
+//         waits for its end); B still wants it, and the run goes on
+//     B   is cancelled: it was the last; the run is asked to end, and B's future waits for that
+//     C   finds a run that all have left: a new one, linked beside it, which waits for its end
+//
+// So fn never runs twice at a time for a key, and nobody gets what was cancelled for others.
 
 typedef struct orchi_flight_run {
     orchi_call call;
@@ -15551,6 +15824,7 @@ orch_flight *orch_flight_new(void) {
     return f;
 }
 
+/* Those of a small table are part of it. */
 static void orchi_flight_free_buckets(orch_flight *f) {
     size_t bytes = (f->mask + 1) * sizeof *f->buckets;
     if (f->buckets != f->few) orchi_free(f->gate.loop, f->buckets, bytes);
@@ -15571,6 +15845,7 @@ static uint64_t orchi_flight_hash(const orch_flight *f, const void *key, size_t 
     return hash ^ hash >> 32;
 }
 
+/* Behind the run in its block, as the caller's key need not outlive the call. */
 static const void *orchi_flight_key(const orchi_flight_run *run) {
     return (const char *)run + run->call.more;
 }
@@ -15586,6 +15861,7 @@ static orchi_flight_run *orchi_flight_find(const orch_flight *f, const void *key
     return found;
 }
 
+/* In front, which is constant. The order in a bucket says nothing: see orchi_flight_find. */
 static void orchi_flight_put(orchi_flight_run **buckets, size_t mask, orchi_flight_run *run) {
     run->next = buckets[run->hash & mask];
     buckets[run->hash & mask] = run;
@@ -15608,6 +15884,7 @@ static void orchi_flight_grow(orch_flight *f) {
     f->mask = mask;
 }
 
+/* It grows at two runs a bucket, on average. It never shrinks. */
 static void orchi_flight_link(orch_flight *f, orchi_flight_run *run) {
     if (f->linked > 2 * f->mask) orchi_flight_grow(f);
     orchi_flight_put(f->buckets, f->mask, run);
@@ -15615,6 +15892,7 @@ static void orchi_flight_link(orch_flight *f, orchi_flight_run *run) {
     f->linked++;
 }
 
+/* A walk along its bucket. A run that was forgotten is out already, and goes on for its callers. */
 static void orchi_flight_unlink(orch_flight *f, orchi_flight_run *run) {
     if (!run->linked) return;
     orchi_flight_run **at = &f->buckets[run->hash & f->mask];
@@ -15812,6 +16090,8 @@ bool orch_flight_forget(orch_flight *f, const void *key, size_t key_size) {
     return any;
 }
 
+/* Each run in the table is asked to end, and tells its callers when it has: one that was cancelled
+ * says ORCH_ECLOSED. */
 void orch_flight_free(orch_flight *f) {
     if (f == NULL || orchi_gate_error(f, "orch_flight_free") != 0) return;
     f->gate.freed = true;
@@ -15825,6 +16105,7 @@ void orch_flight_free(orch_flight *f) {
     orchi_flight_dispose(f);
 }
 
+/* Those who have given up do not count, though they may wait for the end. */
 size_t orch_flight_callers(const orch_flight *f, const void *key, size_t key_size) {
     if (orchi_flight_error(f, key, key_size, "orch_flight_callers") != 0) return 0;
     const orchi_flight_run *run = orchi_flight_find(f, key, key_size);
@@ -15843,6 +16124,18 @@ size_t orch_flight_count(const orch_flight *f) {
 // Chiu and R. Jain, 1989). What is usual is the least mean of 20 calls that was seen: a service
 // without a queue. Left out: a target latency that adapts by gradients; it is quicker on a steady
 // load, and on a bursty one takes the burst for the service.
+
+// By example, from a limit of 20, with the defaults, for a service that answers in 10 ms and can do
+// 40 calls at once:
+//
+//     the first round   20 good calls: the usual latency is 10 ms. Until it is known nothing rises
+//     then              each good call adds one, as long as half of the limit is in use
+//     beyond 40         calls queue up at the service. When the mean of a round is above 21 ms
+//                       (twice the usual and a millisecond), the limit falls to nine tenths of what
+//                       it was, once for all calls that were under way
+//     from then on      cautious: as many good calls as the limit has add one
+//
+// So it swings about what the service can do.
 
 struct orch_adaptive {
     orchi_gate gate;
@@ -15880,6 +16173,7 @@ static bool orchi_adaptive_resolve(const orch_adaptive_desc *given, orch_adaptiv
     return desc->min <= desc->initial && desc->initial <= desc->max;
 }
 
+/* Passes are still out, or nobody has freed it: then it stays. */
 static void orchi_adaptive_dispose(orch_adaptive *a) {
     if (a->running == 0 && a->gate.freed) orchi_free(a->gate.loop, a, sizeof *a);
 }
@@ -15892,6 +16186,7 @@ static bool orchi_adaptive_waits(const orch_adaptive *a) {
     return !a->desc.no_wait && (a->desc.waiting == 0 || a->line.count < a->desc.waiting);
 }
 
+/* What the end of the call is compared with is written down at its beginning. */
 static void orchi_adaptive_begin(orch_adaptive *a, orchi_pass *pass, int64_t now) {
     pass->beside = ++a->running;
     pass->limit = a->limit;
@@ -16029,6 +16324,7 @@ void orch_adaptive_free(orch_adaptive *a) {
     orchi_adaptive_dispose(a);
 }
 
+/* Who waited held no place under the limit: nobody can be let in for it. */
 static bool orchi_adaptive_leave(void *context, int reason) {
     (void)reason;
     orchi_place *place = (orchi_place *)context;
@@ -16036,6 +16332,7 @@ static bool orchi_adaptive_leave(void *context, int reason) {
     return true;
 }
 
+/* It does not look at the line: while somebody waits there is no room, see orchi_adaptive_serve. */
 orch_result orch_adaptive_try(orch_adaptive *a) {
     int error = orchi_gate_error(a, "orch_adaptive_try");
     if (error != 0) return orch_fail(error);
@@ -16096,6 +16393,8 @@ static orch_result orchi_adaptive_task(void *arg) {
     return r;
 }
 
+/* Without room the task starts all the same, and stands in line itself: its stack is the price for
+ * a call that is cancelled in the same way while it waits and while it runs. */
 orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_task_desc *desc) {
     int error = orchi_gate_error(a, "orch_adaptive_run");
     if (error == 0) error = orchi_call_error(desc, "orch_adaptive_run");
