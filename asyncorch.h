@@ -3239,10 +3239,12 @@ static void *orchi_resize(orch_loop *loop, void *old, size_t old_size, size_t si
     return loop->desc.allocator.resize(loop->desc.allocator.user, old, old_size, size);
 }
 
+/* Not zeroed: whoever makes an object says what is in it. */
 static void *orchi_allocate(orch_loop *loop, size_t size) {
     return orchi_resize(loop, NULL, 0, size);
 }
 
+/* With the size that it was made with, for allocators that keep none. */
 static void orchi_free(orch_loop *loop, void *memory, size_t size) {
     if (memory != NULL) orchi_resize(loop, memory, size, 0);
 }
@@ -3349,6 +3351,7 @@ static orchi_page *orchi_page_of(const void *slot) {
     return (orchi_page *)((uintptr_t)slot & ~(uintptr_t)(ORCHI_PAGE - 1));
 }
 
+/* The head takes the place of one slot. */
 static orch_future *orchi_page_slot(orchi_page *page, uint32_t i) {
     return (orch_future *)(void *)((char *)page + (size_t)ORCHI_SLOT * (i + 1));
 }
@@ -3473,6 +3476,10 @@ static void orchi_slot_quarantine(orch_loop *loop, orch_future *f) {
     if (oldest != NULL) orchi_slot_recycle(loop, oldest);
 }
 
+// Three things may point to a slot that is given back: the ring, a box, and handles that nobody may
+// use any more. The first two keep it from being reused, and free it when they come by. The third
+// is a mistake, and is why the first word of a slot stays readable for ever.
+
 /* Gives a slot back, unless the ring or a box still points to it: then the last of these does. */
 static inline void orchi_slot_free(orch_loop *loop, orch_future *f) {
     if (ORCHI_UNLIKELY(f->flags & (ORCHI_QUEUED | ORCHI_BOXED))) {
@@ -3543,6 +3550,7 @@ ORCH_PRINTF(2, 3) static void orchi_report(orch_loop *loop, const char *format, 
 /* Messages come from malloc and not from a loop's allocator: a result may outlive every loop. */
 static void orchi_message_release(void *text) { free(text); }
 
+/* Without memory the error comes without its text, and orch_message shows that of its code. */
 orch_result orch_failf(int error, const char *format, ...) {
     orch_result r = orch_fail(error);
     va_list arguments, again;
@@ -3577,6 +3585,8 @@ static inline void orchi_move(orch_result *to, const orch_result *from) {
     to->release = release;
 }
 
+/* Only a value that is its own owner can leave its result. What shows another's memory, as a share
+ * or a list does, is released as a whole. */
 void *orch_take(orch_result *r) {
     if (r == NULL || r->owner != r->value) return NULL;
     void *value = r->value;
@@ -3585,6 +3595,7 @@ void *orch_take(orch_result *r) {
     return value;
 }
 
+/* Emptied before the release runs, as that may come back to this result. */
 void orch_result_free(orch_result *r) {
     if (r == NULL) return;
     void (*release)(void *) = r->release;
@@ -4328,6 +4339,7 @@ static inline void orchi_watches_disarm(orchi_poller *p) {
     for (size_t i = 0; i < p->watch_count; i++) p->watches[i].armed = 0;
 }
 
+/* There is room: it was made when the descriptor was armed, so that a look never allocates. */
 static void orchi_found_add(orchi_poller *p, int fd, int events) {
     orchi_found *found = &p->found[p->found_count++];
     found->fd = fd;
@@ -4353,6 +4365,7 @@ static int orchi_poll_open(orch_loop *loop) {
     return 0;
 }
 
+/* Positions are those of this array, and go with it. */
 static void orchi_poll_close(orch_loop *loop) {
     orchi_poller *p = &loop->poller;
     orchi_free(loop, p->fds, p->capacity * sizeof *p->fds);
@@ -4377,6 +4390,7 @@ static void orchi_poll_remove(orchi_poller *p, orchi_watch *watch) {
     watch->position = 0;
 }
 
+/* From the end, as the last entry takes the place of one that goes: what moves was looked at. */
 static void orchi_poll_sweep(orchi_poller *p) {
     for (uint32_t i = p->count; i-- > 0;) {
         if (p->fds[i].fd < 0) orchi_poll_remove(p, &p->watches[~p->fds[i].fd]);
@@ -4482,6 +4496,7 @@ static bool orchi_epoll_reserve(orch_loop *loop) {
            orchi_grow(loop, &p->events, &p->event_capacity, wanted, sizeof(struct epoll_event));
 }
 
+/* Also after half an open: what is not there is not closed. */
 static void orchi_epoll_close(orch_loop *loop) {
     orchi_poller *p = &loop->poller;
     if (p->queue >= 0) close(p->queue); // in a child its own copy
@@ -4500,6 +4515,7 @@ static int orchi_epoll_open(orch_loop *loop) {
     return error;
 }
 
+/* What the event will bring back: the number, and above it whose it was, see orchi_epoll_note. */
 static int orchi_epoll_control(orchi_poller *p, int operation, int fd, int events) {
     const orchi_watch *watch = &p->watches[fd];
     bool own = (watch->hints & ORCHI_OWN) != 0;
@@ -4794,6 +4810,14 @@ ORCHI_COLD static void orchi_poller_renew(orch_loop *loop) {
 // 1,024; after twice as much with each move, and an eighth less each time it stays. A load that
 // changes faster than that is not worth following. Left out: trying both and measuring, which costs
 // moves to find out what the counts say.
+
+// By example, with 1,000 connections:
+//
+//     one is busy          a look of poll(2) finds 1 in 1,000. After 66 looks that is judged: epoll
+//     all become busy      a look of epoll finds 300 of 1,000. Judged after twice as many: poll
+//     it goes to and fro   each move doubles what it takes for the next, up to 1,024 times as much:
+//                          so a load on the border costs few moves, however long it lasts
+//     a program of ten     below 64 descriptors it stays with poll, and never makes another
 
 enum { ORCHI_TRIAL = 1 << 16, ORCHI_TRIAL_MOST = 1 << 26, ORCHI_TRIAL_LOOKS = 16 };
 
@@ -5710,6 +5734,7 @@ static size_t orchi_blocked(orch_loop *loop) {
     return count;
 }
 
+/* Looks at every slot there is: for a hang, not for a program that works. */
 void orch_loop_dump(orch_loop *loop) {
     if (loop != NULL) orchi_each_slot(loop, orchi_dump_visit, loop);
 }
@@ -5742,6 +5767,7 @@ static int orchi_loop_check(const orch_loop *loop, const char *function) {
     return orchi_inside(loop) ? orchi_misuse(function, ORCH_ENESTED) : 0;
 }
 
+/* A stop holds for the step or run that is under way: each begins without it. */
 int orch_loop_step(orch_loop *loop, uint64_t ms) {
     int error = orchi_loop_check(loop, "orch_loop_step");
     if (error != 0) return error;
@@ -5761,6 +5787,7 @@ int orch_loop_run(orch_loop *loop) {
 
 // ---- guest mode
 
+/* Only where it was asked for: the poller that moves by itself has none that stays. */
 int orch_loop_fd(const orch_loop *loop) {
     if (loop == NULL) return orchi_misuse("orch_loop_fd", ORCH_EINVAL);
     bool one = loop->poller.pinned && loop->poller.ops != &orchi_poll_ops;
@@ -5795,6 +5822,7 @@ int orch_loop_pollfds(orch_loop *loop, struct pollfd *fds, size_t capacity) {
     return (int)count;
 }
 
+/* The host is about to sleep, so from now on others have to wake it: orchi_doze. */
 uint64_t orch_loop_timeout(orch_loop *loop) {
     if (orchi_loop_check(loop, "orch_loop_timeout") != 0) return 0;
     if (!orchi_ring_empty(loop)) return 0;
@@ -5820,6 +5848,7 @@ static int orchi_guest_look(orch_loop *loop, const struct pollfd *fds, size_t co
     return 0;
 }
 
+/* A turn the other way round: the host has slept, so the look comes first, then the round. */
 int orch_loop_dispatch(orch_loop *loop, const struct pollfd *fds, size_t count) {
     int error = orchi_loop_check(loop, "orch_loop_dispatch");
     if (error != 0) return error;
@@ -6588,6 +6617,7 @@ orch_future *orch_settled(orch_result r) {
 
 // ---- references
 
+/* One more holder, in constant time and without memory: it fails by misuse only. */
 orch_future *orch_ref(orch_future *f) {
     int error = orchi_check(f, "orch_ref");
     if (error != 0) return orchi_rejected(error);
@@ -6609,6 +6639,9 @@ void orch_drop(orch_future *f) {
     else orchi_drop(f);
 }
 
+// Detaching and dropping both give up a handle. Detached work goes on, and frees itself when it has
+// settled; its rejection is reported, unless somebody has looked. Dropped work is asked to end.
+
 void orch_detach(orch_future *f) {
     if (f == NULL || orchi_check(f, "orch_detach") != 0 || (f->flags & ORCHI_IMMORTAL)) return;
     f->flags |= ORCHI_DETACHED;
@@ -6625,6 +6658,7 @@ bool orch_is_settled(const orch_future *f) {
     return orchi_check(f, "orch_is_settled") == 0 && orchi_settled(f);
 }
 
+/* A rejection that was looked at is not reported as unhandled: somebody knows. */
 const orch_result *orch_peek(orch_future *f) {
     int error = orchi_check(f, "orch_peek");
     if (error != 0) return &orchi_rejected(error)->as.result;
@@ -6794,6 +6828,7 @@ orch_future *orch_finally(orch_future *f, void (*fn)(void *context), void *conte
     return t;
 }
 
+/* Claimed here and now, so that a misuse is reported where it was made. */
 orch_result orch_chain(orch_future *next) {
     orch_result r = {0, 0, NULL, orchi_claim(next, "orch_chain"), orchi_chain_release};
     return r;
@@ -9402,6 +9437,7 @@ static ORCHI_INLINE ptrdiff_t orchi_io_memory(const char *function, int fd, int 
     return orchi_io(function, fd, direction, attempt, t);
 }
 
+/* A hint saves a call that would say EAGAIN. A wrong one costs a wait that ends at once. */
 static void orchi_watch_hint(orchi_watch *watch, int bit, bool set) {
     watch->hints = (uint16_t)(set ? watch->hints | bit : watch->hints & ~bit);
 }
@@ -9477,6 +9513,8 @@ static ptrdiff_t orchi_write_parts(int fd, const orchi_watch *watch, const struc
 
 // ---- reading
 
+/* A stream that brings less than was asked for has no more just now. A datagram says nothing about
+ * the next one. */
 static ptrdiff_t orchi_attempt_recv(int fd, orchi_watch *watch, orchi_transfer *t) {
     ptrdiff_t n;
     do n = recv(fd, t->data, t->size, t->flags | MSG_DONTWAIT);
@@ -9486,6 +9524,7 @@ static ptrdiff_t orchi_attempt_recv(int fd, orchi_watch *watch, orchi_transfer *
     return n;
 }
 
+/* As a socket, which most are. What is none says so once, and is read with read from then on. */
 static ptrdiff_t orchi_attempt_read(int fd, orchi_watch *watch, orchi_transfer *t) {
     ptrdiff_t n = -ENOTSOCK;
     if (!(watch->hints & ORCHI_NO_SOCKET)) {
@@ -9499,6 +9538,7 @@ static ptrdiff_t orchi_attempt_read(int fd, orchi_watch *watch, orchi_transfer *
     return n;
 }
 
+/* Goes on while there is more. `done` is kept from one attempt to the next. */
 static ptrdiff_t orchi_attempt_read_full(int fd, orchi_watch *watch, orchi_transfer *t) {
     orchi_transfer rest = *t;
     while (t->done < t->size) {
@@ -9513,6 +9553,7 @@ static ptrdiff_t orchi_attempt_read_full(int fd, orchi_watch *watch, orchi_trans
     return (ptrdiff_t)t->done;
 }
 
+/* The parts are filled once: no attempt goes on where another has stopped. */
 static ptrdiff_t orchi_attempt_readv(int fd, orchi_watch *watch, orchi_transfer *t) {
     struct msghdr message;
     ptrdiff_t n = -ENOTSOCK;
@@ -9532,6 +9573,10 @@ static ptrdiff_t orchi_attempt_readv(int fd, orchi_watch *watch, orchi_transfer 
     if (n >= 0) orchi_watch_hint(watch, ORCHI_DRY, (size_t)n < t->size);
     return n;
 }
+
+// The public calls fill in a transfer and name the attempt; whether, when and for whom to wait is
+// orchi_io's. A transfer lies on the caller's stack: what is left to do outlives a wait there, and
+// costs no memory.
 
 ptrdiff_t orch_read(int fd, void *buffer, size_t size) {
     orchi_transfer t = {(char *)buffer, size, 0, 0, 0, NULL, NULL};
@@ -9699,6 +9744,7 @@ static int orchi_socketpair2(int fds[2]) {
 }
 #endif
 
+/* Both, or neither: what makes them leaves nothing behind when it fails. */
 static int orchi_two(const char *function, int fds[2], int (*make)(int fds[2]), uint16_t hints) {
     int made[2];
     if (fds == NULL) return orchi_misuse(function, ORCH_EINVAL);
@@ -9830,6 +9876,11 @@ static void orchi_reader_skip(orch_reader *r, const char *newline) {
     r->seen = 0;
 }
 
+// The order of checks, on what is in the buffer: a newline ends a line, also one that was skipped;
+// without one, more than the limit and a "\r" is too long; at the end of the stream the rest is a
+// line; else more is read. `seen` keeps a long line from being searched again after each read, so
+// that finding lines is linear however small the reads are.
+
 static ptrdiff_t orchi_reader_line(orch_reader *r, const char **line) {
     for (;;) {
         const char *text = r->buffer + r->start, *newline = NULL;
@@ -9875,6 +9926,7 @@ static ptrdiff_t orchi_reader_leave(orch_reader *r, ptrdiff_t n) {
     return ORCH_ECLOSED;
 }
 
+/* *line is good until the next call, and an empty text with every error but -EMSGSIZE. */
 ptrdiff_t orch_reader_line(orch_reader *r, const char **line) {
     static const char nothing[] = "";
     if (line == NULL) return orchi_misuse("orch_reader_line", ORCH_EINVAL);
@@ -9906,6 +9958,7 @@ ptrdiff_t orch_reader_read(orch_reader *r, void *buffer, size_t size) {
     return orchi_reader_leave(r, n);
 }
 
+/* Inside of a call it is left to that call, which comes back to this memory. */
 void orch_reader_free(orch_reader *r) {
     if (r == NULL || r->error != 0) return;
     if (r->busy) r->freed = true;
@@ -10035,6 +10088,8 @@ static void orchi_remote_init(orch_loop *loop, orch_remote *remote, orch_promise
     orchi_remote_in(loop, remote);
 }
 
+/* Also for a promise that has settled: the thread that gets it need not know, and what it sends is
+ * freed when it comes home. */
 orch_remote *orch_promise_remote(orch_promise promise) {
     if (orchi_here("orch_promise_remote") == NULL) return NULL;
     bool pending = orch_promise_pending(promise);
@@ -10056,6 +10111,8 @@ static bool orchi_remote_send(orch_remote *remote) {
     return false;
 }
 
+/* The remote is gone after this, whatever it returns: the loop may have freed it before this call
+ * is back. */
 bool orch_remote_settle(orch_remote *remote, orch_result r) {
     r = orchi_carry(r);
     if (remote == NULL) {
@@ -10084,6 +10141,9 @@ void orch_remote_drop(orch_remote *remote) {
 //                    comes home later, finds its promise gone, and what it brings is freed
 //     the loop goes  nothing is queued any more, as every future was cancelled; what runs finds no
 //                    home, and frees its result itself
+
+// A thread's bell keeps a ring that comes before the wait. Each thread has its own, so that exactly
+// the one that was chosen wakes up, and no other looks whether it was meant.
 
 #if ORCHI_SEMAPHORES
 typedef sem_t orchi_bell;
@@ -10147,6 +10207,10 @@ typedef struct orchi_job {
     struct orchi_lane *lane; // NULL: not queued (any more)
     struct orchi_job *next, *previous;
 } orchi_job; // the copied argument follows
+
+// Who owns a job: its lane while it is queued, the thread while it runs, the inbox on its way home,
+// the loop when it is opened. `lane` says which of the first two, under the lock, and that decides
+// what a cancellation may do: take it back and free it, or leave it alone.
 
 typedef struct orchi_worker { // of a thread, as long as it lives
     orchi_bell bell;
@@ -10350,6 +10414,7 @@ static int orchi_worker_start(orchi_lane *lane) {
     return 0;
 }
 
+/* First in, first out: lanes have no priorities. */
 static void orchi_job_link(orchi_lane *lane, orchi_job *job) {
     job->lane = lane;
     job->next = NULL;
@@ -10394,6 +10459,8 @@ static void orchi_pool_rest(void) {
     if (joins) pthread_join(last, NULL);
 }
 
+/* Fewer threads: those that are too many end when they next look for work. More: those that work is
+ * waiting for are started now, the others when there is work. */
 int orch_pool_limit(orch_lane lane, unsigned threads) {
     if ((unsigned)lane >= ORCH_LANES || threads == 0) {
         return orchi_misuse("orch_pool_limit", ORCH_EINVAL);
@@ -10472,6 +10539,7 @@ static orch_future *orchi_job_begin(orchi_job *job, const orch_offload_desc *des
     return f;
 }
 
+/* The argument's size is bounded by malloc alone: it does not lie on a stack. */
 static int orchi_offload_error(const orch_offload_desc *desc) {
     if (orchi_loop == NULL) return ORCH_ENOLOOP;
     if (desc == NULL || desc->fn == NULL || (unsigned)desc->lane >= ORCH_LANES) return ORCH_EINVAL;
@@ -10526,6 +10594,7 @@ typedef struct orchi_visit {
     uint32_t holders; // orchi_shared.mutex: the answer, a stop, who begins it
 } orchi_visit;
 
+/* A count under the lock and not an atomic one: it changes a few times in a visit's life. */
 static void orchi_visit_hold(orchi_visit *visit) {
     pthread_mutex_lock(&orchi_shared.mutex);
     visit->holders++;
@@ -10618,6 +10687,7 @@ static void orchi_visits_end(orch_loop *loop) {
     while (loop->visits != NULL) orchi_visit_answer(loop->visits, orch_fail(ORCH_ECLOSED));
 }
 
+/* The letters are part of it, so that neither going, stopping nor answering needs memory later. */
 static orchi_visit *orchi_visit_new(orch_promise promise, orch_task_fn fn, void *arg) {
     orchi_visit *visit = (orchi_visit *)calloc(1, sizeof *visit);
     if (visit == NULL) return NULL;
@@ -10736,6 +10806,8 @@ static orch_future *orchi_resolve_offload(const char *host, const char *service)
     return orchi_offload(&desc, "orch_resolve");
 }
 
+/* Numbers are resolved here and now, which blocks nobody. Names are asked for on a lane of their
+ * own, as a name server that does not answer must not hold up files. */
 orch_future *orch_resolve(const char *host, const char *service) {
     if (orchi_here("orch_resolve") == NULL) return orchi_rejected(ORCH_ENOLOOP);
     if (host == NULL && service == NULL) {
@@ -10831,6 +10903,18 @@ static struct orchi_registry {
     struct sigaction previous[ORCHI_SIGNALS];
 } orchi_registry;
 
+// A signal on its way, with the loop asleep:
+//
+//     the handler   in any thread: sets the bit in every object that wants the signal, and rings
+//                   its bell
+//     the look      the bell is readable: it is silenced, the lowest bit is taken, and it is rung
+//                   again when more are left
+//     the future    settles with the number; the next wait finds the bell as it is
+//
+// A signal that comes twice before it is taken is one bit, as it would be one pending signal of the
+// system's. Sets are two words of 32 bits: atomic on them is lock-free everywhere, as it has to be
+// in a handler.
+
 static bool orchi_signal_in(const uint32_t set[2], int number) {
     return (__atomic_load_n(&set[(number - 1) / 32], __ATOMIC_ACQUIRE) >> (number - 1) % 32) & 1;
 }
@@ -10859,6 +10943,8 @@ static bool orchi_signal_note(orch_signals *s, int number) {
     return s->final && __atomic_fetch_add(&s->caught, 1, __ATOMIC_ACQ_REL) > 0;
 }
 
+/* Walks over a list that others change. What it may meet is either still in, or out and waited for
+ * (orchi_signals_unlink): `inside` says that somebody walks. errno is the interrupted code's. */
 static void orchi_signal_handler(int number) {
     struct orchi_registry *registry = &orchi_registry;
     int saved = errno;
@@ -10934,6 +11020,7 @@ static int orchi_signal_use(int number) {
     return 0;
 }
 
+/* With the lock held, as users are counted over all objects of the process. */
 static void orchi_signal_leave(int number) {
     if (--orchi_registry.users[number - 1] == 0) orchi_signal_restore(number);
 }
@@ -10968,6 +11055,7 @@ static void orchi_signals_unlink(orch_signals *s) {
     while (__atomic_load_n(&orchi_registry.inside, __ATOMIC_SEQ_CST) != 0) sched_yield();
 }
 
+/* The signals first: when the last user of one has left, nothing new comes for it. */
 static void orchi_signals_exit(orch_signals *s) {
     if (s->process != getpid()) return; // a copy, in a child made by fork
     orchi_registry_lock();
@@ -10999,6 +11087,7 @@ static bool orchi_signal_can_wait(int number) {
     return number >= 1 && number <= ORCHI_SIGNALS;
 }
 
+/* Asked before anything is installed: a list is taken as a whole, or not at all. */
 static int orchi_signals_want(orch_signals *s, const int *signals, size_t count) {
     for (size_t i = 0; i < count; i++) {
         if (!orchi_signal_can_wait(signals[i])) return ORCH_EINVAL;
@@ -11045,6 +11134,7 @@ static int orchi_signals_error(const orch_signals *s, const char *function) {
     return orchi_misuse(function, orchi_loop != NULL ? ORCH_ETHREAD : ORCH_ENOLOOP);
 }
 
+/* Of one that could not be made there is only the memory. */
 static void orchi_signals_dispose(orch_signals *s) {
     if (s->error == 0) {
         orchi_signals_exit(s);
@@ -11105,6 +11195,7 @@ static void orchi_signal_fire(orch_future *f, int events) {
         orchi_signal_settle(f, orch_fail(bad ? -EBADF : ORCH_ECANCELED), false);
 }
 
+/* It takes no bit: what has come stays for the next wait. */
 static orch_future *orchi_signal_cancel(orch_future *f, int reason) {
     (void)reason;
     f->flags |= ORCHI_CANCEL;
@@ -11128,6 +11219,7 @@ void orch_signals_free(orch_signals *s) {
     orchi_signals_dispose(s);
 }
 
+/* The object is made and goes with the future: the signal has its old meaning again after it. */
 orch_future *orch_signal(int signal) {
     if (orchi_loop == NULL) return orchi_rejected(orchi_misuse("orch_signal", ORCH_ENOLOOP));
     orch_signals *s = orch_signals_new(&signal, 1);
@@ -11180,6 +11272,7 @@ static void orchi_print_unhandled(const orch_result *r, void *context) {
     fprintf(stderr, "asyncorch: unhandled rejection: %s (error %d)\n", orch_message(r), r->error);
 }
 
+/* To stderr as it is: a report is a whole line. */
 static void orchi_print_report(const char *text, void *context) {
     (void)context;
     fputs(text, stderr);
@@ -11244,6 +11337,7 @@ static int orchi_loop_make(const orch_loop_desc *given, orch_loop **made) {
     return 0;
 }
 
+/* NULL for whatever is wrong: there is no loop that could say more. */
 orch_loop *orch_loop_new(const orch_loop_desc *desc) {
     orch_loop *loop = NULL;
     int error = orchi_loop_make(desc, &loop);
@@ -11399,10 +11493,15 @@ static void orchi_cancel_rest(orch_loop *loop) {
     } while (seen != orchi_resumes(loop));
 }
 
+/* A circle ends only when one of its waits is broken off; what that ends may free others. */
 static void orchi_end_all(orch_loop *loop) {
     do orchi_cancel_rest(loop);
     while (orchi_break(loop, true));
 }
+
+// In two steps, as answers of other threads may come during the first: after the inbox was closed,
+// what was in it is worked off by the second. What lives then is held by somebody, who has never
+// dropped a handle: the loop is not freed under it, and can be run on.
 
 int orch_loop_free(orch_loop *loop) {
     int error = orchi_loop_check(loop, "orch_loop_free");
@@ -11547,6 +11646,7 @@ static orch_result orchi_run_all(orch_loop *loop, orch_task_fn main, void *arg) 
     return r;
 }
 
+/* The handler of signals is put back before the loop goes, whichever way it went. */
 orch_result orch_run_with(const orch_loop_desc *desc, orch_task_fn main, void *arg) {
     orch_loop *loop = NULL;
     orch_signals *caught = NULL;
@@ -11561,6 +11661,7 @@ orch_result orch_run_with(const orch_loop_desc *desc, orch_task_fn main, void *a
 
 orch_result orch_run(orch_task_fn main, void *arg) { return orch_run_with(NULL, main, arg); }
 
+/* 128 and the number, as a shell says of a program that a signal has ended. */
 int orch_exit(orch_result r) {
     bool by_signal = r.error == ORCH_ESIGNAL;
     int code = by_signal ? 128 + (int)r.index : r.error != 0;
@@ -11645,6 +11746,9 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
 // be another server's by then. A file without a listener is replaced when the next one starts.
 
 // ---- addresses
+
+// An address is bytes, of any family. Its fields are written and read by memcpy through the struct
+// of its family; the cast is for system calls, and for the family, which comes first in each.
 
 static struct sockaddr *orchi_sockaddr(const orch_address *address) {
     return (struct sockaddr *)(uintptr_t)address->storage;
@@ -11932,6 +12036,7 @@ int orch_listen(const orch_listen_desc *desc) {
     return orchi_adopt(fd, 0);
 }
 
+/* With a peer and no address of its own it is not bound: the system chooses one. */
 int orch_udp(const orch_udp_desc *desc) {
     orch_udp_desc none;
     memset(&none, 0, sizeof none);
@@ -11948,6 +12053,8 @@ int orch_udp(const orch_udp_desc *desc) {
 }
 
 // ---- sending and receiving
+
+// Flags are the system's own. MSG_DONTWAIT is always added, so that no flag can block the loop.
 
 ptrdiff_t orch_socket_recv(int fd, void *buffer, size_t size, int flags) {
     orchi_transfer t = {(char *)buffer, size, 0, flags, 0, NULL, NULL};
@@ -11988,6 +12095,7 @@ ptrdiff_t orch_socket_recvfrom(int fd, void *buffer, size_t size, orch_address *
     return orchi_io_memory("orch_socket_recvfrom", fd, ORCH_READABLE, orchi_attempt_recvfrom, &t);
 }
 
+/* A datagram goes as a whole or not at all: there is nothing to go on with. */
 static ptrdiff_t orchi_attempt_sendto(int fd, orchi_watch *watch, orchi_transfer *t) {
     const orch_address *to = t->address;
     ptrdiff_t n;
@@ -12020,6 +12128,7 @@ static bool orchi_accept_again(int error) {
 
 enum { ORCHI_PASSED_OVER = 64 }; // failed connections, until others have their turn
 
+/* A client that connects and resets in a loop must not keep this one from ever waiting. */
 static ptrdiff_t orchi_attempt_accept(int fd, orchi_watch *watch, orchi_transfer *t) {
     (void)watch;
     for (int i = 0; i < ORCHI_PASSED_OVER; i++) {
@@ -12078,10 +12187,15 @@ static void orchi_server_leave(orchi_server *s) {
     if (--s->holders == 0) orchi_free(s->loop, s, sizeof *s);
 }
 
+/* A connection's error is nobody's result, so it is told, and where nobody listens, reported. */
 static void orchi_server_tell(const orchi_server *s, const orch_result *r) {
     if (s->desc.on_error != NULL) s->desc.on_error(r, s->desc.context);
     else orchi_unhandled(s->loop, r);
 }
+
+// The order at the end: the descriptor first, so that the client hears at once; out of the list
+// before on_error runs, so that a drain does not ask a task that is as good as gone; the count
+// last, as it is what a full server and a drain wait for. After it nothing of the user's runs.
 
 static orch_result orchi_connection_main(void *arg) {
     const orchi_accepted *accepted = (const orchi_accepted *)arg;
@@ -12146,6 +12260,8 @@ static int orchi_server_short(orchi_server *s, int error) {
     return orchi_server_pause(s, ORCHI_SHORT_MS);
 }
 
+/* At the limit nothing is accepted: clients wait in the kernel's backlog, which is the only queue
+ * that can refuse them. */
 static int orchi_server_accept(orchi_server *s, int listener) {
     int error = 0;
     while (error == 0) {
@@ -12172,6 +12288,8 @@ static void orchi_server_cancel(orchi_server *s) {
     }
 }
 
+/* Each connection that ends ends a pause, so the time that is left is worked out anew. Behind the
+ * shield a cancellation is no reason to leave connections behind. */
 static void orchi_server_drain(orchi_server *s) {
     orch_shield_begin();
     uint64_t start = orch_now(), gone = 0;
@@ -12201,6 +12319,7 @@ static orchi_server *orchi_server_new(orch_result (*handler)(int fd, void *conte
     return s;
 }
 
+/* Asked once and before: a stack size that no task can have would fail every connection. */
 static int orchi_serve_error(orch_result (*handler)(int fd, void *context),
                              const orch_serve_desc *desc) {
     int error;
@@ -12343,6 +12462,8 @@ static int orchi_dial_wait(orchi_dial *d, bool *next) {
     return -EAGAIN;
 }
 
+/* `next`: the next attempt need not wait for its delay. With none under way there is nothing to
+ * wait for, and with none left either, the first error is what all came to. */
 static int orchi_dial_run(orchi_dial *d) {
     bool next = true;
     int fd = -EAGAIN;
@@ -12396,6 +12517,7 @@ static int orchi_dial_list(const orch_connect_desc *desc, const orch_address *li
     return fd;
 }
 
+/* What was resolved belongs to the result, and is looked at until the dialing is over. */
 static int orchi_dial_name(const orch_connect_desc *desc) {
     orch_result r = orch_await(orch_resolve(desc->host, desc->service));
     int fd = r.error;
@@ -12416,6 +12538,7 @@ static int orchi_dial_path(const orch_connect_desc *desc) {
     return error != 0 ? error : orchi_dial_list(desc, &address, 1);
 }
 
+/* The desc is copied for its defaults, as the caller's is const. */
 static int orchi_connect(const char *function, const orch_connect_desc *desc) {
     int error;
     if (orchi_here_task(function, &error) == NULL) return error;
@@ -12455,6 +12578,15 @@ int orch_connect(const char *host, const char *service) {
 // Left out: io_uring, which does this without a thread, but only on Linux and not in every
 // container; and a call for every system call there is: orch_offload runs the others.
 
+// The life of an operation:
+//
+//     the task     makes it, with copies of all that it needs, and offloads it
+//     the thread   calls fn, and marks it as moved: the result owns it now, and the job's release,
+//                  which runs next, leaves it alone
+//     the task     copies out what it has brought, and frees the result, which frees it all
+//     cancelled    queued: the job's release frees it. Running: its result comes home to nobody,
+//                  and is freed there: an opened descriptor is closed, what was read is dropped
+
 typedef struct orchi_file {
     int (*fn)(struct orchi_file *op); // on the thread: 0, or -errno
     int error;
@@ -12488,6 +12620,7 @@ static ssize_t orchi_file_some(const orchi_file *op, bool writes, char *at, size
     return n;
 }
 
+/* A read that brings nothing is at the end. A write that takes nothing would go on for ever. */
 static int orchi_file_move(orchi_file *op, bool writes) {
     while (op->done < op->size) {
         ssize_t n = orchi_file_some(op, writes, op->bytes + op->done, op->size - op->done);
@@ -12509,6 +12642,7 @@ static int orchi_file_do_truncate(orchi_file *op) {
     return ftruncate(op->fd, (off_t)op->offset) == 0 ? 0 : -errno;
 }
 
+/* Close-on-exec always: the program has threads, and any of them may start another one. */
 static int orchi_file_do_open(orchi_file *op) {
     do op->fd = open(op->path, op->flags | O_CLOEXEC, op->mode);
     while (op->fd < 0 && errno == EINTR);
@@ -12552,6 +12686,7 @@ static int orchi_file_read_all(orchi_file *op, size_t room) {
     return 0;
 }
 
+/* The size that was said is a first guess, with one byte more to see the end by. */
 static int orchi_file_do_load(orchi_file *op) {
     struct stat st;
     op->flags = O_RDONLY;
@@ -12607,6 +12742,7 @@ static int orchi_file_do_save(orchi_file *op) {
 
 // ---- around it
 
+/* The release of a result: closes what nobody has taken over. */
 static void orchi_file_free(void *memory) {
     orchi_file *op = (orchi_file *)memory;
     if (op->opened) close(op->fd);
@@ -12614,6 +12750,7 @@ static void orchi_file_free(void *memory) {
     free(op);
 }
 
+/* The release of a job: frees what never ran. */
 static void orchi_file_release(void *memory) {
     if (!((orchi_file *)memory)->moved) orchi_file_free(memory);
 }
@@ -12720,6 +12857,10 @@ static ptrdiff_t orchi_file_piece(int fd, char *in, const char *out, size_t size
     orch_result_free(&r);
     return (ptrdiff_t)done;
 }
+
+// In pieces of 1 MiB: so the copies need no more memory than that, whatever the caller's size, and
+// a request to end is seen between two. After an error in the middle, how much was done is not
+// told: the offset is the caller's, who can do it again.
 
 ptrdiff_t orch_file_read(int fd, void *buffer, size_t size, uint64_t offset) {
     bool valid = (buffer != NULL || size == 0) && size <= PTRDIFF_MAX;
@@ -16500,6 +16641,7 @@ static int orchi_child_stdio(const orchi_spawn *spawn) {
     return joined && dup2(1, 2) < 0 ? -errno : 0;
 }
 
+/* A system call for each number there could be: only for where there is nothing better. */
 static void orchi_child_close_each(int limit) {
     for (int fd = 3; fd < limit; fd++) fcntl(fd, F_SETFD, FD_CLOEXEC);
 }
@@ -16529,6 +16671,8 @@ static int orchi_child_exec(const orchi_spawn *spawn) {
     return error;
 }
 
+/* The group first, as a kill may be meant for all that it starts. The signals last: from then on
+ * they arrive, and there is no handler of ours left to run. */
 static int orchi_child_run(const orchi_spawn *spawn) {
     const orch_process_desc *desc = spawn->desc;
     if (!desc->same_group && setpgid(0, 0) != 0) return -errno;
@@ -16871,6 +17015,7 @@ static orch_process_desc orchi_process_defaults(const orch_process_desc *given) 
     return desc;
 }
 
+/* What is wrong with it whatever the system says; a program that is not there is no misuse. */
 static int orchi_process_desc_error(const orch_process_desc *desc) {
     if (orchi_loop == NULL) return ORCH_ENOLOOP;
     if (desc == NULL || desc->argv == NULL || desc->argv[0] == NULL) return ORCH_EINVAL;
@@ -16879,6 +17024,7 @@ static int orchi_process_desc_error(const orch_process_desc *desc) {
     return valid ? 0 : ORCH_EINVAL;
 }
 
+/* Two users: who holds the handle, and the supervisor. Either may be the last. */
 static orch_process *orchi_process_new(orch_loop *loop, const orch_process_desc *desc) {
     orch_process *p = (orch_process *)orchi_allocate(loop, sizeof *p);
     if (p == NULL) return NULL;
@@ -16919,6 +17065,7 @@ int orch_process_id(const orch_process *p) {
     return error != 0 ? error : p->id;
 }
 
+/* Lent: the process closes it, unless it is its input and was closed early. */
 static int orchi_process_fd(const orch_process *p, int i, const char *function) {
     int error = orchi_process_error(p, function);
     return error != 0 ? error : p->ends[i] >= 0 ? p->ends[i] : -EBADF;
@@ -16952,6 +17099,7 @@ orch_future *orch_process_wait(orch_process *p) {
     return orch_then(orch_ref(p->supervisor), NULL, NULL, NULL);
 }
 
+/* Only what was not reaped has a number that is its own. */
 int orch_process_kill(orch_process *p, int signal) {
     int error = orchi_process_error(p, "orch_process_kill");
     if (error != 0) return error;
@@ -17030,6 +17178,7 @@ static orch_result orchi_feed_run(void *arg) {
     return done < 0 && done != -EPIPE ? orch_fail((int)done) : orch_ok(NULL, NULL);
 }
 
+/* From malloc throughout, so that a result may outlive its loop. */
 static void orchi_output_free(void *output) {
     orch_process_output *o = (orch_process_output *)output;
     free(o->out);
@@ -17056,6 +17205,7 @@ static orch_result orchi_first_error(orch_result r) {
     return own;
 }
 
+/* Outputs end when the last program that has them does; only then its own end is waited for. */
 static orch_result orchi_process_finish(orch_process *p, orchi_capture *out, orchi_capture *err) {
     orch_result r = orchi_process_exchange(p, out, err);
     if (r.error != 0) return orchi_first_error(r);
