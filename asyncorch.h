@@ -5240,6 +5240,7 @@ static void orchi_mail_run(orch_future *mail) {
 // A loop knows its remotes, as it must not call itself deadlocked while one can bring something.
 // One whose promise has settled brings nothing: it is taken out when it is met.
 
+/* Each knows what points to it, so taking one out needs neither search nor head. */
 static void orchi_remote_out(orch_remote *remote) {
     if (remote->place == NULL) return;
     *remote->place = remote->next;
@@ -5286,6 +5287,7 @@ static void orchi_fork_parent(void) {
     pthread_mutex_unlock(&orchi_shared.mutex);
 }
 
+/* In a child: an array is its own and forgets the number; a set is the parent's, and is left. */
 static void orchi_wake_unwatch(orch_loop *loop, int fd) {
     loop->poller.watches[fd].hints = 0;
     if (loop->poller.ops == &orchi_poll_ops) orchi_poll_update(loop, fd, true);
@@ -6103,6 +6105,14 @@ static inline void orchi_deliver(orch_loop *loop, orch_future *f, bool ok) {
     }
 }
 
+// Whom a settled future tells, and there is one of these only:
+//
+//     a consumer         is queued, or, where it counts its inputs, told now: that only counts
+//     proxies            each settles with a share, and tells its own consumer; none is left
+//     an orch_on         is queued in the future's own slot
+//     a handle           nobody: whoever has it will ask
+//     nobody             it is freed, and a rejection that was never looked at is reported
+
 /* Settles every proxy of a settled future with a share of it, in the order in which they
  * registered. */
 ORCHI_NO_INLINE static void orchi_settle_proxies(orch_loop *loop, orch_future *f) {
@@ -6149,6 +6159,18 @@ static void orchi_settle_as(orch_loop *loop, orch_future *f, orch_future *source
 }
 
 // ---- cancelling and giving up
+
+// What each kind answers to a request, and whom it names as the next to ask:
+//
+//     promise                    without a hook it settles now; with one, that is queued, once
+//     timer, readiness, signal   settles now, and leaves heap or table
+//     then, follower, timeout    the source; it settles when that has
+//     proxy                      the source, if nobody else holds it; else lets go, and settles now
+//     combinator                 is decided; asks its inputs when it runs
+//     task                       remembers it; what it waits for, unless a shield or a join forbids
+//     scope                      nothing: its task asks the members
+//
+// So a request walks along one chain to where the work is done, and costs its length.
 
 /* Asks pending work to end: from what was asked up to where the work is done. */
 static void orchi_cancel(orch_future *f, int reason) {
@@ -11796,6 +11818,13 @@ static int orchi_address_path(orch_address *address, const char *path) {
     return 0;
 }
 
+// What is understood, with a port of 80 given beside it:
+//
+//     "127.0.0.1"       port 80            "::1"             port 80
+//     "127.0.0.1:443"   port 443           "[::1]:443"       port 443
+//     "fe80::1%eth0"    port 80, a zone    "", NULL, "*"     every address, port 80
+//     "/run/x.sock"     a path             "@name"           a name without a file (Linux)
+
 /* A port in digits to the end of the text. */
 static int orchi_parse_port(const char *text, uint16_t *port) {
     unsigned long number = 0;
@@ -11913,6 +11942,7 @@ uint16_t orch_address_port(const orch_address *address) {
     return ntohs(in.sin_port);
 }
 
+/* What both ask for; they differ in the call. */
 static int orchi_address_of(const char *function, int fd, orch_address *address,
                             int (*ask)(int, struct sockaddr *, socklen_t *)) {
     socklen_t size = sizeof address->storage;
@@ -11970,6 +12000,9 @@ static bool orchi_is_inet(const orch_address *address) {
     int family = orchi_family(address);
     return family == AF_INET || family == AF_INET6;
 }
+
+// SO_REUSEADDR for streams only: it lets a server start again while connections of its predecessor
+// linger, and for datagrams it would let two programs take the same port.
 
 /* A socket bound to an address. On IPv6 "every address" takes IPv4 too. */
 static int orchi_bound(const orch_address *address, int type, bool reuse_port) {
@@ -12446,6 +12479,9 @@ static int orchi_dial_ended(orchi_dial *d, size_t i, int error, bool *next) {
     return -EAGAIN;
 }
 
+// Each wait is a race made anew over the attempts that are under way, and a timer. Rebuilding it
+// costs as many slots as there are attempts, which are few, and nothing of one is left in the next.
+
 /* Waits until an attempt ends or the next is due. Returns a connected descriptor, -EAGAIN to go on,
  * or an error that ends it all. */
 static int orchi_dial_wait(orchi_dial *d, bool *next) {
@@ -12697,6 +12733,11 @@ static int orchi_file_do_load(orchi_file *op) {
     return orchi_file_read_all(op, known ? (size_t)st.st_size + 1 : 0u + ORCHI_FILE_FIRST);
 }
 
+// How a file is replaced: "data.json" is written as "data.json.<number>.tmp" in the same directory,
+// since a rename is one step only within a file system. Whoever reads meanwhile has the old file to
+// its end; whoever opens it after has the new one. A failure at any step unlinks the new file and
+// leaves the old one as it was.
+
 /* The new file, under a name that nobody has. */
 static int orchi_file_beside(orchi_file *op, const char *path, char *name, size_t size) {
     unsigned long long seed = orchi_clock() ^ (uintptr_t)op;
@@ -12889,6 +12930,7 @@ ptrdiff_t orch_file_write(int fd, const void *data, size_t size, uint64_t offset
     }
 }
 
+/* The disk is what is waited for, so it runs on a thread like the rest. */
 int orch_file_sync(int fd) {
     int error = orchi_file_error(true, "orch_file_sync");
     if (error != 0) return error;
@@ -12931,6 +12973,7 @@ int orch_file_remove(const char *path) {
                       : orchi_file_only(orchi_file_new(orchi_file_do_remove, path, NULL, 0));
 }
 
+/* Its error names the path: it returns a result, which has room for a message. */
 orch_result orch_file_load(const char *path) {
     int error = orchi_file_error(path != NULL, "orch_file_load");
     if (error != 0) return orch_fail(error);
@@ -16753,6 +16796,12 @@ static int orchi_spawn_run(orchi_spawn *spawn) {
     return error;
 }
 
+// For "ls" and a PATH of "/bin::/opt" the text is, with its zeros shown as "|":
+//
+//     /bin/ls|ls|/opt/ls||
+//
+// It is made before the fork: the child, in our memory, must not allocate.
+
 /* The places where a program may be, in the order of PATH, in which an empty one is here. */
 static char *orchi_spawn_paths(const char *file) {
     const char *path = strchr(file, '/') != NULL || *file == '\0' ? "" : getenv("PATH");
@@ -16789,6 +16838,16 @@ struct orch_process {
     orch_exit_status *status; // made before the start, so that its end needs no memory
     orch_process_desc desc;   // its numbers
 };
+
+// What the three choices come to, for in = PIPE, out = NULL, err = OUT:
+//
+//             in the child                     here
+//     in      0 is the end to read, blocking   ends[0] is the end to write
+//     out     1 is /dev/null                   nothing
+//     err     2 is a copy of 1                 nothing
+//
+// Whatever was opened for the child is closed here as soon as it runs: who keeps the writing end of
+// a pipe never reads its end.
 
 /* The child's end blocks, as programs expect. Returns it, or an error. */
 static int orchi_stdio_pipe(int i, int *ours) {
@@ -16867,6 +16926,9 @@ static int orchi_process_over(const orch_process *p) {
     int done = waitid(P_PID, (id_t)p->pid, &info, WEXITED | WNOHANG | WNOWAIT);
     return done != 0 ? -errno : info.si_pid != 0;
 }
+
+// Looked at first and waited for then, in a loop: it may have ended before anybody watched, and a
+// SIGCHLD may be another child's. Looking takes nothing, so it can be done as often as needed.
 
 /* Waits until it has ended, or for so long. */
 static int orchi_process_until(orch_process *p, uint64_t ms) {
@@ -16969,6 +17031,10 @@ typedef struct orchi_birth { // on the caller's stack: read before the superviso
     const orch_process_desc *desc;
 } orchi_birth;
 
+// Everything of a process that waits or fails does so in this task. Its result is that of the
+// process, so waiting for one is waiting for a future; giving it up is cancelling one; and a loop
+// that ends cancels it like any other task, which is why no child is left behind.
+
 static orch_result orchi_process_supervise(void *arg) {
     orchi_birth birth = *(orchi_birth *)arg;
     orch_process *p = birth.process;
@@ -17036,6 +17102,7 @@ static orch_process *orchi_process_new(orch_loop *loop, const orch_process_desc 
     return p;
 }
 
+/* The child runs when this returns, or never will: it is started before the first wait. */
 orch_process *orch_process_start(const orch_process_desc *given) {
     int error = orchi_process_desc_error(given);
     if (error != 0) return orchi_process_broken(orchi_misuse("orch_process_start", error));
