@@ -9535,13 +9535,12 @@ static ptrdiff_t orchi_write_parts(int fd, const orchi_watch *watch, const struc
 
 // ---- reading
 
-/* A stream that brings less than was asked for has no more just now. A datagram says nothing about
- * the next one. */
 static ptrdiff_t orchi_attempt_recv(int fd, orchi_watch *watch, orchi_transfer *t) {
     ptrdiff_t n;
     do n = recv(fd, t->data, t->size, t->flags | MSG_DONTWAIT);
     while (ORCHI_UNLIKELY(n < 0 && errno == EINTR));
     if (ORCHI_UNLIKELY(n < 0)) return -errno;
+    // A short stream has no more just now; a datagram says nothing about the next one.
     if ((size_t)n < t->size && !(watch->hints & ORCHI_DATAGRAMS)) watch->hints |= ORCHI_DRY;
     return n;
 }
@@ -9793,6 +9792,11 @@ int orch_socketpair(int fds[2]) { return orchi_two("orch_socketpair", fds, orchi
 // A line's end is overwritten with the zero. The buffer grows up to the limit; what was taken makes
 // room when the next read needs it, so that no byte is moved for a line that is there already.
 
+// The order of checks, on what is in the buffer: a newline ends a line, also one that was skipped;
+// without one, more than the limit and a "\r" is too long; at the end of the stream the rest is a
+// line; else more is read. `seen` keeps a long line from being searched again after each read, so
+// that finding lines is linear however small the reads are.
+
 struct orch_reader {
     orch_loop *loop;
     char *buffer;
@@ -9897,11 +9901,6 @@ static void orchi_reader_skip(orch_reader *r, const char *newline) {
     r->skipping = newline == NULL;
     r->seen = 0;
 }
-
-// The order of checks, on what is in the buffer: a newline ends a line, also one that was skipped;
-// without one, more than the limit and a "\r" is too long; at the end of the stream the rest is a
-// line; else more is read. `seen` keeps a long line from being searched again after each read, so
-// that finding lines is linear however small the reads are.
 
 static ptrdiff_t orchi_reader_line(orch_reader *r, const char **line) {
     for (;;) {
@@ -12087,13 +12086,12 @@ int orch_udp(const orch_udp_desc *desc) {
 
 // ---- sending and receiving
 
-// Flags are the system's own. MSG_DONTWAIT is always added, so that no flag can block the loop.
-
 ptrdiff_t orch_socket_recv(int fd, void *buffer, size_t size, int flags) {
     orchi_transfer t = {(char *)buffer, size, 0, flags, 0, NULL, NULL};
     return orchi_io_memory("orch_socket_recv", fd, ORCH_READABLE, orchi_attempt_recv, &t);
 }
 
+/* Flags are the system's own, and MSG_DONTWAIT is always among them: none can block the loop. */
 ptrdiff_t orch_socket_send(int fd, const void *data, size_t size, int flags) {
     orchi_transfer t = {(char *)(uintptr_t)data, size, 0, flags, 0, NULL, NULL};
     return orchi_io_memory("orch_socket_send", fd, ORCH_WRITABLE, orchi_attempt_send, &t);
@@ -12293,8 +12291,6 @@ static int orchi_server_short(orchi_server *s, int error) {
     return orchi_server_pause(s, ORCHI_SHORT_MS);
 }
 
-/* At the limit nothing is accepted: clients wait in the kernel's backlog, which is the only queue
- * that can refuse them. */
 static int orchi_server_accept(orchi_server *s, int listener) {
     int error = 0;
     while (error == 0) {
