@@ -3392,10 +3392,12 @@ static void *orchi_resize(orch_loop *loop, void *old, size_t old_size, size_t si
     return loop->desc.allocator.resize(loop->desc.allocator.user, old, old_size, size);
 }
 
+/* Not zeroed: whoever makes an object says what is in it. */
 static void *orchi_allocate(orch_loop *loop, size_t size) {
     return orchi_resize(loop, NULL, 0, size);
 }
 
+/* With the size that it was made with, for allocators that keep none. */
 static void orchi_free(orch_loop *loop, void *memory, size_t size) {
     if (memory != NULL) orchi_resize(loop, memory, size, 0);
 }
@@ -3502,6 +3504,7 @@ static orchi_page *orchi_page_of(const void *slot) {
     return (orchi_page *)((uintptr_t)slot & ~(uintptr_t)(ORCHI_PAGE - 1));
 }
 
+/* The head takes the place of one slot. */
 static orch_future *orchi_page_slot(orchi_page *page, uint32_t i) {
     return (orch_future *)(void *)((char *)page + (size_t)ORCHI_SLOT * (i + 1));
 }
@@ -3626,6 +3629,10 @@ static void orchi_slot_quarantine(orch_loop *loop, orch_future *f) {
     if (oldest != NULL) orchi_slot_recycle(loop, oldest);
 }
 
+// Three things may point to a slot that is given back: the ring, a box, and handles that nobody may
+// use any more. The first two keep it from being reused, and free it when they come by. The third
+// is a mistake, and is why the first word of a slot stays readable for ever.
+
 /* Gives a slot back, unless the ring or a box still points to it: then the last of these does. */
 static inline void orchi_slot_free(orch_loop *loop, orch_future *f) {
     if (ORCHI_UNLIKELY(f->flags & (ORCHI_QUEUED | ORCHI_BOXED))) {
@@ -3696,6 +3703,7 @@ ORCH_PRINTF(2, 3) static void orchi_report(orch_loop *loop, const char *format, 
 /* Messages come from malloc and not from a loop's allocator: a result may outlive every loop. */
 static void orchi_message_release(void *text) { free(text); }
 
+/* Without memory the error comes without its text, and orch_message shows that of its code. */
 orch_result orch_failf(int error, const char *format, ...) {
     orch_result r = orch_fail(error);
     va_list arguments, again;
@@ -3730,6 +3738,8 @@ static inline void orchi_move(orch_result *to, const orch_result *from) {
     to->release = release;
 }
 
+/* Only a value that is its own owner can leave its result. What shows another's memory, as a share
+ * or a list does, is released as a whole. */
 void *orch_take(orch_result *r) {
     if (r == NULL || r->owner != r->value) return NULL;
     void *value = r->value;
@@ -3738,6 +3748,7 @@ void *orch_take(orch_result *r) {
     return value;
 }
 
+/* Emptied before the release runs, as that may come back to this result. */
 void orch_result_free(orch_result *r) {
     if (r == NULL) return;
     void (*release)(void *) = r->release;
@@ -4481,6 +4492,7 @@ static inline void orchi_watches_disarm(orchi_poller *p) {
     for (size_t i = 0; i < p->watch_count; i++) p->watches[i].armed = 0;
 }
 
+/* There is room: it was made when the descriptor was armed, so that a look never allocates. */
 static void orchi_found_add(orchi_poller *p, int fd, int events) {
     orchi_found *found = &p->found[p->found_count++];
     found->fd = fd;
@@ -4506,6 +4518,7 @@ static int orchi_poll_open(orch_loop *loop) {
     return 0;
 }
 
+/* Positions are those of this array, and go with it. */
 static void orchi_poll_close(orch_loop *loop) {
     orchi_poller *p = &loop->poller;
     orchi_free(loop, p->fds, p->capacity * sizeof *p->fds);
@@ -4530,6 +4543,7 @@ static void orchi_poll_remove(orchi_poller *p, orchi_watch *watch) {
     watch->position = 0;
 }
 
+/* From the end, as the last entry takes the place of one that goes: what moves was looked at. */
 static void orchi_poll_sweep(orchi_poller *p) {
     for (uint32_t i = p->count; i-- > 0;) {
         if (p->fds[i].fd < 0) orchi_poll_remove(p, &p->watches[~p->fds[i].fd]);
@@ -4630,6 +4644,7 @@ static bool orchi_epoll_reserve(orch_loop *loop) {
            orchi_grow(loop, &p->events, &p->event_capacity, wanted, sizeof(struct epoll_event));
 }
 
+/* Also after half an open: what is not there is not closed. */
 static void orchi_epoll_close(orch_loop *loop) {
     orchi_poller *p = &loop->poller;
     if (p->queue >= 0) close(p->queue); // in a child its own copy
@@ -4648,6 +4663,7 @@ static int orchi_epoll_open(orch_loop *loop) {
     return error;
 }
 
+/* What the event will bring back: the number, and above it whose it was, see orchi_epoll_note. */
 static int orchi_epoll_control(orchi_poller *p, int operation, int fd, int events) {
     const orchi_watch *watch = &p->watches[fd];
     bool own = (watch->hints & ORCHI_OWN) != 0;
@@ -4943,6 +4959,14 @@ ORCHI_COLD static void orchi_poller_renew(orch_loop *loop) {
 // 1,024; after twice as much with each move, and an eighth less each time it stays. A load that
 // changes faster than that is not worth following. Left out: trying both and measuring, which costs
 // moves to find out what the counts say.
+
+// By example, with 1,000 connections:
+//
+//     one is busy          a look of poll(2) finds 1 in 1,000. After 66 looks that is judged: epoll
+//     all become busy      a look of epoll finds 300 of 1,000. Judged after twice as many: poll
+//     it goes to and fro   each move doubles what it takes for the next, up to 1,024 times as much:
+//                          so a load on the border costs few moves, however long it lasts
+//     a program of ten     below 64 descriptors it stays with poll, and never makes another
 
 enum { ORCHI_TRIAL = 1 << 16, ORCHI_TRIAL_MOST = 1 << 26, ORCHI_TRIAL_LOOKS = 16 };
 
@@ -5366,6 +5390,7 @@ static void orchi_mail_run(orch_future *mail) {
 // A loop knows its remotes, as it must not call itself deadlocked while one can bring something.
 // One whose promise has settled brings nothing: it is taken out when it is met.
 
+/* Each knows what points to it, so taking one out needs neither search nor head. */
 static void orchi_remote_out(orch_remote *remote) {
     if (remote->place == NULL) return;
     *remote->place = remote->next;
@@ -5412,6 +5437,7 @@ static void orchi_fork_parent(void) {
     pthread_mutex_unlock(&orchi_shared.mutex);
 }
 
+/* In a child: an array is its own and forgets the number; a set is the parent's, and is left. */
 static void orchi_wake_unwatch(orch_loop *loop, int fd) {
     loop->poller.watches[fd].hints = 0;
     if (loop->poller.ops == &orchi_poll_ops) orchi_poll_update(loop, fd, true);
@@ -5874,6 +5900,7 @@ static size_t orchi_blocked(orch_loop *loop) {
     return count;
 }
 
+/* Looks at every slot there is: for a hang, not for a program that works. */
 void orch_loop_dump(orch_loop *loop) {
     if (loop != NULL) orchi_each_slot(loop, orchi_dump_visit, loop);
 }
@@ -5906,6 +5933,7 @@ static int orchi_loop_check(const orch_loop *loop, const char *function) {
     return orchi_inside(loop) ? orchi_misuse(function, ORCH_ENESTED) : 0;
 }
 
+/* A stop holds for the step or run that is under way: each begins without it. */
 int orch_loop_step(orch_loop *loop, uint64_t ms) {
     int error = orchi_loop_check(loop, "orch_loop_step");
     if (error != 0) return error;
@@ -5925,6 +5953,7 @@ int orch_loop_run(orch_loop *loop) {
 
 // ---- guest mode
 
+/* Only where it was asked for: the poller that moves by itself has none that stays. */
 int orch_loop_fd(const orch_loop *loop) {
     if (loop == NULL) return orchi_misuse("orch_loop_fd", ORCH_EINVAL);
     bool one = loop->poller.pinned && loop->poller.ops != &orchi_poll_ops;
@@ -5959,6 +5988,7 @@ int orch_loop_pollfds(orch_loop *loop, struct pollfd *fds, size_t capacity) {
     return (int)count;
 }
 
+/* The host is about to sleep, so from now on others have to wake it: orchi_doze. */
 uint64_t orch_loop_timeout(orch_loop *loop) {
     if (orchi_loop_check(loop, "orch_loop_timeout") != 0) return 0;
     if (!orchi_ring_empty(loop)) return 0;
@@ -5994,6 +6024,7 @@ static int orchi_guest_look(orch_loop *loop, const struct pollfd *fds, size_t co
     return error;
 }
 
+/* A turn the other way round: the host has slept, so the look comes first, then the round. */
 int orch_loop_dispatch(orch_loop *loop, const struct pollfd *fds, size_t count) {
     int error = orchi_loop_check(loop, "orch_loop_dispatch");
     if (error != 0) return error;
@@ -6248,6 +6279,14 @@ static inline void orchi_deliver(orch_loop *loop, orch_future *f, bool ok) {
     }
 }
 
+// Whom a settled future tells, and there is one of these only:
+//
+//     a consumer         is queued, or, where it counts its inputs, told now: that only counts
+//     proxies            each settles with a share, and tells its own consumer; none is left
+//     an orch_on         is queued in the future's own slot
+//     a handle           nobody: whoever has it will ask
+//     nobody             it is freed, and a rejection that was never looked at is reported
+
 /* Settles every proxy of a settled future with a share of it, in the order in which they
  * registered. */
 ORCHI_NO_INLINE static void orchi_settle_proxies(orch_loop *loop, orch_future *f) {
@@ -6294,6 +6333,18 @@ static void orchi_settle_as(orch_loop *loop, orch_future *f, orch_future *source
 }
 
 // ---- cancelling and giving up
+
+// What each kind answers to a request, and whom it names as the next to ask:
+//
+//     promise                    without a hook it settles now; with one, that is queued, once
+//     timer, readiness, signal   settles now, and leaves heap or table
+//     then, follower, timeout    the source; it settles when that has
+//     proxy                      the source, if nobody else holds it; else lets go, and settles now
+//     combinator                 is decided; asks its inputs when it runs
+//     task                       remembers it; what it waits for, unless a shield or a join forbids
+//     scope                      nothing: its task asks the members
+//
+// So a request walks along one chain to where the work is done, and costs its length.
 
 /* Asks pending work to end: from what was asked up to where the work is done. */
 static void orchi_cancel(orch_future *f, int reason) {
@@ -6762,6 +6813,7 @@ orch_future *orch_settled(orch_result r) {
 
 // ---- references
 
+/* One more holder, in constant time and without memory: it fails by misuse only. */
 orch_future *orch_ref(orch_future *f) {
     int error = orchi_check(f, "orch_ref");
     if (error != 0) return orchi_rejected(error);
@@ -6783,6 +6835,9 @@ void orch_drop(orch_future *f) {
     else orchi_drop(f);
 }
 
+// Detaching and dropping both give up a handle. Detached work goes on, and frees itself when it has
+// settled; its rejection is reported, unless somebody has looked. Dropped work is asked to end.
+
 void orch_detach(orch_future *f) {
     if (f == NULL || orchi_check(f, "orch_detach") != 0 || (f->flags & ORCHI_IMMORTAL)) return;
     f->flags |= ORCHI_DETACHED;
@@ -6799,6 +6854,7 @@ bool orch_is_settled(const orch_future *f) {
     return orchi_check(f, "orch_is_settled") == 0 && orchi_settled(f);
 }
 
+/* A rejection that was looked at is not reported as unhandled: somebody knows. */
 const orch_result *orch_peek(orch_future *f) {
     int error = orchi_check(f, "orch_peek");
     if (error != 0) return &orchi_rejected(error)->as.result;
@@ -6968,6 +7024,7 @@ orch_future *orch_finally(orch_future *f, void (*fn)(void *context), void *conte
     return t;
 }
 
+/* Claimed here and now, so that a misuse is reported where it was made. */
 orch_result orch_chain(orch_future *next) {
     orch_result r = {0, 0, NULL, orchi_claim(next, "orch_chain"), orchi_chain_release};
     return r;
@@ -7107,6 +7164,8 @@ static orch_future *orchi_timer_cancel(orch_future *f, int reason) {
 // Left out: a result of its own for each combinator, as a struct or a callback per input. orch_at
 // reads them all alike, and a list can be handed on like any other value.
 
+// A head of 8 bytes and five pointers are the 48 bytes of an extra slot. The most is what 32 bits
+// count with room to spare, as the hidden deadline comes on top of it.
 enum { ORCHI_LIST_IN_SLOT = 5 };
 static const size_t ORCHI_LIST_MOST = 0x7ffffff0;
 #define ORCHI_NO_WINNER UINT32_MAX
@@ -7118,6 +7177,10 @@ typedef enum orchi_mode {
     ORCHI_RACE,
     ORCHI_QUORUM
 } orchi_mode;
+
+// One allocation serves from beginning to end. While inputs are open, its places say where each one
+// is, so that losers can be asked. When all have ended, the same places hold settled futures, and
+// the list becomes the owner of the result. Nothing is copied in between.
 
 struct orchi_list { // followed by its futures
     uint32_t count; // what orch_at shows
@@ -7203,6 +7266,9 @@ static bool orchi_combine_decide(orch_future *c, uint32_t winner) {
     return true;
 }
 
+// A counter only goes down, and who takes it to 0 decides. What comes later is of no account, as
+// DECIDED is asked first: so no counter wraps, though losers go on settling behind the decision.
+
 /* Counts an input's outcome. The deadline's own decides at once, and as a success. */
 static bool orchi_combine_decided(orch_future *c, uint32_t input, bool *ok) {
     const orchi_list *list = c->as.combine.list;
@@ -7216,6 +7282,9 @@ static bool orchi_combine_decided(orch_future *c, uint32_t input, bool *ok) {
     uint32_t *left = *ok ? &c->as.combine.ok_left : &c->as.combine.fail_left;
     return --*left == 0 && orchi_combine_decide(c, input);
 }
+
+// A decision and an end are counted apart. An input that passes on a decision early (a race whose
+// loser is still ending) is heard twice: first it decides, later it is counted out.
 
 /* When the last input has ended, the result can be built. */
 static void orchi_combine_ended(orch_future *c, uint32_t input) {
@@ -7253,6 +7322,9 @@ static void orchi_combine_retarget(orch_future *c, uint32_t input, orch_future *
 static bool orchi_open(const orch_future *item) {
     return !orchi_settled(item) && !(item->flags & ORCHI_DECIDED);
 }
+
+// `unended` is in the loop's head because a promise without a hook settles inside the walk: when
+// the last one has, the rest of the list need not be looked at.
 
 /* Asks every input that is still open. Some end at once, which counts them out during the walk. */
 static void orchi_cancel_losers(orch_future *c) {
@@ -7298,10 +7370,15 @@ static void orchi_show_late(orch_loop *loop, orchi_list *list) {
     }
 }
 
+/* The list owns what it shows: one release gives up all its places. */
 static orch_result orchi_list_result(int error, uint32_t winner, orchi_list *list) {
     orch_result r = {error, winner, orchi_items(list), list, orchi_list_release};
     return r;
 }
+
+// all that fails, any that succeeds and race have one outcome; the other inputs' results are freed
+// with the list. The place that was moved out gets an immortal future, so that the release can walk
+// over it like over any other.
 
 /* The outcome of one input, moved out of the list; the others are given up. */
 static orch_result orchi_pick(orchi_list *list, uint32_t winner) {
@@ -7351,6 +7428,13 @@ static orch_future *orchi_combine_source(const orch_future *c, uint32_t *at) {
 }
 
 // ---- building one
+
+// A constructor takes over every input that it can read, whatever comes of it: each is claimed, or
+// given up when there is no memory or the call makes no sense. So no caller has a path on which it
+// still owns some of them.
+//
+// A settled input is marked as WAITED here, though nobody will be told: that is what makes a second
+// use of the same handle a misuse which is seen.
 
 /* Registers at a claimed input. What is settled or decided counts now; nobody waits for c yet. */
 static void orchi_combine_add(orch_future *c, uint32_t i, orch_future *item) {
@@ -7418,6 +7502,12 @@ static orch_future *orchi_combine_refuse(const char *function, int error, size_t
     return orchi_rejected(orchi_misuse(function, error));
 }
 
+// From here on each constructor is a line of the table at the head of this section: its mode and
+// its two counters. An empty list needs no combinator: all, all_settled, quorum and gather of
+// nothing fulfil at once, any of nothing has failed, and a race of nothing would never end, so it
+// is refused. That, and a quorum of more than there are, is a rejection and not a misuse: how many
+// inputs there are is often known at run time only.
+
 orch_future *orch_all_n(size_t count, orch_future *const *futures) {
     int error = orchi_combine_error(count, futures);
     if (error != 0) return orchi_combine_refuse("orch_all", error, count, futures);
@@ -7458,6 +7548,7 @@ orch_future *orch_quorum_n(size_t needed, size_t count, orch_future *const *futu
                          NULL);
 }
 
+/* The deadline is made first: until then no input was touched, and all can be given up. */
 orch_future *orch_gather_n(size_t count, orch_future *const *futures, uint64_t ms) {
     int error = orchi_combine_error(count, futures);
     if (error != 0) return orchi_combine_refuse("orch_gather", error, count, futures);
@@ -7502,6 +7593,16 @@ orch_future *orch_gather_list(uint64_t ms, orch_future *const *futures) {
 }
 
 // ---- timeout
+
+// The life of a timeout, t, of an input:
+//
+//     the input decides   the timer is disarmed; when the input has settled, t settles as it has
+//     the timer fires     t is decided, as a failure, and says so at once; the input is asked to
+//                         end; when it has, t settles with ORCH_ETIMEDOUT
+//     t is cancelled      the timer is disarmed and the input is asked; then as the first
+//
+// In no case does it settle before the input has ended: what that uses may lie in the frame of
+// whoever awaits t. A timeout that must not wait so long is a race with orch_after.
 
 orch_future *orch_timeout(orch_future *f, uint64_t ms) {
     orch_loop *loop = orchi_here("orch_timeout");
@@ -7577,9 +7678,12 @@ struct orch_completion {
     orch_future **items;
 };
 
+// Never written, so that all threads can share it. How many of them are out is counted in the loop;
+// when two have failed for different reasons, both are told the later one.
 // What stands for an iteration that could not be made: its first element is the error, see next.
 static orch_completion orchi_failed_iteration;
 
+/* Pointers before numbers, as both are then aligned. */
 static size_t orchi_completion_bytes(size_t count) {
     return sizeof(orch_completion) + count * (sizeof(orch_future *) + sizeof(uint32_t));
 }
@@ -7593,6 +7697,7 @@ static orch_completion *orchi_completion_fail(const char *function, int error, s
     return &orchi_failed_iteration;
 }
 
+/* One allocation and a slot: the hub has to be one, as consumers of futures are slots. */
 static orch_completion *orchi_completion_new(orch_loop *loop, size_t count) {
     void *memory = orchi_allocate(loop, orchi_completion_bytes(count));
     orch_completion *c = (orch_completion *)memory;
@@ -7635,6 +7740,7 @@ static void orchi_hub_ended(orch_future *hub, uint32_t input) {
     orchi_push(orchi_loop_of(hub), hub);
 }
 
+/* An input that followed was bypassed: its source stands in its place. */
 static void orchi_hub_retarget(orch_future *hub, uint32_t input, orch_future *to) {
     hub->as.hub.iteration->items[input] = to;
 }
@@ -7761,9 +7867,18 @@ struct orch_task { // first what every wait touches: one cache line
 
 typedef char orchi_task_fits[sizeof(struct orch_task) <= ORCHI_STACK_HEAD ? 1 : -1];
 
+// Two fields say what a request does to a task. `asked` is the task's own, for ever. `reason` is
+// what counts for the next wait: orchi_task_judge works it out from the open scopes and `asked`, so
+// that a wait has one integer to test, however many scopes there are.
+
 enum { ORCHI_PATIENCE = 1000 }; // refused waits until a task is reported
 
 // ---- entering and leaving
+
+// Who may enter a task: the main stack (orchi_enter), a task that leaves (orchi_leave), and whoever
+// starts one (orchi_task_start). All three set loop->current before they switch; nobody sets it
+// after, as by then another stack runs. A task that leaves switches to the next one directly, which
+// is one switch where going by the loop would be two.
 
 /* On the main stack, when a task has left to it: it may have left a call to be made here. */
 static inline void orchi_serve(orch_loop *loop) {
@@ -7825,6 +7940,10 @@ static inline void orchi_leave(orch_loop *loop, orch_task *task) {
     loop->current = next;
     orchi_context_switch(&task->context, orchi_context_of(loop, next));
 }
+
+// loop->trash is a list on the stack of whoever is freeing results. It must not be left in place
+// over a switch: what another task retires meanwhile would be put on this list, and be freed when
+// this task comes back, which may be never.
 
 /* Waits inside a release: others must not wait for what this task frees after it. */
 ORCHI_COLD static void orchi_suspend_freeing(orch_loop *loop, orch_task *task) {
@@ -7977,6 +8096,7 @@ static void orchi_circle_append(orch_future **last, orch_future *f) {
     *last = f;
 }
 
+/* From the front, so that failures are seen in the order in which they came. */
 static orch_future *orchi_circle_take(orch_future **last) {
     orch_future *first = (*last)->waiter.one.target;
     (*last)->waiter.one.target = first->waiter.one.target;
@@ -7984,12 +8104,17 @@ static orch_future *orchi_circle_take(orch_future **last) {
     return first;
 }
 
+/* A walk over at most ORCH_SCOPE_ERRORS failures, once, at close. */
 static size_t orchi_circle_length(const orch_future *last) {
     size_t length = last != NULL;
     const orch_future *f = last;
     while (f != NULL && (f = f->waiter.one.target) != last) length++;
     return length;
 }
+
+// What settling does for a scope is constant: a swap in the array, a link, a push. Counting the
+// failure, releasing the member and asking the others run later, from the queue, as each of them
+// may run code of the user's or recurse into other scopes.
 
 /* A member has settled: the last one takes its place. */
 static void orchi_scope_ended(orch_future *f, uint32_t input) {
@@ -8033,6 +8158,17 @@ static void orchi_scope_ask_members(orch_future *f) {
     }
 }
 
+// How a tree of scopes is cancelled, where a member of scope A is a task with a scope B of its own:
+//
+//     orch_scope_cancel(A)   A is marked and queued; the wait of A's body is broken off
+//     A runs                 asks its members: the task is marked, and with it B, which is queued
+//     B runs                 asks its own members
+//     they end               B closes, its task ends, A has a member less
+//
+// So each level is one turn of the queue, the depth of the C stack does not depend on the depth of
+// the tree, and the ends come from the leaves up. Every scope asks its members once (ASKED_ALL); as
+// it takes no new ones after it was marked, that is enough.
+
 /* Brings a scope up to date. */
 static void orchi_scope_sweep(orch_future *f) {
     orchi_scope *scope = f->as.scope.own;
@@ -8064,6 +8200,7 @@ static void orchi_scope_run(orch_future *f) {
     orchi_push(orchi_loop_of(f), f->as.scope.task->future);
 }
 
+/* A member that followed was bypassed: its source has the place now. */
 static void orchi_scope_retarget(orch_future *f, uint32_t input, orch_future *to) {
     f->as.scope.own->members[input] = to;
 }
@@ -8082,6 +8219,10 @@ static orch_future *orchi_scope_cancel(orch_future *f, int reason) {
 
 static const char *orchi_scope_label(const orch_future *f) { return f->as.scope.own->name; }
 
+// The capacity is a byte: 0, then 6 for a slot's worth, then the exponents from 7 on. So 6 is never
+// an exponent, and the step is from 6 members to 128. Doubling makes admitting constant on average;
+// an array never shrinks, as a scope lives about as long as its busiest moment.
+
 enum { ORCHI_SCOPE_SMALL = 6 };
 
 /* Six members fit into a slot, which saves small scopes an allocation. */
@@ -8091,6 +8232,7 @@ static size_t orchi_scope_capacity(const orchi_scope *scope) {
     return scope->capacity == small ? small : (size_t)1 << scope->capacity;
 }
 
+/* Of no capacity there is nothing to free: orchi_free takes NULL. */
 static void orchi_scope_free_members(orch_loop *loop, orchi_scope *scope) {
     if (scope->capacity == ORCHI_SCOPE_SMALL) orchi_extra_free(loop, scope->members);
     else orchi_free(loop, scope->members, orchi_scope_capacity(scope) * sizeof(orch_future *));
@@ -8128,12 +8270,14 @@ static orch_future *orchi_deadline_new(orch_loop *loop, orch_future *owner, uint
     return f;
 }
 
+/* Also for one that has fired: disarming it again does nothing. */
 static void orchi_deadline_free(orch_loop *loop, orch_future *f) {
     if (f == NULL) return;
     orchi_timer_disarm(loop, f);
     orchi_slot_free(loop, f);
 }
 
+/* A task is asked like by anybody else. A scope also notes that it was the time: close says so. */
 static void orchi_deadline_fire(orch_future *f, int events) {
     (void)events;
     orch_future *owner = f->waiter.one.target;
@@ -8216,6 +8360,7 @@ static size_t orchi_locals_bytes(uint32_t count) {
     return sizeof(orchi_locals) + count * sizeof(orchi_local *);
 }
 
+/* The slot goes before the user's release is called, which may set a value and need one. */
 static void orchi_local_drop(orch_loop *loop, orchi_local *local) {
     if (--local->holders > 0) return;
     orchi_local gone = *local;
@@ -8223,6 +8368,7 @@ static void orchi_local_drop(orch_loop *loop, orchi_local *local) {
     if (gone.release != NULL) gone.release(gone.value);
 }
 
+/* A table goes with the last task that shares it, and lets go of each of its values. */
 static void orchi_locals_drop(orch_loop *loop, orchi_locals *locals) {
     if (locals == NULL || --locals->holders > 0) return;
     for (uint32_t i = 0; i < locals->count; i++) {
@@ -8231,6 +8377,7 @@ static void orchi_locals_drop(orch_loop *loop, orchi_locals *locals) {
     orchi_free(loop, locals, orchi_locals_bytes(locals->count));
 }
 
+/* What starting a task costs for all its values: one increment. */
 static orchi_locals *orchi_locals_share(orchi_locals *locals) {
     if (locals != NULL) locals->holders++;
     return locals;
@@ -8394,11 +8541,13 @@ static void *orchi_task_main(void *argument) {
 
 // ---- waiting for an end
 
+/* What it waits for has followed something: from now on it waits for that. */
 static void orchi_task_retarget(orch_future *f, uint32_t input, orch_future *to) {
     (void)input;
     f->as.task.task->waiting = to;
 }
 
+/* For reports: NULL while it runs or is ready. */
 static orch_future *orchi_task_source(const orch_future *f, uint32_t *at) {
     return (*at)++ == 0 ? f->as.task.task->waiting : NULL;
 }
@@ -8435,6 +8584,8 @@ static void orchi_join_in(orch_loop *loop, orch_task *task, orch_future *f) {
     orchi_release(f);
 }
 
+/* What orch_drop calls inside a task. One that has ended has no stack to come back to: it asks, and
+ * the work ends alone. */
 static void orchi_join(orch_future *f) {
     orch_task *task = orchi_loop->current;
     if (task->ended) orchi_release(f);
@@ -8588,6 +8739,8 @@ orch_future *orch_go(orch_task_fn fn, void *arg) {
     return orchi_begin(&desc, NULL, true, "orch_go");
 }
 
+/* There is no future to carry an error, so it is returned. A detached task needs no reference while
+ * it runs, and frees its slot when it settles. */
 int orch_spawn(orch_task_fn fn, void *arg) {
     orch_task_desc desc = {NULL, fn, arg, 0, NULL, 0};
     orch_future *f = orchi_begin(&desc, NULL, false, "orch_spawn");
@@ -8618,6 +8771,16 @@ static ORCHI_INLINE orch_result orchi_await_pending(orch_loop *loop, orch_task *
     return orchi_take_result(orchi_wait_for(loop, task, f));
 }
 
+// The order of checks in a wait, here and in everything that is built on it:
+//
+//     in a task?         if not, the future is given up: it was handed over
+//     the handle         misuse gives an immortal rejected future, which is settled
+//     settled            the result at once, also for a cancelled task: it costs no wait
+//     asked to end       the future is cancelled, waited for and dropped; ORCH_ECANCELED
+//     else               leave, and come back when it has settled
+//
+// A future that is decided is waited for even by a cancelled task: its success must not be lost.
+
 orch_result orch_await(orch_future *f) {
     int error;
     orch_task *task = orchi_here_task("orch_await", &error);
@@ -8644,6 +8807,7 @@ static int orchi_look(orch_loop *loop, orch_task *task, orch_future *f) {
     return let_go ? ORCH_ECANCELED : 0;
 }
 
+/* Looks and does not consume, so the handle stays good whatever comes, and the result is lent. */
 orch_result orch_wait(orch_future *f) {
     int error;
     orch_task *task = orchi_here_task("orch_wait", &error);
@@ -8696,6 +8860,7 @@ ORCHI_YIELD_LINKAGE int ORCHI_YIELD(void) {
     return orchi_must_end(task) ? ORCH_ECANCELED : 0;
 }
 
+/* Refused before a timer is made, so a cancelled task in a loop of sleeps needs none. */
 int orch_sleep(uint64_t ms) {
     int error;
     orch_task *task = orchi_here_task("orch_sleep", &error);
@@ -8704,6 +8869,10 @@ int orch_sleep(uint64_t ms) {
     orch_result r = orch_await(orch_after(ms));
     return r.error;
 }
+
+// Shields are a count, as they nest. Beginning one changes no reason: a request that came before it
+// is held off by comparing counts, see orchi_must_end. Ending one may let through what came
+// meanwhile; the wait after it is then refused, not the end itself.
 
 void orch_shield_begin(void) {
     int error;
@@ -8778,6 +8947,9 @@ int orch_cancel_reason(void) {
     return task != NULL ? task->reason : 0;
 }
 
+// What follows only looks, is allowed anywhere, and takes NULL as "no task": it is called from
+// hooks and loggers, which may run outside of one.
+
 const char *orch_task_name(const orch_task *task) { return task != NULL ? task->name : ""; }
 
 size_t orch_task_stack_size(const orch_task *task) {
@@ -8787,6 +8959,10 @@ size_t orch_task_stack_size(const orch_task *task) {
 size_t orch_task_stack_peak(const orch_task *task) {
     return task != NULL ? orchi_stack_touched(task->stack) : 0;
 }
+
+// The call is left in the loop and made by orchi_serve when the main stack is back: fn gets its
+// whole depth, for libraries that need megabytes. Meanwhile there is no current task, so whatever
+// would wait is refused, and the loop counts as running, so that it cannot be stepped from there.
 
 void *orch_on_main_stack(void *(*fn)(void *arg), void *arg) {
     orch_task *task = orch_self();
@@ -8834,6 +9010,7 @@ static void orchi_fault_write(const char *text) {
     if (write(2, text, strlen(text)) < 0) return;
 }
 
+/* In decimal, by hand: printf is not allowed here. */
 static void orchi_fault_number(uint64_t number) {
     char digits[24], *p = digits + sizeof digits - 1;
     *p = '\0';
@@ -9035,6 +9212,8 @@ static int orchi_scope_fail(orch_future *f, int error) {
     return error;
 }
 
+/* Starting does not fail alone: what could not be started is a failure of the scope, too, so that
+ * nobody has to look at each return value. */
 static int orchi_scope_start(const orch_scope *scope, const orch_task_desc *desc,
                              const char *function) {
     int error;
@@ -9058,6 +9237,7 @@ int orch_scope_go_with(orch_scope *scope, const orch_task_desc *desc) {
     return orchi_scope_start(scope, desc, "orch_scope_go_with");
 }
 
+/* A settled future is counted at once and never takes a place in the array. */
 int orch_scope_add(orch_scope *scope, orch_future *added) {
     int error;
     orch_future *f = orchi_scope_enter(scope, "orch_scope_add", &error);
@@ -9097,6 +9277,10 @@ static bool orchi_scope_closes(orch_loop *loop, orch_task *task, orch_future *f)
     return true;
 }
 
+// Close cannot be refused and returns when every member has ended, also in a cancelled task: who
+// comes back from it knows that nothing of the scope uses the frame any more. To bound it, give the
+// scope a deadline, or have members that end when they are asked.
+
 orch_result orch_scope_close(orch_scope *scope) {
     int error;
     orch_task *task = orchi_here_task("orch_scope_close", &error);
@@ -9108,6 +9292,8 @@ orch_result orch_scope_close(orch_scope *scope) {
     return orchi_scope_end(orchi_loop, task, f);
 }
 
+/* A new timer, whose duration counts from the end of this round as any other's does. The old one
+ * goes first: without memory for the new one the scope has no deadline at all. */
 int orch_scope_extend(orch_scope *scope, uint64_t ms) {
     int error;
     orch_future *f = orchi_scope_enter(scope, "orch_scope_extend", &error);
@@ -9139,6 +9325,7 @@ const orch_result *orch_scope_error(const orch_scope *scope, size_t i) {
     return i == 0 ? &at->as.result : &orchi_no_element;
 }
 
+/* Rounded down: a call that is given what is left must not come back after the deadline. */
 uint64_t orch_time_left(void) {
     const orch_task *task = orch_self();
     if (task == NULL) return ORCH_NO_DEADLINE;
@@ -9439,6 +9626,7 @@ static ORCHI_INLINE ptrdiff_t orchi_io_memory(const char *function, int fd, int 
     return orchi_io(function, fd, direction, attempt, t);
 }
 
+/* A hint saves a call that would say EAGAIN. A wrong one costs a wait that ends at once. */
 static void orchi_watch_hint(orchi_watch *watch, int bit, bool set) {
     watch->hints = (uint16_t)(set ? watch->hints | bit : watch->hints & ~bit);
 }
@@ -9517,10 +9705,12 @@ static ORCHI_INLINE ptrdiff_t orchi_attempt_recv(int fd, orchi_watch *watch, orc
     do n = recv(fd, t->data, t->size, t->flags | MSG_DONTWAIT);
     while (ORCHI_UNLIKELY(n < 0 && errno == EINTR));
     if (ORCHI_UNLIKELY(n < 0)) return -errno;
+    // A short stream has no more just now; a datagram says nothing about the next one.
     if ((size_t)n < t->size && !(watch->hints & ORCHI_DATAGRAMS)) watch->hints |= ORCHI_DRY;
     return n;
 }
 
+/* As a socket, which most are. What is none says so once, and is read with read from then on. */
 static ptrdiff_t orchi_attempt_read(int fd, orchi_watch *watch, orchi_transfer *t) {
     ptrdiff_t n = -ENOTSOCK;
     if (!(watch->hints & ORCHI_NO_SOCKET)) {
@@ -9534,6 +9724,7 @@ static ptrdiff_t orchi_attempt_read(int fd, orchi_watch *watch, orchi_transfer *
     return n;
 }
 
+/* Goes on while there is more. `done` is kept from one attempt to the next. */
 static ptrdiff_t orchi_attempt_read_full(int fd, orchi_watch *watch, orchi_transfer *t) {
     orchi_transfer rest = *t;
     while (t->done < t->size) {
@@ -9548,6 +9739,7 @@ static ptrdiff_t orchi_attempt_read_full(int fd, orchi_watch *watch, orchi_trans
     return (ptrdiff_t)t->done;
 }
 
+/* The parts are filled once: no attempt goes on where another has stopped. */
 static ptrdiff_t orchi_attempt_readv(int fd, orchi_watch *watch, orchi_transfer *t) {
     struct msghdr message;
     ptrdiff_t n = -ENOTSOCK;
@@ -9567,6 +9759,10 @@ static ptrdiff_t orchi_attempt_readv(int fd, orchi_watch *watch, orchi_transfer 
     if (n >= 0) orchi_watch_hint(watch, ORCHI_DRY, (size_t)n < t->size);
     return n;
 }
+
+// The public calls fill in a transfer and name the attempt; whether, when and for whom to wait is
+// orchi_io's. A transfer lies on the caller's stack: what is left to do outlives a wait there, and
+// costs no memory.
 
 ptrdiff_t orch_read(int fd, void *buffer, size_t size) {
     orchi_transfer t = {(char *)buffer, size, 0, 0, 0, NULL, NULL};
@@ -9750,6 +9946,7 @@ static int orchi_socketpair2(int fds[2]) {
 }
 #endif
 
+/* Both, or neither: what makes them leaves nothing behind when it fails. */
 static int orchi_two(const char *function, int fds[2], int (*make)(int fds[2]), uint16_t hints) {
     int made[2];
     if (fds == NULL) return orchi_misuse(function, ORCH_EINVAL);
@@ -9773,6 +9970,11 @@ int orch_socketpair(int fds[2]) { return orchi_two("orch_socketpair", fds, orchi
 //
 // A line's end is overwritten with the zero. The buffer grows up to the limit; what was taken makes
 // room when the next read needs it, so that no byte is moved for a line that is there already.
+
+// The order of checks, on what is in the buffer: a newline ends a line, also one that was skipped;
+// without one, more than the limit and a "\r" is too long; at the end of the stream the rest is a
+// line; else more is read. `seen` keeps a long line from being searched again after each read, so
+// that finding lines is linear however small the reads are.
 
 struct orch_reader {
     orch_loop *loop;
@@ -9926,6 +10128,7 @@ static ptrdiff_t orchi_reader_leave(orch_reader *r, ptrdiff_t n) {
     return ORCH_ECLOSED;
 }
 
+/* *line is good until the next call, and an empty text with every error but -EMSGSIZE. */
 ptrdiff_t orch_reader_line(orch_reader *r, const char **line) {
     static const char nothing[] = "";
     if (line == NULL) return orchi_misuse("orch_reader_line", ORCH_EINVAL);
@@ -9957,6 +10160,7 @@ ptrdiff_t orch_reader_read(orch_reader *r, void *buffer, size_t size) {
     return orchi_reader_leave(r, n);
 }
 
+/* Inside of a call it is left to that call, which comes back to this memory. */
 void orch_reader_free(orch_reader *r) {
     if (r == NULL || r->error != 0) return;
     if (r->busy) r->freed = true;
@@ -10086,6 +10290,8 @@ static void orchi_remote_init(orch_loop *loop, orch_remote *remote, orch_promise
     orchi_remote_in(loop, remote);
 }
 
+/* Also for a promise that has settled: the thread that gets it need not know, and what it sends is
+ * freed when it comes home. */
 orch_remote *orch_promise_remote(orch_promise promise) {
     if (orchi_here("orch_promise_remote") == NULL) return NULL;
     bool pending = orch_promise_pending(promise);
@@ -10107,6 +10313,8 @@ static bool orchi_remote_send(orch_remote *remote) {
     return false;
 }
 
+/* The remote is gone after this, whatever it returns: the loop may have freed it before this call
+ * is back. */
 bool orch_remote_settle(orch_remote *remote, orch_result r) {
     r = orchi_carry(r);
     if (remote == NULL) {
@@ -10135,6 +10343,9 @@ void orch_remote_drop(orch_remote *remote) {
 //                    comes home later, finds its promise gone, and what it brings is freed
 //     the loop goes  nothing is queued any more, as every future was cancelled; what runs finds no
 //                    home, and frees its result itself
+
+// A thread's bell keeps a ring that comes before the wait. Each thread has its own, so that exactly
+// the one that was chosen wakes up, and no other looks whether it was meant.
 
 #if ORCHI_SEMAPHORES
 typedef sem_t orchi_bell;
@@ -10198,6 +10409,10 @@ typedef struct orchi_job {
     struct orchi_lane *lane; // NULL: not queued (any more)
     struct orchi_job *next, *previous;
 } orchi_job; // the copied argument follows
+
+// Who owns a job: its lane while it is queued, the thread while it runs, the inbox on its way home,
+// the loop when it is opened. `lane` says which of the first two, under the lock, and that decides
+// what a cancellation may do: take it back and free it, or leave it alone.
 
 typedef struct orchi_worker { // of a thread, as long as it lives
     orchi_bell bell;
@@ -10404,6 +10619,7 @@ static int orchi_worker_start(orchi_lane *lane) {
     return 0;
 }
 
+/* First in, first out: lanes have no priorities. */
 static void orchi_job_link(orchi_lane *lane, orchi_job *job) {
     job->lane = lane;
     job->next = NULL;
@@ -10447,6 +10663,8 @@ static void orchi_pool_rest(void) {
     if (joins) pthread_join(last, NULL);
 }
 
+/* Fewer threads: those that are too many end when they next look for work. More: those that work is
+ * waiting for are started now, the others when there is work. */
 int orch_pool_limit(orch_lane lane, unsigned threads) {
     if ((unsigned)lane >= ORCH_LANES || threads == 0) {
         return orchi_misuse("orch_pool_limit", ORCH_EINVAL);
@@ -10525,6 +10743,7 @@ static orch_future *orchi_job_begin(orchi_job *job, const orch_offload_desc *des
     return f;
 }
 
+/* The argument's size is bounded by malloc alone: it does not lie on a stack. */
 static int orchi_offload_error(const orch_offload_desc *desc) {
     if (orchi_loop == NULL) return ORCH_ENOLOOP;
     if (desc == NULL || desc->fn == NULL || (unsigned)desc->lane >= ORCH_LANES) return ORCH_EINVAL;
@@ -10580,6 +10799,7 @@ typedef struct orchi_visit {
     uint32_t holders; // orchi_shared.mutex: the answer, a stop, who begins it
 } orchi_visit;
 
+/* A count under the lock and not an atomic one: it changes a few times in a visit's life. */
 static void orchi_visit_hold(orchi_visit *visit) {
     pthread_mutex_lock(&orchi_shared.mutex);
     visit->holders++;
@@ -10672,6 +10892,7 @@ static void orchi_visits_end(orch_loop *loop) {
     while (loop->visits != NULL) orchi_visit_answer(loop->visits, orch_fail(ORCH_ECLOSED));
 }
 
+/* The letters are part of it, so that neither going, stopping nor answering needs memory later. */
 static orchi_visit *orchi_visit_new(orch_promise promise, orch_task_fn fn, void *arg) {
     orchi_visit *visit = (orchi_visit *)calloc(1, sizeof *visit);
     if (visit == NULL) return NULL;
@@ -10791,6 +11012,8 @@ static orch_future *orchi_resolve_offload(const char *host, const char *service)
     return orchi_offload(&desc, "orch_resolve");
 }
 
+/* Numbers are resolved here and now, which blocks nobody. Names are asked for on a lane of their
+ * own, as a name server that does not answer must not hold up files. */
 orch_future *orch_resolve(const char *host, const char *service) {
     if (orchi_here("orch_resolve") == NULL) return orchi_rejected(ORCH_ENOLOOP);
     if (host == NULL && service == NULL) {
@@ -10886,6 +11109,18 @@ static struct orchi_registry {
     struct sigaction previous[ORCHI_SIGNALS];
 } orchi_registry;
 
+// A signal on its way, with the loop asleep:
+//
+//     the handler   in any thread: sets the bit in every object that wants the signal, and rings
+//                   its bell
+//     the look      the bell is readable: it is silenced, the lowest bit is taken, and it is rung
+//                   again when more are left
+//     the future    settles with the number; the next wait finds the bell as it is
+//
+// A signal that comes twice before it is taken is one bit, as it would be one pending signal of the
+// system's. Sets are two words of 32 bits: atomic on them is lock-free everywhere, as it has to be
+// in a handler.
+
 static bool orchi_signal_in(const uint32_t set[2], int number) {
     return (__atomic_load_n(&set[(number - 1) / 32], __ATOMIC_ACQUIRE) >> (number - 1) % 32) & 1;
 }
@@ -10914,6 +11149,8 @@ static bool orchi_signal_note(orch_signals *s, int number) {
     return s->final && __atomic_fetch_add(&s->caught, 1, __ATOMIC_ACQ_REL) > 0;
 }
 
+/* Walks over a list that others change. What it may meet is either still in, or out and waited for
+ * (orchi_signals_unlink): `inside` says that somebody walks. errno is the interrupted code's. */
 static void orchi_signal_handler(int number) {
     struct orchi_registry *registry = &orchi_registry;
     int saved = errno;
@@ -10989,6 +11226,7 @@ static int orchi_signal_use(int number) {
     return 0;
 }
 
+/* With the lock held, as users are counted over all objects of the process. */
 static void orchi_signal_leave(int number) {
     if (--orchi_registry.users[number - 1] == 0) orchi_signal_restore(number);
 }
@@ -11023,6 +11261,7 @@ static void orchi_signals_unlink(orch_signals *s) {
     while (__atomic_load_n(&orchi_registry.inside, __ATOMIC_SEQ_CST) != 0) sched_yield();
 }
 
+/* The signals first: when the last user of one has left, nothing new comes for it. */
 static void orchi_signals_exit(orch_signals *s) {
     if (s->process != getpid()) return; // a copy, in a child made by fork
     orchi_registry_lock();
@@ -11054,6 +11293,7 @@ static bool orchi_signal_can_wait(int number) {
     return number >= 1 && number <= ORCHI_SIGNALS;
 }
 
+/* Asked before anything is installed: a list is taken as a whole, or not at all. */
 static int orchi_signals_want(orch_signals *s, const int *signals, size_t count) {
     for (size_t i = 0; i < count; i++) {
         if (!orchi_signal_can_wait(signals[i])) return ORCH_EINVAL;
@@ -11100,6 +11340,7 @@ static int orchi_signals_error(const orch_signals *s, const char *function) {
     return orchi_misuse(function, orchi_loop != NULL ? ORCH_ETHREAD : ORCH_ENOLOOP);
 }
 
+/* Of one that could not be made there is only the memory. */
 static void orchi_signals_dispose(orch_signals *s) {
     if (s->error == 0) {
         orchi_signals_exit(s);
@@ -11160,6 +11401,7 @@ static void orchi_signal_fire(orch_future *f, int events) {
         orchi_signal_settle(f, orch_fail(bad ? -EBADF : ORCH_ECANCELED), false);
 }
 
+/* It takes no bit: what has come stays for the next wait. */
 static orch_future *orchi_signal_cancel(orch_future *f, int reason) {
     (void)reason;
     f->flags |= ORCHI_CANCEL;
@@ -11183,6 +11425,7 @@ void orch_signals_free(orch_signals *s) {
     orchi_signals_dispose(s);
 }
 
+/* The object is made and goes with the future: the signal has its old meaning again after it. */
 orch_future *orch_signal(int signal) {
     if (orchi_loop == NULL) return orchi_rejected(orchi_misuse("orch_signal", ORCH_ENOLOOP));
     orch_signals *s = orch_signals_new(&signal, 1);
@@ -11235,6 +11478,7 @@ static void orchi_print_unhandled(const orch_result *r, void *context) {
     fprintf(stderr, "asyncorch: unhandled rejection: %s (error %d)\n", orch_message(r), r->error);
 }
 
+/* To stderr as it is: a report is a whole line. */
 static void orchi_print_report(const char *text, void *context) {
     (void)context;
     fputs(text, stderr);
@@ -11300,6 +11544,7 @@ static int orchi_loop_make(const orch_loop_desc *given, orch_loop **made) {
     return 0;
 }
 
+/* NULL for whatever is wrong: there is no loop that could say more. */
 orch_loop *orch_loop_new(const orch_loop_desc *desc) {
     orch_loop *loop = NULL;
     int error = orchi_loop_make(desc, &loop);
@@ -11456,10 +11701,15 @@ static void orchi_cancel_rest(orch_loop *loop) {
     } while (seen != orchi_resumes(loop));
 }
 
+/* A circle ends only when one of its waits is broken off; what that ends may free others. */
 static void orchi_end_all(orch_loop *loop) {
     do orchi_cancel_rest(loop);
     while (orchi_break(loop, true));
 }
+
+// In two steps, as answers of other threads may come during the first: after the inbox was closed,
+// what was in it is worked off by the second. What lives then is held by somebody, who has never
+// dropped a handle: the loop is not freed under it, and can be run on.
 
 int orch_loop_free(orch_loop *loop) {
     int error = orchi_loop_check(loop, "orch_loop_free");
@@ -11605,6 +11855,7 @@ static orch_result orchi_run_all(orch_loop *loop, orch_task_fn main, void *arg) 
     return r;
 }
 
+/* The handler of signals is put back before the loop goes, whichever way it went. */
 orch_result orch_run_with(const orch_loop_desc *desc, orch_task_fn main, void *arg) {
     orch_loop *loop = NULL;
     orch_signals *caught = NULL;
@@ -11620,6 +11871,7 @@ orch_result orch_run_with(const orch_loop_desc *desc, orch_task_fn main, void *a
 
 orch_result orch_run(orch_task_fn main, void *arg) { return orch_run_with(NULL, main, arg); }
 
+/* 128 and the number, as a shell says of a program that a signal has ended. */
 int orch_exit(orch_result r) {
     bool by_signal = r.error == ORCH_ESIGNAL;
     int code = by_signal ? 128 + (int)r.index : r.error != 0;
@@ -11705,6 +11957,9 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
 
 // ---- addresses
 
+// An address is bytes, of any family. Its fields are written and read by memcpy through the struct
+// of its family; the cast is for system calls, and for the family, which comes first in each.
+
 static struct sockaddr *orchi_sockaddr(const orch_address *address) {
     return (struct sockaddr *)(uintptr_t)address->storage;
 }
@@ -11750,6 +12005,13 @@ static int orchi_address_path(orch_address *address, const char *path) {
     memcpy(address->storage, &un, address->size);
     return 0;
 }
+
+// What is understood, with a port of 80 given beside it:
+//
+//     "127.0.0.1"       port 80            "::1"             port 80
+//     "127.0.0.1:443"   port 443           "[::1]:443"       port 443
+//     "fe80::1%eth0"    port 80, a zone    "", NULL, "*"     every address, port 80
+//     "/run/x.sock"     a path             "@name"           a name without a file (Linux)
 
 /* A port in digits to the end of the text. */
 static int orchi_parse_port(const char *text, uint16_t *port) {
@@ -11869,6 +12131,7 @@ uint16_t orch_address_port(const orch_address *address) {
     return ntohs(in.sin_port);
 }
 
+/* What both ask for; they differ in the call. */
 static int orchi_address_of(const char *function, int fd, orch_address *address,
                             int (*ask)(int, struct sockaddr *, socklen_t *)) {
     socklen_t size = sizeof address->storage;
@@ -11926,6 +12189,9 @@ static bool orchi_is_inet(const orch_address *address) {
     int family = orchi_family(address);
     return family == AF_INET || family == AF_INET6;
 }
+
+// SO_REUSEADDR for streams only: it lets a server start again while connections of its predecessor
+// linger, and for datagrams it would let two programs take the same port.
 
 /* A socket bound to an address. On IPv6 "every address" takes IPv4 too. */
 static int orchi_bound(const orch_address *address, int type, bool reuse_port) {
@@ -11992,6 +12258,7 @@ int orch_listen(const orch_listen_desc *desc) {
     return orchi_adopt(fd, 0);
 }
 
+/* With a peer and no address of its own it is not bound: the system chooses one. */
 int orch_udp(const orch_udp_desc *desc) {
     orch_udp_desc none;
     memset(&none, 0, sizeof none);
@@ -12022,6 +12289,7 @@ ptrdiff_t orch_socket_recv(int fd, void *buffer, size_t size, int flags) {
     return orchi_io_memory("orch_socket_recv", fd, ORCH_READABLE, orchi_attempt_recv, &t);
 }
 
+/* Flags are the system's own, and MSG_DONTWAIT is always among them: none can block the loop. */
 ptrdiff_t orch_socket_send(int fd, const void *data, size_t size, int flags) {
     orchi_transfer t = {(char *)(uintptr_t)data, size, 0, flags, 0, NULL, NULL};
     return orchi_io_memory("orch_socket_send", fd, ORCH_WRITABLE, orchi_attempt_send, &t);
@@ -12056,6 +12324,7 @@ ptrdiff_t orch_socket_recvfrom(int fd, void *buffer, size_t size, orch_address *
     return orchi_io_memory("orch_socket_recvfrom", fd, ORCH_READABLE, orchi_attempt_recvfrom, &t);
 }
 
+/* A datagram goes as a whole or not at all: there is nothing to go on with. */
 static ptrdiff_t orchi_attempt_sendto(int fd, orchi_watch *watch, orchi_transfer *t) {
     const orch_address *to = t->address;
     ptrdiff_t n;
@@ -12088,6 +12357,7 @@ static bool orchi_accept_again(int error) {
 
 enum { ORCHI_PASSED_OVER = 64 }; // failed connections, until others have their turn
 
+/* A client that connects and resets in a loop must not keep this one from ever waiting. */
 static ptrdiff_t orchi_attempt_accept(int fd, orchi_watch *watch, orchi_transfer *t) {
     (void)watch;
     for (int i = 0; i < ORCHI_PASSED_OVER; i++) {
@@ -12146,10 +12416,15 @@ static void orchi_server_leave(orchi_server *s) {
     if (--s->holders == 0) orchi_free(s->loop, s, sizeof *s);
 }
 
+/* A connection's error is nobody's result, so it is told, and where nobody listens, reported. */
 static void orchi_server_tell(const orchi_server *s, const orch_result *r) {
     if (s->desc.on_error != NULL) s->desc.on_error(r, s->desc.context);
     else orchi_unhandled(s->loop, r);
 }
+
+// The order at the end: the descriptor first, so that the client hears at once; out of the list
+// before on_error runs, so that a drain does not ask a task that is as good as gone; the count
+// last, as it is what a full server and a drain wait for. After it nothing of the user's runs.
 
 static orch_result orchi_connection_main(void *arg) {
     const orchi_accepted *accepted = (const orchi_accepted *)arg;
@@ -12248,6 +12523,8 @@ static void orchi_server_cancel(orchi_server *s) {
     }
 }
 
+/* Each connection that ends ends a pause, so the time that is left is worked out anew. Behind the
+ * shield a cancellation is no reason to leave connections behind. */
 static void orchi_server_drain(orchi_server *s) {
     orch_shield_begin();
     uint64_t start = orch_now(), gone = 0;
@@ -12277,6 +12554,7 @@ static orchi_server *orchi_server_new(orch_result (*handler)(int fd, void *conte
     return s;
 }
 
+/* Asked once and before: a stack size that no task can have would fail every connection. */
 static int orchi_serve_error(orch_result (*handler)(int fd, void *context),
                              const orch_serve_desc *desc) {
     int error;
@@ -12405,6 +12683,9 @@ static int orchi_dial_ended(orchi_dial *d, size_t i, int error, bool *next) {
     return -EAGAIN;
 }
 
+// Each wait is a race made anew over the attempts that are under way, and a timer. Rebuilding it
+// costs as many slots as there are attempts, which are few, and nothing of one is left in the next.
+
 /* Waits until an attempt ends or the next is due. Returns a connected descriptor, -EAGAIN to go on,
  * or an error that ends it all. */
 static int orchi_dial_wait(orchi_dial *d, bool *next) {
@@ -12421,6 +12702,8 @@ static int orchi_dial_wait(orchi_dial *d, bool *next) {
     return -EAGAIN;
 }
 
+/* `next`: the next attempt need not wait for its delay. With none under way there is nothing to
+ * wait for, and with none left either, the first error is what all came to. */
 static int orchi_dial_run(orchi_dial *d) {
     bool next = true;
     int fd = -EAGAIN;
@@ -12472,6 +12755,7 @@ static int orchi_dial_list(const orch_connect_desc *desc, const orch_address *li
     return fd;
 }
 
+/* What was resolved belongs to the result, and is looked at until the dialing is over. */
 static int orchi_dial_name(const orch_connect_desc *desc) {
     orch_result r = orch_await(orch_resolve(desc->host, desc->service));
     int fd = r.error;
@@ -12492,6 +12776,7 @@ static int orchi_dial_path(const orch_connect_desc *desc) {
     return error != 0 ? error : orchi_dial_list(desc, &address, 1);
 }
 
+/* The desc is copied for its defaults, as the caller's is const. */
 static int orchi_connect(const char *function, const orch_connect_desc *desc) {
     int error;
     if (orchi_here_task(function, &error) == NULL) return error;
@@ -12531,6 +12816,15 @@ int orch_connect(const char *host, const char *service) {
 // Left out: io_uring, which does this without a thread, but only on Linux and not in every
 // container; and a call for every system call there is: orch_offload runs the others.
 
+// The life of an operation:
+//
+//     the task     makes it, with copies of all that it needs, and offloads it
+//     the thread   calls fn, and marks it as moved: the result owns it now, and the job's release,
+//                  which runs next, leaves it alone
+//     the task     copies out what it has brought, and frees the result, which frees it all
+//     cancelled    queued: the job's release frees it. Running: its result comes home to nobody,
+//                  and is freed there: an opened descriptor is closed, what was read is dropped
+
 typedef struct orchi_file {
     int (*fn)(struct orchi_file *op); // on the thread: 0, or -errno
     int error;
@@ -12564,6 +12858,7 @@ static ssize_t orchi_file_some(const orchi_file *op, bool writes, char *at, size
     return n;
 }
 
+/* A read that brings nothing is at the end. A write that takes nothing would go on for ever. */
 static int orchi_file_move(orchi_file *op, bool writes) {
     while (op->done < op->size) {
         ssize_t n = orchi_file_some(op, writes, op->bytes + op->done, op->size - op->done);
@@ -12585,6 +12880,7 @@ static int orchi_file_do_truncate(orchi_file *op) {
     return ftruncate(op->fd, (off_t)op->offset) == 0 ? 0 : -errno;
 }
 
+/* Close-on-exec always: the program has threads, and any of them may start another one. */
 static int orchi_file_do_open(orchi_file *op) {
     do op->fd = open(op->path, op->flags | O_CLOEXEC, op->mode);
     while (op->fd < 0 && errno == EINTR);
@@ -12628,6 +12924,7 @@ static int orchi_file_read_all(orchi_file *op, size_t room) {
     return 0;
 }
 
+/* The size that was said is a first guess, with one byte more to see the end by. */
 static int orchi_file_do_load(orchi_file *op) {
     struct stat st;
     op->flags = O_RDONLY;
@@ -12637,6 +12934,11 @@ static int orchi_file_do_load(orchi_file *op) {
     bool known = st.st_size > 0 && (uint64_t)st.st_size < SIZE_MAX / 4;
     return orchi_file_read_all(op, known ? (size_t)st.st_size + 1 : 0u + ORCHI_FILE_FIRST);
 }
+
+// How a file is replaced: "data.json" is written as "data.json.<number>.tmp" in the same directory,
+// since a rename is one step only within a file system. Whoever reads meanwhile has the old file to
+// its end; whoever opens it after has the new one. A failure at any step unlinks the new file and
+// leaves the old one as it was.
 
 /* The new file, under a name that nobody has. */
 static int orchi_file_beside(orchi_file *op, const char *path, char *name, size_t size) {
@@ -12683,6 +12985,7 @@ static int orchi_file_do_save(orchi_file *op) {
 
 // ---- around it
 
+/* The release of a result: closes what nobody has taken over. */
 static void orchi_file_free(void *memory) {
     orchi_file *op = (orchi_file *)memory;
     if (op->opened) close(op->fd);
@@ -12690,6 +12993,7 @@ static void orchi_file_free(void *memory) {
     free(op);
 }
 
+/* The release of a job: frees what never ran. */
 static void orchi_file_release(void *memory) {
     if (!((orchi_file *)memory)->moved) orchi_file_free(memory);
 }
@@ -12797,6 +13101,10 @@ static ptrdiff_t orchi_file_piece(int fd, char *in, const char *out, size_t size
     return (ptrdiff_t)done;
 }
 
+// In pieces of 1 MiB: so the copies need no more memory than that, whatever the caller's size, and
+// a request to end is seen between two. After an error in the middle, how much was done is not
+// told: the offset is the caller's, who can do it again.
+
 ptrdiff_t orch_file_read(int fd, void *buffer, size_t size, uint64_t offset) {
     bool valid = (buffer != NULL || size == 0) && size <= PTRDIFF_MAX;
     for (size_t done = 0;;) {
@@ -12824,6 +13132,7 @@ ptrdiff_t orch_file_write(int fd, const void *data, size_t size, uint64_t offset
     }
 }
 
+/* The disk is what is waited for, so it runs on a thread like the rest. */
 int orch_file_sync(int fd) {
     int error = orchi_file_error(true, "orch_file_sync");
     if (error != 0) return error;
@@ -12866,6 +13175,7 @@ int orch_file_remove(const char *path) {
                       : orchi_file_only(orchi_file_new(orchi_file_do_remove, path, NULL, 0));
 }
 
+/* Its error names the path: it returns a result, which has room for a message. */
 orch_result orch_file_load(const char *path) {
     int error = orchi_file_error(path != NULL, "orch_file_load");
     if (error != 0) return orch_fail(error);
@@ -12916,6 +13226,16 @@ int orch_file_save(const char *path, const void *data, size_t size) {
 //
 // Had the race been decided before, both items would have stayed. Had a task been in orch_recv, the
 // sender would have settled the task's promise, with no pump between them.
+
+// How a channel's parts work together, with room for two items:
+//
+//     senders             items            receivers
+//     w3 -> w4            [ 1 | 2 ]        -
+//
+// recv takes 1 and calls orchi_channel_match, which goes round until nothing moves: no receiver
+// waits, so nothing is handed over; there is room, so w3's item moves into the ring and w3's
+// promise settles. What is left is [ 2 | 3 ] and w4. An item goes only to the right, and senders
+// and receivers are each in order, so what was sent first is received first.
 
 typedef struct orchi_object { // what each of them begins with
     int error;                // not 0: broken or freed; what every operation says
@@ -13082,6 +13402,7 @@ static bool orchi_pump_soon(orchi_object *o) {
 
 static void orchi_ring_init(orchi_link *ring) { ring->next = ring->previous = ring; }
 
+/* Nobody is in. Where somebody is, it may be nobody who is still wanted: see orchi_first. */
 static inline bool orchi_ring_alone(const orchi_link *ring) { return ring->next == ring; }
 
 static void orchi_ring_append(orchi_link *ring, orchi_link *link) {
@@ -13099,6 +13420,10 @@ static bool orchi_take_out(orchi_link *link) {
     link->next = NULL;
     return true;
 }
+
+// Being wanted is asked when somebody could be served, and not noted when it changes: a race that
+// is decided would otherwise have to tell every object that its losers wait at. Who is not wanted
+// is taken out when it is met, and so is met once.
 
 /* The first that is wanted. Those before it never will be again, and are taken out, so that a
  * thousand that are cancelled at once are not looked at a thousand times; their tasks and hooks
@@ -13170,6 +13495,10 @@ static size_t orchi_ring_count(const orchi_link *ring) {
 // timeout, and cannot be lost. FIFO is strict, by weight too: a request for five at the head is not
 // overtaken by one for one, or it would wait for ever under load. The fast path of acquire is a
 // handful of compares and an addition; it looks at the ring only to see that nobody waits.
+
+// `taken` counts what is out, `permits` what there may be. They are two numbers and not one that
+// goes down, as a resize may set permits below what is out: nothing is taken away from anybody, and
+// the next permits to come back are not given out again.
 
 static void orchi_semaphore_leave(orch_semaphore *s) {
     if (--s->object.users == 0) orchi_free(s->object.loop, s, sizeof *s);
@@ -13255,6 +13584,8 @@ static int orchi_permits_error(const orch_semaphore *s, size_t count, const char
     return count > s->permits && s->permits > 0 ? ORCH_ELIMIT : 0;
 }
 
+/* A waiter that is still in when the wait is over was not served: it was cancelled, or there was no
+ * memory for its promise. Those behind it may fit now. */
 static int orchi_acquire_wait(orch_semaphore *s, size_t count) {
     orchi_waiter w;
     w.wants.count = count;
@@ -13263,6 +13594,8 @@ static int orchi_acquire_wait(orch_semaphore *s, size_t count) {
     return error;
 }
 
+/* Who need not wait may still stand behind somebody: only a ring without anybody who is wanted lets
+ * it pass. */
 ORCHI_NO_INLINE static int orchi_acquire_slow(orch_semaphore *s, size_t count,
                                               const char *function) {
     int error = orchi_object_wait_error(s, function);
@@ -13291,6 +13624,7 @@ int orch_acquire_n(orch_semaphore *s, size_t count) {
     return orchi_acquire(s, count, "orch_acquire_n");
 }
 
+/* Callable outside a task, as it never waits. It does not overtake either. */
 bool orch_try_acquire_n(orch_semaphore *s, size_t count) {
     int error = orchi_object_error(s, "orch_try_acquire");
     if (error == 0) error = orchi_permits_error(s, count, "orch_try_acquire");
@@ -13308,6 +13642,7 @@ ORCHI_COLD static int orchi_release_error(const orch_semaphore *s, const char *f
     return error == 0 || error == ORCH_ECLOSED ? orchi_misuse(function, ORCH_EINVAL) : error;
 }
 
+/* More than was taken is refused and changes nothing. What was freed takes permits back, too. */
 static inline int orchi_release_permits(orch_semaphore *s, size_t count, const char *function) {
     bool good = s != NULL && s->object.loop == orchi_loop && count - 1 < s->taken; // 0 is large
     if (ORCHI_UNLIKELY(!good)) return orchi_release_error(s, function);
@@ -13321,6 +13656,7 @@ int orch_release_n(orch_semaphore *s, size_t count) {
     return orchi_release_permits(s, count, "orch_release_n");
 }
 
+/* The pump is ordered before there is a waiter: when that fails, nothing has to be undone. */
 orch_future *orch_semaphore_acquire_n(orch_semaphore *s, size_t count) {
     orch_future *f;
     int error = orchi_object_error(s, "orch_semaphore_acquire");
@@ -13385,6 +13721,7 @@ void orch_semaphore_free(orch_semaphore *s) {
 // order in which they came. Left out: a set that wakes one (that is a semaphore) and a pulse that
 // wakes only who waits now (who comes a moment later would wait for ever).
 
+/* Takes out its own waiter. Nobody stood behind it, as an event serves all at once. */
 static bool orchi_event_cancel(void *waiter, int reason) {
     (void)reason;
     orchi_waiter_end((orchi_waiter *)waiter);
@@ -13441,6 +13778,7 @@ void orch_event_free(orch_event *e) {
 // The ring grows with what is in it, so that a capacity of SIZE_MAX is a queue without bound.
 // Left out: a send that overwrites the oldest. A topic's subscription can do that.
 
+/* What was in it has been freed by then: a free empties it first. */
 static void orchi_channel_leave(orch_channel *c) {
     if (--c->object.users > 0) return;
     orchi_free(c->object.loop, c->items, c->room * sizeof *c->items);
@@ -13586,6 +13924,10 @@ static int orchi_send_wait(orch_channel *c, orch_result *item) {
     return error;
 }
 
+// Sending consumes the item whatever happens, so that every path but success frees it. The turn
+// that is due comes last: by then the send has its outcome, and what orch_yield says is not looked
+// at, as a cancellation would hide that the item was sent.
+
 ORCHI_NO_INLINE static int orchi_send_slow(orch_channel *c, orch_result *item) {
     int error = orchi_object_wait_error(c, "orch_send");
     bool turn = error == 0 && orchi_object_turn(&c->object);
@@ -13638,6 +13980,7 @@ orch_result orch_recv(orch_channel *c) {
     return item;
 }
 
+/* The item is the caller's until it was taken, and is empty after: so a retry needs no copy. */
 int orch_try_send(orch_channel *c, orch_result *item) {
     int error = orchi_object_error(c, "orch_try_send");
     if (error == 0 && item == NULL) error = orchi_misuse("orch_try_send", ORCH_EINVAL);
@@ -13653,6 +13996,7 @@ int orch_try_recv(orch_channel *c, orch_result *item) {
     return error != 0 ? error : orchi_channel_get(c, item, true);
 }
 
+/* Its item goes with it. Whoever stood behind it waits for room, of which this makes none. */
 static bool orchi_send_cancel(void *context, int reason) {
     (void)reason;
     orch_result item;
@@ -13688,6 +14032,7 @@ orch_future *orch_channel_send(orch_channel *c, orch_result item) {
     return f;
 }
 
+/* An item that it would have had stays in the channel for the next receiver. */
 static bool orchi_receive_cancel(void *context, int reason) {
     (void)reason;
     orchi_waiter_end((orchi_waiter *)context);
@@ -13724,6 +14069,7 @@ void orch_channel_close(orch_channel *c) {
     if (orchi_object_error(c, "orch_channel_close") == 0) orchi_channel_shut(c);
 }
 
+/* Without those of senders that wait: they are not in the channel yet. */
 size_t orch_channel_count(const orch_channel *c) {
     return orchi_object_error(c, "orch_channel_count") == 0 ? c->count : 0;
 }
@@ -13749,6 +14095,10 @@ void orch_channel_free(orch_channel *c) {
 // An event is a settled future. A subscription is a channel whose items are chains to it: what they
 // settle gets a share, whatever the event is. Nothing of the user's runs inside publish: on_event
 // is started from the loop, and what is dropped is given up there.
+
+// What an event costs: one slot for the event, however many subscribe, and for each subscription a
+// reference and a place in its ring. Publishing is linear in subscriptions and waits for nobody;
+// what a full subscription does is its own choice (overflow), as the publisher cannot know it.
 
 orch_topic *orch_topic_new(void) {
     orch_topic *t = (orch_topic *)orchi_object_new(sizeof(orch_topic), NULL, "orch_topic_new");
@@ -13928,6 +14278,7 @@ static orch_subscribe_desc orchi_subscribe_defaults(const orch_subscribe_desc *g
     return desc;
 }
 
+/* The channel first: it can be given up without a trace when the rest fails. */
 static orch_subscription *orchi_subscribe(orch_topic *t, const orch_subscribe_desc *desc) {
     int error = orchi_object_error(t, "orch_subscribe");
     if (error == 0 && (unsigned)desc->overflow > ORCH_OVERFLOW_CLOSE)
@@ -13948,6 +14299,7 @@ static orch_subscription *orchi_subscribe(orch_topic *t, const orch_subscribe_de
     return s;
 }
 
+/* What could not subscribe still owes its release: the caller has given the context away. */
 orch_subscription *orch_subscribe(orch_topic *t, const orch_subscribe_desc *given) {
     orch_subscribe_desc desc = orchi_subscribe_defaults(given);
     orch_subscription *s = orchi_subscribe(t, &desc);
@@ -13978,6 +14330,15 @@ const orch_subscribe_desc *orch_subscription_settings(const orch_subscription *s
     return s != NULL && s->object.error == 0 ? &s->desc : NULL;
 }
 
+// Who ends a subscription, and what becomes of its worker:
+//
+//     another task, or the loop   the worker is dropped; a task waits until on_event has returned
+//     the worker itself           nobody waits; the worker ends as the last user
+//     before the worker waited    orch_go_with has not returned its future yet (orphan): whoever
+//                                 started it drops it when it has
+//
+// In each case release is called once, after the last on_event.
+
 void orch_unsubscribe(orch_subscription *s) {
     if (!orchi_object_close(s, "orch_unsubscribe")) return;
     orch_future *worker = NULL;
@@ -13993,6 +14354,7 @@ void orch_unsubscribe(orch_subscription *s) {
     orchi_subscription_leave(s);
 }
 
+/* Subscriptions outlive their topic: what they have queued can still be received. */
 void orch_topic_free(orch_topic *t) {
     if (!orchi_object_close(t, "orch_topic_free")) return;
     while (!orchi_ring_alone(&t->subscriptions)) {
@@ -14108,6 +14470,11 @@ unsigned orch_attempt_number(void) { return (unsigned)(uintptr_t)orch_local(&orc
 // three times the delay before, below the cap. (M. Brooker, "Exponential Backoff And Jitter", AWS
 // Architecture Blog, 2015.)
 
+// In numbers: attempts at 100 ms without jitter, a budget of 500 ms, each failing after 50 ms. They
+// begin at 0, 150 and 400 ms (delays 100 and 200). The third fails at 450; the next delay, of 400,
+// would end at 850, after the budget, so the retry ends at 450 with the third's error, and does not
+// sleep first only to find that out.
+
 typedef struct orchi_attempts {  // a retry under way
     const orch_retry_desc *desc; // its defaults filled in
     orch_task_fn fn;
@@ -14166,6 +14533,9 @@ static uint64_t orchi_retry_limit(const orchi_attempts *a) {
     return limit == 0 || left < limit ? left : limit;
 }
 
+// The budget is no timer over the whole: it limits each attempt's time and decides whether another
+// one begins. So a hook of the user's is never cut off.
+
 /* One attempt, to its end. Without a limit it costs no task. With one it has its own, so that the
  * cancellation ends with it, whatever it has left behind: shields, task-local values. */
 static orch_result orchi_retry_attempt(orchi_attempts *a) {
@@ -14181,6 +14551,9 @@ static orch_result orchi_retry_attempt(orchi_attempts *a) {
     return orch_failf(ORCH_ETIMEDOUT, "Timeout after %llu ms, the budget of the retry",
                       (unsigned long long)d->budget_ms);
 }
+
+// The modulus prefers low numbers by less than one in 2^20 or so, as the span is below 2^44 and the
+// draw has 64 bits. That does not matter for a jitter.
 
 /* From low to high, both included. High is at most three times a hundred years. */
 static uint64_t orchi_retry_draw(uint64_t low, uint64_t high) {
@@ -14614,6 +14987,10 @@ static bool orchi_mapping_valid(const orch_map_desc *d, orch_result *refusal) {
     return false;
 }
 
+// The desc's copy has zeros for NULL, so one path serves: a missing fn is the mistake it would be
+// anyway. Whatever is refused gives the context back at once; else the batch owns it, and its
+// release comes with the last reference, on every path.
+
 orch_future *orch_map(const orch_map_desc *desc) {
     orch_map_desc d;
     orch_result refusal;
@@ -14713,6 +15090,9 @@ static orchi_hedge *orchi_hedge_make(const orch_hedge_desc *d) {
     return h;
 }
 
+// As with orch_map. A race of attempts is not enough here: the first outcome may be a failure, and
+// a hedge wants the first success. So it combines by orch_any_n, and fails when every attempt has.
+
 orch_future *orch_hedge(const orch_hedge_desc *desc) {
     orch_hedge_desc d;
     orch_result refusal;
@@ -14748,6 +15128,10 @@ orch_future *orch_hedge(const orch_hedge_desc *desc) {
 //   - A state changes as a whole before anything of the user's runs, and is looked at again after.
 
 // ---- what guards have in common
+
+// Why no guard has a task or a timer of its own: a program has a breaker for each service it calls,
+// and most of them are idle. An idle guard is a few words that nobody looks at. What time would
+// change is worked out when somebody comes; only a line of waiters needs an alarm.
 
 typedef struct orchi_gate { // first in every guard
     int error;              // not 0: broken, and this is all there is
@@ -14822,6 +15206,15 @@ enum { ORCHI_LABEL = 48 };
 // What a semaphore does for tasks, a guard does for promises: a call under a guard is a future from
 // its beginning, so who waits never lies on a stack. First come, first served, and joining, leaving
 // and serving are constant, however long the line is.
+
+// The places of a line are linked both ways, as a hook takes one out of the middle. Waiting is a
+// promise in the line's order:
+//
+//     join        a place at the end; its promise gets the hook and the label
+//     served      the place goes first, then the promise settles: whoever hears of it may join anew
+//     cancelled   the hook takes the place out and lets the promise end at once
+//     not wanted  its hook may be on its way still. Serving passes over it, and settles it then and
+//                 there, so that the hook, which would find its place gone, is not called
 
 typedef struct orchi_place { // in an extra slot
     orch_promise promise;
@@ -14898,6 +15291,10 @@ static void orchi_line_close(orchi_line *line, int error) {
 // It is a `then` on a timer or on a settled future. Calling it off drops nothing that would have to
 // be waited for: it forgets its owner, and cleans up after itself when the loop comes by.
 
+// Its life: `future` is held by whoever may call it off. Rung or called off, it is detached, and
+// the callback frees the slot; nobody else does, so it is freed once. An alarm that was called off
+// has NULL for an owner: the owner may be gone before the loop comes by.
+
 typedef struct orchi_alarm { // in an extra slot
     void (*ring)(void *owner, int error);
     void *owner; // NULL: it was called off
@@ -14941,6 +15338,15 @@ static void orchi_alarm_off(orchi_alarm *alarm) {
 }
 
 // ---- a call: a task whose first function is a guard's
+
+// The block, as it is built by the caller and then copied to the top of the new task's stack:
+//
+//     | orchi_call, and what the guard needs | copy of the argument | more: the key of a flight |
+//     0                                      copied                 more
+//
+// The offsets stay right wherever it lies, while pointers into it would not. `started` points to
+// the caller's frame: the task begins inside of orch_go_with, so that frame is still there, and
+// false says that nobody has taken over the argument.
 
 typedef struct orchi_call { // first in the block that the guard's function gets
     orch_task_fn fn;
@@ -15016,6 +15422,7 @@ static void *orchi_call_arg(orchi_call *call) {
     return call->copied > 0 ? (char *)call + call->copied : call->arg;
 }
 
+/* Of the copy, if there is one, as that is what fn was given. */
 static void orchi_call_release(orchi_call *call) {
     if (call->release != NULL) call->release(orchi_call_arg(call));
 }
@@ -15081,6 +15488,10 @@ static bool orchi_pass_take(orch_result *r, void (*unused)(void *pass), orchi_pa
 //
 // A bucket allows limit starts at the end of an interval and limit at the beginning of the next.
 // Servers that count by windows of their own answer that with 429: for them there is `strict`.
+
+// Why exact: 3 starts in 1000 ms cost 333,333,333 ns and a third each. Rounded down, a limiter
+// would let through more than its limit in the long run; rounded up, fewer. The thirds add up to
+// whole nanoseconds in `part`, and only a wait is rounded, upwards.
 
 typedef struct orchi_instant {
     int64_t ns;
@@ -15196,12 +15607,14 @@ static void orchi_limiter_take(orch_limiter *l, uint32_t weight, int64_t now) {
     }
 }
 
+/* No alarm without a line: one left behind would keep the loop awake for nobody. */
 static void orchi_limiter_off(orch_limiter *l) {
     orchi_alarm_off(l->alarm);
     l->alarm = NULL;
     l->soon = false;
 }
 
+/* No alarm is left for a line that is gone. */
 static void orchi_limiter_close(orch_limiter *l, int error) {
     orchi_limiter_off(l);
     orchi_line_close(&l->line, error);
@@ -15215,6 +15628,8 @@ static void orchi_limiter_wake(orch_limiter *l, orch_future *when, bool soon) {
     if (l->alarm == NULL) orchi_limiter_close(l, ORCH_ENOMEM);
 }
 
+/* In the loop's next round and not at once: whoever has just joined does not hold the future
+ * yet, and may drop it or hand it to a race first. */
 static void orchi_limiter_soon(orch_limiter *l) {
     if (!l->soon) orchi_limiter_wake(l, orch_settled(orch_ok(NULL, NULL)), true);
 }
@@ -15295,6 +15710,7 @@ static bool orchi_limiter_pass(orch_limiter *l, uint32_t weight) {
     return true;
 }
 
+/* Also outside a task. It takes nothing from those who stand in line. */
 bool orch_limiter_try(orch_limiter *l, uint32_t weight) {
     return orchi_limiter_error(l, weight, "orch_limiter_try") == 0 && orchi_limiter_pass(l, weight);
 }
@@ -15329,12 +15745,15 @@ int orch_limit(orch_limiter *l, uint32_t weight) {
     return r.error;
 }
 
+/* For a start made now: of those in line it knows nothing, and who joins comes after them. */
 uint64_t orch_limiter_delay(orch_limiter *l, uint32_t weight) {
     if (orchi_limiter_error(l, weight, "orch_limiter_delay") != 0) return UINT64_MAX;
     int64_t now = orchi_gate_now(&l->gate);
     return orchi_ns_ms(orchi_limiter_when(l, weight, now) - now);
 }
 
+/* An alarm that is set already is left: when it rings, serving sees `paused` and sets the next. A
+ * pause only ever gets longer, so that two clients that were told to wait do not shorten it. */
 int orch_limiter_pause(orch_limiter *l, uint64_t ms) {
     int error = orchi_gate_error(l, "orch_limiter_pause");
     if (error != 0) return error;
@@ -15383,6 +15802,8 @@ static void orchi_limiter_rewind(orch_limiter *l, const orch_limiter_desc *desc,
     orchi_limiter_set(l, desc);
 }
 
+/* What needs memory comes before anything is changed. Those in line are looked at anew: what
+ * was allowed later may be allowed now. */
 int orch_limiter_change(orch_limiter *l, const orch_limiter_desc *given) {
     orch_limiter_desc desc;
     int error = orchi_gate_error(l, "orch_limiter_change");
@@ -15416,6 +15837,18 @@ const orch_limiter_desc *orch_limiter_settings(const orch_limiter *l) {
 // No timer: time is looked at when a call comes. Each state has a number, and a call remembers the
 // one it began in, as the end of a call from before it opened says nothing about the service now.
 // (M. Nygard, "Release It!", 2007.)
+
+//                 enough bad calls                      open_ms, and a call comes
+//     +--------+ ------------------> +------+ -------------------------------> +-----------+
+//     | closed |                     | open |                                  | half-open |
+//     +--------+                     +------+ <------------------------------- +-----------+
+//          ^                            a bad probe, or one not back in probe_ms     |
+//          +-------------------------------------------------------------------------+
+//                                  `probes` good ones
+//
+// orch_breaker_trip leads to open from anywhere, orch_breaker_reset to closed. Every arrow goes
+// through orchi_breaker_enter, which counts up `number`: that is what makes outcomes of before
+// worthless, without a list of the calls under way.
 
 struct orch_breaker {
     orchi_gate gate;
@@ -15451,6 +15884,7 @@ static bool orchi_breaker_resolve(const orch_breaker_desc *given, orch_breaker_d
            !orchi_long_ms(desc->slow_ms);
 }
 
+/* A window is there only where a rate counts; failures in a row need a number. */
 static size_t orchi_breaker_bytes(const orch_breaker_desc *desc) {
     size_t words = desc->failure_rate > 0.0 ? (desc->window + 63u) / 64u : 0;
     return sizeof(orch_breaker) + words * sizeof(uint64_t);
@@ -15473,6 +15907,7 @@ static void orchi_breaker_leave(orch_breaker *b) {
     orchi_free(b->gate.loop, b, orchi_breaker_bytes(&b->desc));
 }
 
+/* It may be freed from on_change or judge: then the call that is under way is the last user. */
 void orch_breaker_free(orch_breaker *b) {
     if (b == NULL || orchi_gate_error(b, "orch_breaker_free") != 0) return;
     b->gate.freed = true;
@@ -15493,6 +15928,7 @@ static void orchi_breaker_enter(orch_breaker *b, orch_breaker_state state, int64
     if (b->desc.on_change != NULL) b->desc.on_change(from, state, b->desc.context);
 }
 
+/* Counts from now, also when the bad call began long ago. */
 static void orchi_breaker_open(orch_breaker *b) {
     int64_t now = orchi_gate_now(&b->gate);
     orchi_breaker_enter(b, ORCH_BREAKER_OPEN, now + orchi_ms_ns(b->desc.open_ms));
@@ -15569,12 +16005,14 @@ static bool orchi_breaker_enough(const orch_breaker *b) {
            b->seen_bad >= b->desc.failure_rate * b->seen;
 }
 
+/* A good call ends the row, and never opens it, even if with it enough calls were seen. */
 static void orchi_breaker_count_closed(orch_breaker *b, bool bad) {
     if (b->in_row < UINT32_MAX || !bad) b->in_row = bad ? b->in_row + 1 : 0;
     if (b->desc.failure_rate > 0.0) orchi_breaker_note(b, bad);
     if (bad && orchi_breaker_enough(b)) orchi_breaker_open(b);
 }
 
+/* One bad probe is enough, whatever the others say: their outcomes are of an earlier state then. */
 static void orchi_breaker_count_probe(orch_breaker *b, orch_outcome outcome) {
     b->probing--;
     if (outcome == ORCH_OUTCOME_IGNORED) return; // somebody else may try
@@ -15621,6 +16059,8 @@ static orch_result orchi_breaker_task(void *arg) {
     return r;
 }
 
+/* Admitted first, started then: what could not start for want of memory was no call, and gives its
+ * place back without a word about the service. */
 orch_future *orch_breaker_run_with(orch_breaker *b, const orch_task_desc *desc) {
     int error = orchi_gate_error(b, "orch_breaker_run");
     if (error == 0) error = orchi_call_error(desc, "orch_breaker_run");
@@ -15648,6 +16088,7 @@ static void orchi_breaker_unused(void *context) {
     orchi_breaker_end((orch_breaker *)pass.guard, &pass, ORCH_OUTCOME_IGNORED);
 }
 
+/* The slot first: once it was admitted, nothing may fail. */
 orch_result orch_breaker_allow(orch_breaker *b) {
     orch_result refusal;
     int error = orchi_gate_error(b, "orch_breaker_allow");
@@ -15690,6 +16131,7 @@ int orch_breaker_reset(orch_breaker *b) {
     return error != 0 ? error : orchi_breaker_force(b, ORCH_BREAKER_CLOSED, 0);
 }
 
+/* What the next call would find. It changes nothing, so that looking does not tell on_change. */
 orch_breaker_state orch_breaker_state_of(const orch_breaker *b) {
     if (!orchi_gate_usable(b, "orch_breaker_state_of")) return ORCH_BREAKER_OPEN;
     bool due = b->state != ORCH_BREAKER_CLOSED && orchi_gate_now(&b->gate) >= b->until;
@@ -15718,6 +16160,17 @@ const orch_breaker_desc *orch_breaker_settings(const orch_breaker *b) {
 // own in the run's line, so that the last one to leave is known. For a key, the table has at most
 // one run that can be joined, and at most one that all have left and that has not ended: what a new
 // one waits for.
+
+// Two callers, A and B, of one key, and a third, C, after them:
+//
+//     A   no run: its block is built, the task starts and links it into the table; fn is called
+//     B   finds the run: joins its line, and gives up its own argument
+//     A   is cancelled: its place goes (unless the run works on A's own argument: then A's future
+//         waits for its end); B still wants it, and the run goes on
+//     B   is cancelled: it was the last; the run is asked to end, and B's future waits for that
+//     C   finds a run that all have left: a new one, linked beside it, which waits for its end
+//
+// So fn never runs twice at a time for a key, and nobody gets what was cancelled for others.
 
 typedef struct orchi_flight_run {
     orchi_call call;
@@ -15757,6 +16210,7 @@ orch_flight *orch_flight_new(void) {
     return f;
 }
 
+/* Those of a small table are part of it. */
 static void orchi_flight_free_buckets(orch_flight *f) {
     size_t bytes = (f->mask + 1) * sizeof *f->buckets;
     if (f->buckets != f->few) orchi_free(f->gate.loop, f->buckets, bytes);
@@ -15777,6 +16231,7 @@ static uint64_t orchi_flight_hash(const orch_flight *f, const void *key, size_t 
     return hash ^ hash >> 32;
 }
 
+/* Behind the run in its block, as the caller's key need not outlive the call. */
 static const void *orchi_flight_key(const orchi_flight_run *run) {
     return (const char *)run + run->call.more;
 }
@@ -15792,6 +16247,7 @@ static orchi_flight_run *orchi_flight_find(const orch_flight *f, const void *key
     return found;
 }
 
+/* In front, which is constant. The order in a bucket says nothing: see orchi_flight_find. */
 static void orchi_flight_put(orchi_flight_run **buckets, size_t mask, orchi_flight_run *run) {
     run->next = buckets[run->hash & mask];
     buckets[run->hash & mask] = run;
@@ -15814,6 +16270,7 @@ static void orchi_flight_grow(orch_flight *f) {
     f->mask = mask;
 }
 
+/* It grows at two runs a bucket, on average. It never shrinks. */
 static void orchi_flight_link(orch_flight *f, orchi_flight_run *run) {
     if (f->linked > 2 * f->mask) orchi_flight_grow(f);
     orchi_flight_put(f->buckets, f->mask, run);
@@ -15821,6 +16278,7 @@ static void orchi_flight_link(orch_flight *f, orchi_flight_run *run) {
     f->linked++;
 }
 
+/* A walk along its bucket. A run that was forgotten is out already, and goes on for its callers. */
 static void orchi_flight_unlink(orch_flight *f, orchi_flight_run *run) {
     if (!run->linked) return;
     orchi_flight_run **at = &f->buckets[run->hash & f->mask];
@@ -16018,6 +16476,8 @@ bool orch_flight_forget(orch_flight *f, const void *key, size_t key_size) {
     return any;
 }
 
+/* Each run in the table is asked to end, and tells its callers when it has: one that was cancelled
+ * says ORCH_ECLOSED. */
 void orch_flight_free(orch_flight *f) {
     if (f == NULL || orchi_gate_error(f, "orch_flight_free") != 0) return;
     f->gate.freed = true;
@@ -16031,6 +16491,7 @@ void orch_flight_free(orch_flight *f) {
     orchi_flight_dispose(f);
 }
 
+/* Those who have given up do not count, though they may wait for the end. */
 size_t orch_flight_callers(const orch_flight *f, const void *key, size_t key_size) {
     if (orchi_flight_error(f, key, key_size, "orch_flight_callers") != 0) return 0;
     const orchi_flight_run *run = orchi_flight_find(f, key, key_size);
@@ -16049,6 +16510,18 @@ size_t orch_flight_count(const orch_flight *f) {
 // Chiu and R. Jain, 1989). What is usual is the least mean of 20 calls that was seen: a service
 // without a queue. Left out: a target latency that adapts by gradients; it is quicker on a steady
 // load, and on a bursty one takes the burst for the service.
+
+// By example, from a limit of 20, with the defaults, for a service that answers in 10 ms and can do
+// 40 calls at once:
+//
+//     the first round   20 good calls: the usual latency is 10 ms. Until it is known nothing rises
+//     then              each good call adds one, as long as half of the limit is in use
+//     beyond 40         calls queue up at the service. When the mean of a round is above 21 ms
+//                       (twice the usual and a millisecond), the limit falls to nine tenths of what
+//                       it was, once for all calls that were under way
+//     from then on      cautious: as many good calls as the limit has add one
+//
+// So it swings about what the service can do.
 
 struct orch_adaptive {
     orchi_gate gate;
@@ -16086,6 +16559,7 @@ static bool orchi_adaptive_resolve(const orch_adaptive_desc *given, orch_adaptiv
     return desc->min <= desc->initial && desc->initial <= desc->max;
 }
 
+/* Passes are still out, or nobody has freed it: then it stays. */
 static void orchi_adaptive_dispose(orch_adaptive *a) {
     if (a->running == 0 && a->gate.freed) orchi_free(a->gate.loop, a, sizeof *a);
 }
@@ -16098,6 +16572,7 @@ static bool orchi_adaptive_waits(const orch_adaptive *a) {
     return !a->desc.no_wait && (a->desc.waiting == 0 || a->line.count < a->desc.waiting);
 }
 
+/* What the end of the call is compared with is written down at its beginning. */
 static void orchi_adaptive_begin(orch_adaptive *a, orchi_pass *pass, int64_t now) {
     pass->beside = ++a->running;
     pass->limit = a->limit;
@@ -16235,6 +16710,7 @@ void orch_adaptive_free(orch_adaptive *a) {
     orchi_adaptive_dispose(a);
 }
 
+/* Who waited held no place under the limit: nobody can be let in for it. */
 static bool orchi_adaptive_leave(void *context, int reason) {
     (void)reason;
     orchi_place *place = (orchi_place *)context;
@@ -16242,6 +16718,7 @@ static bool orchi_adaptive_leave(void *context, int reason) {
     return true;
 }
 
+/* It does not look at the line: while somebody waits there is no room, see orchi_adaptive_serve. */
 orch_result orch_adaptive_try(orch_adaptive *a) {
     int error = orchi_gate_error(a, "orch_adaptive_try");
     if (error != 0) return orch_fail(error);
@@ -16302,6 +16779,8 @@ static orch_result orchi_adaptive_task(void *arg) {
     return r;
 }
 
+/* Without room the task starts all the same, and stands in line itself: its stack is the price for
+ * a call that is cancelled in the same way while it waits and while it runs. */
 orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_task_desc *desc) {
     int error = orchi_gate_error(a, "orch_adaptive_run");
     if (error == 0) error = orchi_call_error(desc, "orch_adaptive_run");
@@ -16407,6 +16886,7 @@ static int orchi_child_stdio(const orchi_spawn *spawn) {
     return joined && dup2(1, 2) < 0 ? -errno : 0;
 }
 
+/* A system call for each number there could be: only for where there is nothing better. */
 static void orchi_child_close_each(int limit) {
     for (int fd = 3; fd < limit; fd++) fcntl(fd, F_SETFD, FD_CLOEXEC);
 }
@@ -16440,6 +16920,8 @@ static int orchi_child_exec(const orchi_spawn *spawn) {
     return error;
 }
 
+/* The group first, as a kill may be meant for all that it starts. The signals last: from then on
+ * they arrive, and there is no handler of ours left to run. */
 static int orchi_child_run(const orchi_spawn *spawn) {
     const orch_process_desc *desc = spawn->desc;
     if (!desc->same_group && setpgid(0, 0) != 0) return -errno;
@@ -16520,6 +17002,12 @@ static int orchi_spawn_run(orchi_spawn *spawn) {
     return error;
 }
 
+// For "ls" and a PATH of "/bin::/opt" the text is, with its zeros shown as "|":
+//
+//     /bin/ls|ls|/opt/ls||
+//
+// It is made before the fork: the child, in our memory, must not allocate.
+
 /* The places where a program may be, in the order of PATH, in which an empty one is here. */
 static char *orchi_spawn_paths(const char *file) {
     const char *path = strchr(file, '/') != NULL || *file == '\0' ? "" : getenv("PATH");
@@ -16556,6 +17044,16 @@ struct orch_process {
     orch_exit_status *status; // made before the start, so that its end needs no memory
     orch_process_desc desc;   // its numbers
 };
+
+// What the three choices come to, for in = PIPE, out = NULL, err = OUT:
+//
+//             in the child                     here
+//     in      0 is the end to read, blocking   ends[0] is the end to write
+//     out     1 is /dev/null                   nothing
+//     err     2 is a copy of 1                 nothing
+//
+// Whatever was opened for the child is closed here as soon as it runs: who keeps the writing end of
+// a pipe never reads its end.
 
 /* The child's end blocks, as programs expect. Returns it, or an error. */
 static int orchi_stdio_pipe(int i, int *ours) {
@@ -16634,6 +17132,9 @@ static int orchi_process_over(const orch_process *p) {
     int done = waitid(P_PID, (id_t)p->pid, &info, WEXITED | WNOHANG | WNOWAIT);
     return done != 0 ? -errno : info.si_pid != 0;
 }
+
+// Looked at first and waited for then, in a loop: it may have ended before anybody watched, and a
+// SIGCHLD may be another child's. Looking takes nothing, so it can be done as often as needed.
 
 /* Waits until it has ended, or for so long. */
 static int orchi_process_until(orch_process *p, uint64_t ms) {
@@ -16737,6 +17238,10 @@ typedef struct orchi_birth { // on the caller's stack: read before the superviso
     const orch_process_desc *desc;
 } orchi_birth;
 
+// Everything of a process that waits or fails does so in this task. Its result is that of the
+// process, so waiting for one is waiting for a future; giving it up is cancelling one; and a loop
+// that ends cancels it like any other task, which is why no child is left behind.
+
 static orch_result orchi_process_supervise(void *arg) {
     orchi_birth birth = *(orchi_birth *)arg;
     orch_process *p = birth.process;
@@ -16783,6 +17288,7 @@ static orch_process_desc orchi_process_defaults(const orch_process_desc *given) 
     return desc;
 }
 
+/* What is wrong with it whatever the system says; a program that is not there is no misuse. */
 static int orchi_process_desc_error(const orch_process_desc *desc) {
     if (orchi_loop == NULL) return ORCH_ENOLOOP;
     if (desc == NULL || desc->argv == NULL || desc->argv[0] == NULL) return ORCH_EINVAL;
@@ -16791,6 +17297,7 @@ static int orchi_process_desc_error(const orch_process_desc *desc) {
     return valid ? 0 : ORCH_EINVAL;
 }
 
+/* Two users: who holds the handle, and the supervisor. Either may be the last. */
 static orch_process *orchi_process_new(orch_loop *loop, const orch_process_desc *desc) {
     orch_process *p = (orch_process *)orchi_allocate(loop, sizeof *p);
     if (p == NULL) return NULL;
@@ -16802,6 +17309,7 @@ static orch_process *orchi_process_new(orch_loop *loop, const orch_process_desc 
     return p;
 }
 
+/* The child runs when this returns, or never will: it is started before the first wait. */
 orch_process *orch_process_start(const orch_process_desc *given) {
     int error = orchi_process_desc_error(given);
     if (error != 0) return orchi_process_broken(orchi_misuse("orch_process_start", error));
@@ -16831,6 +17339,7 @@ int orch_process_id(const orch_process *p) {
     return error != 0 ? error : p->id;
 }
 
+/* Lent: the process closes it, unless it is its input and was closed early. */
 static int orchi_process_fd(const orch_process *p, int i, const char *function) {
     int error = orchi_process_error(p, function);
     return error != 0 ? error : p->ends[i] >= 0 ? p->ends[i] : -EBADF;
@@ -16864,6 +17373,7 @@ orch_future *orch_process_wait(orch_process *p) {
     return orch_then(orch_ref(p->supervisor), NULL, NULL, NULL);
 }
 
+/* Only what was not reaped has a number that is its own. */
 int orch_process_kill(orch_process *p, int signal) {
     int error = orchi_process_error(p, "orch_process_kill");
     if (error != 0) return error;
@@ -16942,6 +17452,7 @@ static orch_result orchi_feed_run(void *arg) {
     return done < 0 && done != -EPIPE ? orch_fail((int)done) : orch_ok(NULL, NULL);
 }
 
+/* From malloc throughout, so that a result may outlive its loop. */
 static void orchi_output_free(void *output) {
     orch_process_output *o = (orch_process_output *)output;
     free(o->out);
@@ -16968,6 +17479,7 @@ static orch_result orchi_first_error(orch_result r) {
     return own;
 }
 
+/* Outputs end when the last program that has them does; only then its own end is waited for. */
 static orch_result orchi_process_finish(orch_process *p, orchi_capture *out, orchi_capture *err) {
     orch_result r = orchi_process_exchange(p, out, err);
     if (r.error != 0) return orchi_first_error(r);
