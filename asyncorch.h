@@ -11117,6 +11117,7 @@ static int orchi_loop_make(const orch_loop_desc *given, orch_loop **made) {
         if (error != 0) loop->poller.ops->close(loop);
     }
     if (error != 0) {
+        orchi_free(loop, loop->poller.found, loop->poller.found_capacity * sizeof(orchi_found));
         orchi_ring_free(loop);
         desc.allocator.resize(desc.allocator.user, loop, sizeof *loop, 0);
         return error;
