@@ -1366,8 +1366,7 @@ TASK_TEST_IF(muted_entries_do_not_come_along_to_another_poller, no_other() || no
         CHECK_INT(array()->muted, 0);
         CHECK(array()->watches[fd[0]].armed == 0);
         CHECK_INT(soon(orch_ready(fd[0], ORCH_READABLE)), ORCH_READABLE);
-        CHECK_INT(orchi_poller_move(orch_loop_current(), &orchi_poll_ops), 0);
-        check_array();
+        if (CHECK_INT(orchi_poller_move(orch_loop_current(), &orchi_poll_ops), 0)) check_array();
     }
     put(quiet[1]);
     CHECK_INT(soon(f), ORCH_READABLE);
