@@ -1113,7 +1113,7 @@ static void set_it(void *arg) { *(bool *)arg = true; }
 
 static void *post_it(void *arg) {
     guest *g = arg;
-    orch_post(g->loop, set_it, &g->came);
+    if (orch_post(g->loop, set_it, &g->came) != 0) put(g->fd[1]); // refused: another end
     return NULL;
 }
 
@@ -1297,6 +1297,11 @@ static bool not_by_poll(void) {
 
 static orchi_poller *array(void) { return &orch_loop_current()->poller; }
 
+// Where a descriptor's entry is, plus one; 0: it has none.
+static uint32_t place_of(int fd) {
+    return (size_t)fd < array()->watch_count ? array()->watches[fd].position : 0;
+}
+
 // Every entry has its watch, and the other way round; muted ones are counted. How many there are
 // that belong to nobody's wait.
 static uint32_t check_array(void) {
@@ -1319,7 +1324,7 @@ TASK_TEST_IF(an_event_mutes_an_entry_and_the_next_wait_turns_it_back, not_by_pol
     if (!make_pair(fd)) return;
     put(fd[1]);
     CHECK_INT(soon(orch_ready(fd[0], ORCH_READABLE)), ORCH_READABLE);
-    uint32_t place = array()->watches[fd[0]].position, count = array()->count;
+    uint32_t place = place_of(fd[0]), count = array()->count;
     if (place == 0) return; // refused
     CHECK_INT(array()->fds[place - 1].fd, ~fd[0]);
     CHECK_INT(check_array(), 1);
@@ -1329,7 +1334,7 @@ TASK_TEST_IF(an_event_mutes_an_entry_and_the_next_wait_turns_it_back, not_by_pol
     CHECK_INT(array()->count, count);
     CHECK_INT(check_array(), 0);
     orch_drop(f); // no event: nothing is left of it
-    CHECK_INT(array()->watches[fd[0]].position, 0);
+    CHECK_INT(place_of(fd[0]), 0);
     CHECK_INT(check_array(), 0);
     close_pair(fd);
 }
@@ -1340,7 +1345,7 @@ TASK_TEST_IF(closing_takes_a_muted_entry_out, not_by_poll()) {
     put(fd[1]);
     CHECK_INT(soon(orch_ready(fd[0], ORCH_READABLE)), ORCH_READABLE);
     CHECK_INT(orch_close(fd[0]), 0);
-    CHECK_INT(array()->watches[fd[0]].position, 0);
+    CHECK_INT(place_of(fd[0]), 0);
     CHECK_INT(check_array(), 0);
     if (!make_pair(next)) return;
     CHECK_INT(next[0], fd[0]);
@@ -1349,7 +1354,7 @@ TASK_TEST_IF(closing_takes_a_muted_entry_out, not_by_poll()) {
     close(next[0]), close(next[1]); // behind its back: what is muted belongs to nobody
     CHECK_INT(orch_sleep(1), 0);
     if (!CHECK_INT(orch_socketpair(next), 0)) return;
-    CHECK_INT(array()->watches[next[0]].position, 0);
+    CHECK_INT(place_of(next[0]), 0);
     CHECK_INT(check_array(), 0);
     CHECK_INT(orch_close(next[0]) | orch_close(next[1]), 0);
     close(fd[1]);
@@ -1391,12 +1396,11 @@ TASK_TEST_IF(muted_entries_do_not_come_along_to_another_poller, no_other() || no
     orch_future *f = orch_ready(quiet[0], ORCH_READABLE);
     put(fd[1]);
     CHECK_INT(soon(orch_ready(fd[0], ORCH_READABLE)), ORCH_READABLE);
-    if (orchi_poller_move(orch_loop_current(), other()) == 0) {
+    if (place_of(fd[0]) && orchi_poller_move(orch_loop_current(), other()) == 0) {
         CHECK_INT(array()->muted, 0);
-        CHECK(array()->watches[fd[0]].armed == 0 && array()->watches[quiet[0]].armed != 0);
+        CHECK(array()->watches[fd[0]].armed == 0);
         CHECK_INT(soon(orch_ready(fd[0], ORCH_READABLE)), ORCH_READABLE);
-        CHECK_INT(orchi_poller_move(orch_loop_current(), &orchi_poll_ops), 0);
-        check_array();
+        if (CHECK_INT(orchi_poller_move(orch_loop_current(), &orchi_poll_ops), 0)) check_array();
     }
     put(quiet[1]);
     CHECK_INT(soon(f), ORCH_READABLE);
