@@ -4951,13 +4951,11 @@ ORCHI_COLD static void orchi_poller_renew(orch_loop *loop) {
 // each it finds, and more. So what counts is how many of those looked at are found: where they are
 // few, epoll is faster by any factor; where a busy server's looks find a good part of them ready,
 // poll is by a fifth. Between the two bounds, 1 in 32 and 1 in 8, it stays as it is, and below 64
-// descriptors it does not matter. A backlog, of what was told and has not been served yet, is a
-// sign of a busy server: epoll finds it again, so that it counts as found, and poll does not look
-// at it, as it is muted. Counted as looked at and not found, it would send a busy loop to epoll and
-// back.
+// descriptors it does not matter. A backlog, of what was told and has not been served yet, shows a
+// busy server: epoll finds it again, so that it counts as found, and poll does not look at it, as
+// it is muted. Counted as looked at, it would send a busy loop to epoll and back.
 //
-// It is judged after looks at 65,536 descriptors in all, at least 16 and at most
-// 1,024; after twice as much with each move, and an eighth less each time it stays. A load that
+// It is judged after looks at 65,536 descriptors in all, at least 16 and at most 1,024; after twice as much with each move, and an eighth less each time it stays. A load that
 // changes faster than that is not worth following. Left out: trying both and measuring, which costs
 // moves to find out what the counts say.
 
