@@ -4955,8 +4955,9 @@ ORCHI_COLD static void orchi_poller_renew(orch_loop *loop) {
 // busy server: epoll finds it again, so that it counts as found, and poll does not look at it, as
 // it is muted. Counted as looked at, it would send a busy loop to epoll and back.
 //
-// It is judged after looks at 65,536 descriptors in all, at least 16 and at most 1,024; after twice as much with each move, and an eighth less each time it stays. A load that
-// changes faster than that is not worth following. Left out: trying both and measuring, which costs
+// It is judged after looks at 65,536 descriptors in all, at least 16 and at most 1,024; after twice
+// as much with each move, and an eighth less each time it stays. A load that changes faster than
+// that is not worth following. Left out: trying both and measuring, which costs
 // moves to find out what the counts say.
 
 // By example, with 1,000 connections:
