@@ -2230,7 +2230,7 @@ static orch_result simulated(void *arg) {
 }
 
 static orch_result client(void *arg) {
-    for (int i = 0; i < 60; i++) {
+    for (int i = 0; i < 24; i++) {
         int error = error_of(orch_adaptive_run(adaptive, simulated, NULL));
         if (error != 0) return orch_fail(error);
         if (orch_adaptive_limit(adaptive) > *(size_t *)arg) // the most that was seen

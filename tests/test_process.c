@@ -590,7 +590,7 @@ TEST(outside_a_task_it_ends_later) {
     bool runs = orch_process_id(p) > 0;
     orch_process_free(p);
     int busy = orch_loop_free(loop);
-    CHECK_INT(busy, runs ? ORCH_EBUSY : 0); // it is ending
+    CHECK(busy == 0 || (runs && busy == ORCH_EBUSY)); // mostly it is still ending
     if (busy != 0) {
         CHECK_INT(orch_loop_run(loop), 0);
         CHECK_INT(orch_loop_free(loop), 0);
