@@ -16979,7 +16979,7 @@ static int orchi_spawn_pipe(int ends[2]) {
     for (int i = 0; i < 2; i++) {
         int high = fcntl(ends[i], F_DUPFD_CLOEXEC, 3);
         if (high < 0) error = -errno;
-        close(ends[i]);
+        orch_close(ends[i]); // orch_pipe adopted it; `high` nobody has
         ends[i] = high;
         if (high >= 0) fcntl(high, F_SETFL, 0);
     }
@@ -17094,7 +17094,7 @@ static int orchi_process_spawn(orch_process *p, orchi_spawn *spawn) {
     }
     int pid = error == 0 ? orchi_spawn_run(spawn) : error;
     for (int i = 0; i < 3; i++) {
-        if (opened[i] >= 0) close(opened[i]);
+        if (opened[i] >= 0) orch_close(opened[i]); // what is known of it goes too
     }
     return pid;
 }

@@ -763,6 +763,17 @@ TASK_TEST_ON(the_grace_is_virtual_too, ORCH_CLOCK_VIRTUAL) {
     orch_process_free(p);
 }
 
+// What is known of a closed descriptor would be believed of the next owner of its number.
+TASK_TEST(nothing_is_known_of_closed_descriptors) {
+    orch_process_desc desc = {.argv = SH("exit 3"), .out = ORCH_STDIO_PIPE, .in = ORCH_STDIO_PIPE};
+    int code = run_code(desc);
+    CHECK(code == 3 || code == ORCH_ENOMEM);
+    for (size_t fd = 0; fd < orchi_loop->poller.watch_count; fd++) {
+        bool closed = fcntl((int)fd, F_GETFD) < 0;
+        if (closed) CHECK_INT(orchi_loop->poller.watches[fd].hints, 0);
+    }
+}
+
 // ---- statuses
 
 TEST(statuses_in_words) {
