@@ -8796,6 +8796,12 @@ orch_result orch_await(orch_future *f) {
     return orchi_take_result(f);
 }
 
+/* What a task function has returned, to be looked at: a chain is awaited. Chains, shares and what
+ * is lent do not own what they show. */
+static orch_result orchi_outcome(orch_result r) {
+    return r.owner == r.value ? r : orch_await(orch_settled(r));
+}
+
 /* Waits on a proxy that lets go when the task is cancelled. */
 static int orchi_look(orch_loop *loop, orch_task *task, orch_future *f) {
     if (orchi_must_end(task)) return orchi_refuse(loop, task);
@@ -12433,7 +12439,7 @@ static orch_result orchi_connection_main(void *arg) {
     orchi_connection self = {s->first, &s->first, s->loop->current->future};
     if (s->first != NULL) s->first->link = &self.next;
     s->first = &self;
-    orch_result r = s->handler(accepted->fd, s->desc.context);
+    orch_result r = orchi_outcome(s->handler(accepted->fd, s->desc.context));
     orch_close(accepted->fd);
     *self.link = self.next;
     if (self.next != NULL) self.next->link = self.link;
@@ -14401,12 +14407,6 @@ void orch_topic_free(orch_topic *t) {
 // A hundred years: what is above is a mistake.
 static const uint64_t ORCHI_POLICY_MOST_MS = 3155760000000;
 enum { ORCHI_POLICY_STACK_LEAST = 16 << 10, ORCHI_POLICY_STACK_MOST = 1 << 30 };
-
-/* What a task function has returned, to be looked at: a chain is awaited. Chains, shares and what
- * is lent do not own what they show. */
-static orch_result orchi_outcome(orch_result r) {
-    return r.owner == r.value ? r : orch_await(orch_settled(r));
-}
 
 /* What is wrong with the part that every desc has. */
 static int orchi_policy_error(bool has_fn, const void *arg, size_t arg_size, size_t stack_size) {
