@@ -15689,6 +15689,7 @@ orch_limiter *orch_limiter_new(const orch_limiter_desc *given) {
 
 void orch_limiter_free(orch_limiter *l) {
     if (l == NULL || orchi_gate_error(l, "orch_limiter_free") != 0) return;
+    l->gate.error = ORCH_ECLOSED; // those who hear of it now may ask again
     orchi_limiter_close(l, ORCH_ECLOSED);
     orchi_limiter_dispose(l);
 }
@@ -16707,6 +16708,7 @@ orch_adaptive *orch_adaptive_new(const orch_adaptive_desc *given) {
 void orch_adaptive_free(orch_adaptive *a) {
     if (a == NULL || orchi_gate_error(a, "orch_adaptive_free") != 0) return;
     a->gate.freed = true;
+    a->gate.error = ORCH_ECLOSED; // those who hear of it now may ask again
     orchi_line_close(&a->line, ORCH_ECLOSED);
     orchi_adaptive_dispose(a);
 }
