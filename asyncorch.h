@@ -15376,11 +15376,18 @@ static orch_future *orchi_call_refuse(const orch_task_desc *desc, orch_result r)
     return orch_settled(r);
 }
 
-/* What is wrong with the desc of a call; orch_go_with looks at the rest. */
-static int orchi_call_error(const orch_task_desc *desc, const char *function) {
+/* What is wrong with the desc of a call whose guard adds `size` bytes to the argument: what
+ * orch_go_with would say of the whole block, but in the name of the guard's function. */
+static int orchi_call_error(const orch_task_desc *desc, size_t size, const char *function) {
     bool wrong = desc == NULL || desc->fn == NULL || desc->arg_size > SIZE_MAX / 4 ||
                  (desc->arg_size > 0 && desc->arg == NULL);
-    return wrong ? orchi_misuse(function, ORCH_EINVAL) : 0;
+    if (wrong) return orchi_misuse(function, ORCH_EINVAL);
+    uint32_t size_log = 0;
+    orch_task_desc block = *desc;
+    block.arg = &block; // any: it is only compared with NULL
+    block.arg_size += size;
+    int error = orchi_task_error(&block, &size_log);
+    return error != 0 ? orchi_misuse(function, error) : 0;
 }
 
 enum { ORCHI_CALL_WORDS = 64 }; // blocks up to this size are built without an allocation
@@ -16065,7 +16072,7 @@ static orch_result orchi_breaker_task(void *arg) {
  * place back without a word about the service. */
 orch_future *orch_breaker_run_with(orch_breaker *b, const orch_task_desc *desc) {
     int error = orchi_gate_error(b, "orch_breaker_run");
-    if (error == 0) error = orchi_call_error(desc, "orch_breaker_run");
+    if (error == 0) error = orchi_call_error(desc, orchi_state_end(sizeof(orchi_breaker_call)), "orch_breaker_run");
     if (error != 0) return orchi_call_refuse(desc, orch_fail(error));
     orchi_breaker_call c;
     orch_result refusal;
@@ -16452,7 +16459,8 @@ static int orchi_flight_error(const orch_flight *f, const void *key, size_t key_
 orch_future *orch_flight_run_with(orch_flight *f, const void *key, size_t key_size,
                                   const orch_task_desc *desc) {
     int error = orchi_flight_error(f, key, key_size, "orch_flight_run");
-    if (error == 0) error = orchi_call_error(desc, "orch_flight_run");
+    size_t added = orchi_state_end(sizeof(orchi_flight_run)) + key_size;
+    if (error == 0) error = orchi_call_error(desc, added, "orch_flight_run");
     if (error != 0) return orchi_call_refuse(desc, orch_fail(error));
     orchi_flight_run *run = orchi_flight_find(f, key, key_size);
     bool inside = run != NULL && run->self == orch_self();
@@ -16786,7 +16794,7 @@ static orch_result orchi_adaptive_task(void *arg) {
  * a call that is cancelled in the same way while it waits and while it runs. */
 orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_task_desc *desc) {
     int error = orchi_gate_error(a, "orch_adaptive_run");
-    if (error == 0) error = orchi_call_error(desc, "orch_adaptive_run");
+    if (error == 0) error = orchi_call_error(desc, orchi_state_end(sizeof(orchi_adaptive_call)), "orch_adaptive_run");
     bool now = error == 0 && orchi_adaptive_room(a);
     if (error == 0 && !now && !orchi_adaptive_waits(a)) error = ORCH_ELIMIT;
     if (error != 0) return orchi_call_refuse(desc, orch_fail(error));
