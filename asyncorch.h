@@ -10392,6 +10392,7 @@ static int orchi_bell_try(orchi_bell *bell, const struct timespec *until) {
     }
     errno = error;
     bool rung = bell->rung;
+    bell->rung = false; // a ring is for one wait
     pthread_mutex_unlock(&bell->mutex);
     return rung ? 0 : -1;
 }
