@@ -12717,8 +12717,9 @@ static int orchi_dial_run(orchi_dial *d) {
     int fd = -EAGAIN;
     while (fd == -EAGAIN) {
         if (d->started < d->count && (next || d->open == 0)) {
+            size_t open = d->open;
             fd = orchi_dial_start(d);
-            next = d->open == 0;
+            next = d->open == open; // it has failed at once
         } else {
             fd = d->open > 0 ? orchi_dial_wait(d, &next) : d->error;
         }
