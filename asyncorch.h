@@ -12748,6 +12748,7 @@ static int orchi_dial_list(const orch_connect_desc *desc, const orch_address *li
     orch_loop *loop = orchi_loop;
     size_t bytes = count * sizeof(orchi_dialed) + (count + 1) * sizeof(orch_future *);
     if (count > UINT16_MAX) return ORCH_EINVAL;
+    if (count == 0) return ORCH_EHOST; // a name whose addresses were all too large
     char *memory = (char *)orchi_allocate(loop, bytes);
     if (memory == NULL) return ORCH_ENOMEM;
     orchi_dial d;
