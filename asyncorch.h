@@ -1008,7 +1008,8 @@ void orch_scope_cancel(orch_scope *scope, int reason);
 ORCH_NODISCARD orch_result orch_scope_close(orch_scope *scope);
 
 /* Moves a scope's deadline, sooner or later. What orch_go copied before stays as it is.
- * Returns 0; ORCH_ECANCELED when the scope was cancelled before; ORCH_ENOMEM; ORCH_ESCOPE.
+ * Returns 0; ORCH_ECANCELED when the scope was cancelled before; ORCH_ENOMEM: the old deadline
+ * stays; ORCH_ESCOPE.
  * Context: loop thread.
  * Owns: borrows scope. Units: milliseconds from now; ORCH_NO_DEADLINE: none. */
 int orch_scope_extend(orch_scope *scope, uint64_t ms);
@@ -9300,17 +9301,18 @@ orch_result orch_scope_close(orch_scope *scope) {
 }
 
 /* A new timer, whose duration counts from the end of this round as any other's does. The old one
- * goes first: without memory for the new one the scope has no deadline at all. */
+ * goes last: without memory for the new one the scope keeps it. */
 int orch_scope_extend(orch_scope *scope, uint64_t ms) {
     int error;
     orch_future *f = orchi_scope_enter(scope, "orch_scope_extend", &error);
     if (f == NULL) return error;
-    orch_future *deadline = f->as.scope.own->deadline;
-    f->as.scope.own->deadline = NULL;
-    orchi_deadline_free(orchi_loop, deadline);
-    if (ms == ORCH_NO_DEADLINE) return 0;
-    f->as.scope.own->deadline = orchi_deadline_new(orchi_loop, f, ms);
-    return f->as.scope.own->deadline != NULL ? 0 : ORCH_ENOMEM;
+    bool none = ms == ORCH_NO_DEADLINE;
+    orch_future *deadline = none ? NULL : orchi_deadline_new(orchi_loop, f, ms);
+    if (!none && deadline == NULL) return ORCH_ENOMEM;
+    orch_future *old = f->as.scope.own->deadline;
+    f->as.scope.own->deadline = deadline;
+    orchi_deadline_free(orchi_loop, old);
+    return 0;
 }
 
 size_t orch_scope_failures(const orch_scope *scope) {
