@@ -7801,6 +7801,10 @@ orch_future *orch_completion_next(orch_completion *c) {
 void orch_completion_free(orch_completion *c) {
     if (c == NULL || c == &orchi_failed_iteration) return;
     orch_loop *loop = orchi_loop;
+    if (loop == NULL || orchi_loop_of(c->hub) != loop) {
+        orchi_misuse("orch_completion_free", loop != NULL ? ORCH_ETHREAD : ORCH_ENOLOOP);
+        return;
+    }
     for (uint32_t i = 0; i < c->count; i++) {
         if (c->items[i] == NULL || (c->items[i]->flags & ORCHI_IMMORTAL)) continue;
         c->items[i]->flags &= (uint16_t)~ORCHI_WAITED;
