@@ -7723,7 +7723,11 @@ orch_completion *orch_as_completed_n(size_t count, orch_future *const *futures) 
     orch_completion *c = orchi_completion_new(orchi_loop, count);
     if (c == NULL) return orchi_completion_fail("orch_as_completed", ORCH_ENOMEM, count, futures);
     for (uint32_t i = 0; i < count; i++) {
-        orch_future *item = c->items[i] = orchi_claim(futures[i], "orch_as_completed");
+        bool reused = futures[i] == c->hub; // a freed handle whose slot became the hub
+        orch_future *item = reused
+                                ? orchi_rejected(orchi_misuse("orch_as_completed", ORCH_ECONSUMED))
+                                : orchi_claim(futures[i], "orch_as_completed");
+        c->items[i] = item;
         if (!orchi_settled(item)) orchi_attach(item, c->hub, i);
         else c->order[c->done++] = i;
         if (orchi_settled(item) && item->references == 1) item->flags |= ORCHI_WAITED;
