@@ -3292,8 +3292,7 @@ struct orch_loop {
     orch_loop_desc desc;
     orch_loop_stats stats;
     orch_result outcome;        // orch_run: what keeps the loop alive
-    uint32_t failed_iterations; // as-completed iterations whose error was not read yet
-    int failed_error;
+    uint32_t failed_iterations[2]; // as-completed iterations whose error was not read yet
     orch_future *quarantine[ORCHI_QUARANTINE];
     uint32_t quarantined;
 };
@@ -7680,10 +7679,14 @@ struct orch_completion {
     orch_future **items;
 };
 
-// Never written, so that all threads can share it. How many of them are out is counted in the loop;
-// when two have failed for different reasons, both are told the later one.
 // What stands for an iteration that could not be made: its first element is the error, see next.
-static orch_completion orchi_failed_iteration;
+// One for each error, never written, so that all threads can share them. How many of each are out
+// is counted in the loop.
+static orch_completion orchi_failed_iterations[2]; // ORCH_ENOMEM, ORCH_EINVAL
+
+static bool orchi_is_failed(const orch_completion *c) {
+    return c == &orchi_failed_iterations[0] || c == &orchi_failed_iterations[1];
+}
 
 /* Pointers before numbers, as both are then aligned. */
 static size_t orchi_completion_bytes(size_t count) {
@@ -7694,9 +7697,9 @@ static orch_completion *orchi_completion_fail(const char *function, int error, s
                                               orch_future *const *futures) {
     orchi_give_up(count, futures);
     if (error != ORCH_ENOMEM) orchi_misuse(function, error);
-    if (orchi_loop != NULL) orchi_loop->failed_iterations++;
-    if (orchi_loop != NULL) orchi_loop->failed_error = error;
-    return &orchi_failed_iteration;
+    int which = error != ORCH_ENOMEM;
+    if (orchi_loop != NULL) orchi_loop->failed_iterations[which]++;
+    return &orchi_failed_iterations[which];
 }
 
 /* One allocation and a slot: the hub has to be one, as consumers of futures are slots. */
@@ -7779,17 +7782,18 @@ static void orchi_hub_run(orch_future *hub) {
 }
 
 /* The error once, then the end: a loop over such an iteration ends as any other. */
-static orch_future *orchi_failed_next(void) {
+static orch_future *orchi_failed_next(const orch_completion *c) {
     orch_loop *loop = orchi_loop;
     if (loop == NULL) return orchi_rejected(ORCH_ENOLOOP);
-    if (loop->failed_iterations == 0) return orchi_rejected(ORCH_EEND);
-    loop->failed_iterations--;
-    return orchi_rejected(loop->failed_error);
+    int which = c != &orchi_failed_iterations[0];
+    if (loop->failed_iterations[which] == 0) return orchi_rejected(ORCH_EEND);
+    loop->failed_iterations[which]--;
+    return orchi_rejected(which == 0 ? ORCH_ENOMEM : ORCH_EINVAL);
 }
 
 orch_future *orch_completion_next(orch_completion *c) {
     if (c == NULL) return orchi_rejected(orchi_misuse("orch_completion_next", ORCH_EINVAL));
-    if (c == &orchi_failed_iteration) return orchi_failed_next();
+    if (orchi_is_failed(c)) return orchi_failed_next(c);
     if (orch_promise_pending(c->waiting)) {
         return orchi_rejected(orchi_misuse("orch_completion_next", ORCH_EBUSY));
     }
@@ -7803,7 +7807,7 @@ orch_future *orch_completion_next(orch_completion *c) {
 
 /* Every input is asked to end before any is waited for; nothing reaches the hub any more. */
 void orch_completion_free(orch_completion *c) {
-    if (c == NULL || c == &orchi_failed_iteration) return;
+    if (c == NULL || orchi_is_failed(c)) return;
     orch_loop *loop = orchi_loop;
     if (loop == NULL || orchi_loop_of(c->hub) != loop) {
         orchi_misuse("orch_completion_free", loop != NULL ? ORCH_ETHREAD : ORCH_ENOLOOP);
