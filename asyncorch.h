@@ -8256,10 +8256,11 @@ static void orchi_scope_free_members(orch_loop *loop, orchi_scope *scope) {
 static bool orchi_scope_reserve(orch_loop *loop, orchi_scope *scope, uint32_t count) {
     if (count < orchi_scope_capacity(scope)) return true;
     unsigned next = scope->capacity == 0 ? 0u + ORCHI_SCOPE_SMALL : scope->capacity + 1u;
+    if (next > 31) return false;
     void *grown = next == ORCHI_SCOPE_SMALL
                       ? orchi_extra_new(loop)
                       : orchi_allocate(loop, ((size_t)1 << next) * sizeof(orch_future *));
-    if (grown == NULL || next > 31) return false;
+    if (grown == NULL) return false;
     if (count > 0) memcpy(grown, scope->members, count * sizeof(orch_future *));
     orchi_scope_free_members(loop, scope);
     scope->members = (orch_future **)grown;
