@@ -11489,7 +11489,7 @@ static orch_signals *orchi_signals_final(orch_loop *loop) {
 //
 //     slots, ring, timers, watches    orchi_loop_dispose, whole regions at a time
 //     what slots own                  orchi_discard_visit, before that: results, contexts, lists
-//     stacks                          orchi_maps_free; tasks have ended by then, or never will
+//     stacks                          orchi_stacks_free; tasks have ended by then, or never will
 //     messages                        their results, with malloc's free: they may outlive the loop
 //     the loop itself                 last, through the allocator that came with the desc
 //
@@ -11575,6 +11575,22 @@ orch_loop *orch_loop_new(const orch_loop_desc *desc) {
     return loop;
 }
 
+/* A task that never ended, as after an error of the poller: its frames are lost, and only what it
+ * was given is given back. */
+static void orchi_task_discard(orch_future *f, void *context) {
+    if (f->kind != ORCHI_TASK || f->as.task.task == NULL) return;
+    orch_task *task = f->as.task.task;
+    f->as.task.task = NULL;
+    if (task->release != NULL) task->release(task->arg);
+    orchi_locals_drop((orch_loop *)context, task->locals);
+}
+
+/* All stacks, and what tasks that are still on them own. */
+static void orchi_stacks_free(orch_loop *loop) {
+    orchi_each_slot(loop, orchi_task_discard, loop);
+    orchi_maps_free(loop);
+}
+
 /* What a slot that is left still owns. */
 static void orchi_discard_visit(orch_future *f, void *context) {
     orch_loop *loop = (orch_loop *)context;
@@ -11598,7 +11614,7 @@ static void orchi_discard_visit(orch_future *f, void *context) {
 static void orchi_loop_dispose(orch_loop *loop) {
     orchi_each_slot(loop, orchi_discard_visit, loop);
     orchi_fault_uninstall(loop);
-    orchi_maps_free(loop);
+    orchi_stacks_free(loop);
     loop->poller.ops->close(loop);
     orchi_free(loop, loop->poller.watches, loop->poller.watch_count * sizeof(orchi_watch));
     orchi_free(loop, loop->poller.found, loop->poller.found_capacity * sizeof(orchi_found));
@@ -11851,7 +11867,7 @@ static orch_result orchi_run_outcome(orch_loop *loop, orch_result r) {
         return r;
     }
     orchi_fault_uninstall(loop);
-    orchi_maps_free(loop);
+    orchi_stacks_free(loop);
     orchi_loop = NULL;
     loop->outcome = r;
     loop->close = orchi_close_kept;
