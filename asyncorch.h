@@ -5684,6 +5684,7 @@ static int orchi_found_compare(const void *a, const void *b) {
 
 ORCHI_COLD static void orchi_found_shuffle(orch_loop *loop) {
     orchi_poller *p = &loop->poller;
+    if (p->found_count == 0) return; // there may be no list yet
     qsort(p->found, p->found_count, sizeof *p->found, orchi_found_compare);
     for (uint32_t i = p->found_count; i > 1; i--) {
         uint32_t drawn = (uint32_t)(orchi_random(loop) % i);
