@@ -6874,6 +6874,8 @@ typedef struct orchi_owned { // in an extra slot
     void (*release)(void *context);
 } orchi_owned;
 
+typedef char orchi_owned_fits[sizeof(orchi_owned) <= 48 ? 1 : -1]; // an extra slot
+
 /* A pending slot that consumes a claimed f and is queued when it has settled; NULL when out of
  * memory, and f is given up. */
 static orch_future *orchi_consumer(orch_future *f, orchi_kind_id kind) {
@@ -8035,6 +8037,8 @@ typedef struct orchi_scope { // in an extra slot
     uint8_t bits;
 } orchi_scope;
 
+typedef char orchi_scope_fits[sizeof(orchi_scope) <= 48 ? 1 : -1]; // an extra slot
+
 enum { ORCHI_KEEP_GOING = 1, ORCHI_EXPIRED = 2, ORCHI_CLOSING = 4, ORCHI_ASKED_ALL = 8 };
 
 /* Whether a wait is to be refused now. */
@@ -8363,6 +8367,8 @@ typedef struct orchi_local { // in an extra slot
     void (*release)(void *value);
     uint32_t holders; // tables
 } orchi_local;
+
+typedef char orchi_local_fits[sizeof(orchi_local) <= 48 ? 1 : -1]; // an extra slot
 
 // All that a task has. It is shared with the tasks that inherit it, until one of them sets a value:
 // that one gets a table of its own.
@@ -15261,6 +15267,8 @@ typedef struct orchi_place { // in an extra slot
     uint32_t weight;
 } orchi_place;
 
+typedef char orchi_place_fits[sizeof(orchi_place) <= 48 ? 1 : -1]; // an extra slot
+
 typedef struct orchi_line {
     orchi_place *first, *last;
     size_t count;
@@ -15338,6 +15346,8 @@ typedef struct orchi_alarm { // in an extra slot
     void *owner; // NULL: it was called off
     orch_future *future;
 } orchi_alarm;
+
+typedef char orchi_alarm_fits[sizeof(orchi_alarm) <= 48 ? 1 : -1]; // an extra slot
 
 static orch_result orchi_alarm_run(orch_result *in, void *context) {
     orchi_alarm alarm = *(orchi_alarm *)context;
@@ -15498,6 +15508,8 @@ typedef struct orchi_pass { // in an extra slot, or in a call's block
     double limit;    // adaptive: when it began
     uint32_t beside; // adaptive: calls that were under way when it began, itself included
 } orchi_pass;
+
+typedef char orchi_pass_fits[sizeof(orchi_pass) <= 48 ? 1 : -1]; // an extra slot
 
 /* Takes the pass out of a result that owns it. What else the result may be is a mistake, unless it
  * owns nothing. */
