@@ -1704,7 +1704,8 @@ int orch_file_remove(const char *path);
 orch_result orch_file_load(const char *path);
 
 /* Writes a whole file: into a new one beside it, which takes its place (and its permissions) when
- * it is on the disk. So others see the old one or the new one, whole, also after a crash.
+ * it is on the disk. So others see the old one or the new one, whole, also after a crash. Right
+ * after a power cut it may be the old one: the directory itself is not forced to the disk.
  * Returns as above.
  * Context: task only; suspends.
  * Owns: copies the data. Units: bytes. */
@@ -2549,7 +2550,7 @@ typedef struct orch_exit_status {
  * descriptor's error too), ORCH_ENOMEM; ORCH_EINVAL (debug builds abort) for a bad desc,
  * ORCH_ENOLOOP.
  * Context: loop thread; does not suspend, but the thread waits until the program was loaded, about
- * a millisecond.
+ * a millisecond. Where SIGCHLD has to tell the end (no pidfd), it stays unblocked in this thread.
  * Owns: hands it over, for orch_process_free, before the loop ends; borrows what desc shows during
  * the call. Units: milliseconds. */
 ORCH_NODISCARD orch_process *orch_process_start(const orch_process_desc *desc);
