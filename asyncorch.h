@@ -3294,7 +3294,7 @@ struct orch_loop {
     } call; // orch_on_main_stack
     orch_loop_desc desc;
     orch_loop_stats stats;
-    orch_result outcome;        // orch_run: what keeps the loop alive
+    orch_result outcome;           // orch_run: what keeps the loop alive
     uint32_t failed_iterations[2]; // as-completed iterations whose error was not read yet
     orch_future *quarantine[ORCHI_QUARANTINE];
     uint32_t quarantined;
@@ -15433,7 +15433,7 @@ static int orchi_call_error(const orch_task_desc *desc, size_t size, const char 
     uint32_t size_log = 0;
     orch_task_desc block = *desc;
     block.arg = &block; // any: it is only compared with NULL
-    block.arg_size += size;
+    block.arg_size += orchi_state_end(size);
     int error = orchi_task_error(&block, &size_log);
     return error != 0 ? orchi_misuse(function, error) : 0;
 }
@@ -16122,7 +16122,7 @@ static orch_result orchi_breaker_task(void *arg) {
  * place back without a word about the service. */
 orch_future *orch_breaker_run_with(orch_breaker *b, const orch_task_desc *desc) {
     int error = orchi_gate_error(b, "orch_breaker_run");
-    if (error == 0) error = orchi_call_error(desc, orchi_state_end(sizeof(orchi_breaker_call)), "orch_breaker_run");
+    if (error == 0) error = orchi_call_error(desc, sizeof(orchi_breaker_call), "orch_breaker_run");
     if (error != 0) return orchi_call_refuse(desc, orch_fail(error));
     orchi_breaker_call c;
     orch_result refusal;
@@ -16844,7 +16844,8 @@ static orch_result orchi_adaptive_task(void *arg) {
  * a call that is cancelled in the same way while it waits and while it runs. */
 orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_task_desc *desc) {
     int error = orchi_gate_error(a, "orch_adaptive_run");
-    if (error == 0) error = orchi_call_error(desc, orchi_state_end(sizeof(orchi_adaptive_call)), "orch_adaptive_run");
+    if (error == 0)
+        error = orchi_call_error(desc, sizeof(orchi_adaptive_call), "orch_adaptive_run");
     bool now = error == 0 && orchi_adaptive_room(a);
     if (error == 0 && !now && !orchi_adaptive_waits(a)) error = ORCH_ELIMIT;
     if (error != 0) return orchi_call_refuse(desc, orch_fail(error));
