@@ -2894,10 +2894,8 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 // ThreadSanitizer knows fork only, and macOS advises against vfork.
 #if ORCHI_OS_LINUX && !ORCHI_TSAN
 #define ORCHI_FORK vfork
-#define ORCHI_FORK_WAITS 1 // until the exec: what the child has to report is there
 #else
 #define ORCHI_FORK fork
-#define ORCHI_FORK_WAITS 0
 #endif
 
 #if ORCHI_OS_LINUX && defined(SYS_pidfd_open) && !(defined(ORCH_USE_SIGCHLD) && ORCH_USE_SIGCHLD)
@@ -17024,12 +17022,17 @@ static int orchi_reap(pid_t pid, int *status) {
     return got < 0 ? -errno : 0;
 }
 
-/* What the child could not do; 0 when the exec has closed the pipe. Not waited for without need: a
- * fork by another thread may hold the other end for as long as its child lives. */
+enum { ORCHI_REPORT_MS = 500 };
+
+/* What the child could not do; 0 when the exec has closed the pipe. After vfork that has happened
+ * already; after fork, and where tools make one of the other, soon. It is not waited for without an
+ * end, as a fork by another thread may hold the pipe for as long as its child lives. */
 static int orchi_spawn_report(int fd) {
     int error = 0;
     ssize_t got;
-    if (ORCHI_FORK_WAITS) fcntl(fd, F_SETFL, O_NONBLOCK);
+    struct pollfd report = {fd, POLLIN, 0};
+    fcntl(fd, F_SETFL, O_NONBLOCK);
+    while (poll(&report, 1, ORCHI_REPORT_MS) < 0 && errno == EINTR) continue;
     do got = read(fd, &error, sizeof error);
     while (got < 0 && errno == EINTR);
     return got == (ssize_t)sizeof error ? error : 0;
@@ -17633,7 +17636,6 @@ orch_result orch_exit_status_check(orch_exit_status status) {
 #undef ORCHI_DISARMED
 #undef ORCHI_ERROR_ROW
 #undef ORCHI_FORK
-#undef ORCHI_FORK_WAITS
 #undef ORCHI_FUNCTION
 #undef ORCHI_FUNCTION_END
 #undef ORCHI_FUNCTION_PUBLIC
