@@ -1008,7 +1008,8 @@ void orch_scope_cancel(orch_scope *scope, int reason);
 ORCH_NODISCARD orch_result orch_scope_close(orch_scope *scope);
 
 /* Moves a scope's deadline, sooner or later. What orch_go copied before stays as it is.
- * Returns 0; ORCH_ECANCELED when the scope was cancelled before; ORCH_ENOMEM; ORCH_ESCOPE.
+ * Returns 0; ORCH_ECANCELED when the scope was cancelled before; ORCH_ENOMEM: the old deadline
+ * stays; ORCH_ESCOPE.
  * Context: loop thread.
  * Owns: borrows scope. Units: milliseconds from now; ORCH_NO_DEADLINE: none. */
 int orch_scope_extend(orch_scope *scope, uint64_t ms);
@@ -1703,7 +1704,8 @@ int orch_file_remove(const char *path);
 orch_result orch_file_load(const char *path);
 
 /* Writes a whole file: into a new one beside it, which takes its place (and its permissions) when
- * it is on the disk. So others see the old one or the new one, whole, also after a crash.
+ * it is on the disk. So others see the old one or the new one, whole, also after a crash. Right
+ * after a power cut it may be the old one: the directory itself is not forced to the disk.
  * Returns as above.
  * Context: task only; suspends.
  * Owns: copies the data. Units: bytes. */
@@ -2548,7 +2550,7 @@ typedef struct orch_exit_status {
  * descriptor's error too), ORCH_ENOMEM; ORCH_EINVAL (debug builds abort) for a bad desc,
  * ORCH_ENOLOOP.
  * Context: loop thread; does not suspend, but the thread waits until the program was loaded, about
- * a millisecond.
+ * a millisecond. Where SIGCHLD has to tell the end (no pidfd), it stays unblocked in this thread.
  * Owns: hands it over, for orch_process_free, before the loop ends; borrows what desc shows during
  * the call. Units: milliseconds. */
 ORCH_NODISCARD orch_process *orch_process_start(const orch_process_desc *desc);
@@ -3290,9 +3292,8 @@ struct orch_loop {
     } call; // orch_on_main_stack
     orch_loop_desc desc;
     orch_loop_stats stats;
-    orch_result outcome;        // orch_run: what keeps the loop alive
-    uint32_t failed_iterations; // as-completed iterations whose error was not read yet
-    int failed_error;
+    orch_result outcome;           // orch_run: what keeps the loop alive
+    uint32_t failed_iterations[2]; // as-completed iterations whose error was not read yet
     orch_future *quarantine[ORCHI_QUARANTINE];
     uint32_t quarantined;
 };
@@ -5681,6 +5682,7 @@ static int orchi_found_compare(const void *a, const void *b) {
 
 ORCHI_COLD static void orchi_found_shuffle(orch_loop *loop) {
     orchi_poller *p = &loop->poller;
+    if (p->found_count == 0) return; // there may be no list yet
     qsort(p->found, p->found_count, sizeof *p->found, orchi_found_compare);
     for (uint32_t i = p->found_count; i > 1; i--) {
         uint32_t drawn = (uint32_t)(orchi_random(loop) % i);
@@ -6870,6 +6872,8 @@ typedef struct orchi_owned { // in an extra slot
     void (*release)(void *context);
 } orchi_owned;
 
+typedef char orchi_owned_fits[sizeof(orchi_owned) <= 48 ? 1 : -1]; // an extra slot
+
 /* A pending slot that consumes a claimed f and is queued when it has settled; NULL when out of
  * memory, and f is given up. */
 static orch_future *orchi_consumer(orch_future *f, orchi_kind_id kind) {
@@ -7678,10 +7682,14 @@ struct orch_completion {
     orch_future **items;
 };
 
-// Never written, so that all threads can share it. How many of them are out is counted in the loop;
-// when two have failed for different reasons, both are told the later one.
 // What stands for an iteration that could not be made: its first element is the error, see next.
-static orch_completion orchi_failed_iteration;
+// One for each error, never written, so that all threads can share them. How many of each are out
+// is counted in the loop.
+static orch_completion orchi_failed_iterations[2]; // ORCH_ENOMEM, ORCH_EINVAL
+
+static bool orchi_is_failed(const orch_completion *c) {
+    return c == &orchi_failed_iterations[0] || c == &orchi_failed_iterations[1];
+}
 
 /* Pointers before numbers, as both are then aligned. */
 static size_t orchi_completion_bytes(size_t count) {
@@ -7692,9 +7700,9 @@ static orch_completion *orchi_completion_fail(const char *function, int error, s
                                               orch_future *const *futures) {
     orchi_give_up(count, futures);
     if (error != ORCH_ENOMEM) orchi_misuse(function, error);
-    if (orchi_loop != NULL) orchi_loop->failed_iterations++;
-    if (orchi_loop != NULL) orchi_loop->failed_error = error;
-    return &orchi_failed_iteration;
+    int which = error != ORCH_ENOMEM;
+    if (orchi_loop != NULL) orchi_loop->failed_iterations[which]++;
+    return &orchi_failed_iterations[which];
 }
 
 /* One allocation and a slot: the hub has to be one, as consumers of futures are slots. */
@@ -7721,7 +7729,11 @@ orch_completion *orch_as_completed_n(size_t count, orch_future *const *futures) 
     orch_completion *c = orchi_completion_new(orchi_loop, count);
     if (c == NULL) return orchi_completion_fail("orch_as_completed", ORCH_ENOMEM, count, futures);
     for (uint32_t i = 0; i < count; i++) {
-        orch_future *item = c->items[i] = orchi_claim(futures[i], "orch_as_completed");
+        bool reused = futures[i] == c->hub; // a freed handle whose slot became the hub
+        orch_future *item = reused
+                                ? orchi_rejected(orchi_misuse("orch_as_completed", ORCH_ECONSUMED))
+                                : orchi_claim(futures[i], "orch_as_completed");
+        c->items[i] = item;
         if (!orchi_settled(item)) orchi_attach(item, c->hub, i);
         else c->order[c->done++] = i;
         if (orchi_settled(item) && item->references == 1) item->flags |= ORCHI_WAITED;
@@ -7773,17 +7785,18 @@ static void orchi_hub_run(orch_future *hub) {
 }
 
 /* The error once, then the end: a loop over such an iteration ends as any other. */
-static orch_future *orchi_failed_next(void) {
+static orch_future *orchi_failed_next(const orch_completion *c) {
     orch_loop *loop = orchi_loop;
     if (loop == NULL) return orchi_rejected(ORCH_ENOLOOP);
-    if (loop->failed_iterations == 0) return orchi_rejected(ORCH_EEND);
-    loop->failed_iterations--;
-    return orchi_rejected(loop->failed_error);
+    int which = c != &orchi_failed_iterations[0];
+    if (loop->failed_iterations[which] == 0) return orchi_rejected(ORCH_EEND);
+    loop->failed_iterations[which]--;
+    return orchi_rejected(which == 0 ? ORCH_ENOMEM : ORCH_EINVAL);
 }
 
 orch_future *orch_completion_next(orch_completion *c) {
     if (c == NULL) return orchi_rejected(orchi_misuse("orch_completion_next", ORCH_EINVAL));
-    if (c == &orchi_failed_iteration) return orchi_failed_next();
+    if (orchi_is_failed(c)) return orchi_failed_next(c);
     if (orch_promise_pending(c->waiting)) {
         return orchi_rejected(orchi_misuse("orch_completion_next", ORCH_EBUSY));
     }
@@ -7797,8 +7810,12 @@ orch_future *orch_completion_next(orch_completion *c) {
 
 /* Every input is asked to end before any is waited for; nothing reaches the hub any more. */
 void orch_completion_free(orch_completion *c) {
-    if (c == NULL || c == &orchi_failed_iteration) return;
+    if (c == NULL || orchi_is_failed(c)) return;
     orch_loop *loop = orchi_loop;
+    if (loop == NULL || orchi_loop_of(c->hub) != loop) {
+        orchi_misuse("orch_completion_free", loop != NULL ? ORCH_ETHREAD : ORCH_ENOLOOP);
+        return;
+    }
     for (uint32_t i = 0; i < c->count; i++) {
         if (c->items[i] == NULL || (c->items[i]->flags & ORCHI_IMMORTAL)) continue;
         c->items[i]->flags &= (uint16_t)~ORCHI_WAITED;
@@ -8017,6 +8034,8 @@ typedef struct orchi_scope { // in an extra slot
     uint8_t capacity; // of members: 0, 6 (in a slot), or 2 to this power
     uint8_t bits;
 } orchi_scope;
+
+typedef char orchi_scope_fits[sizeof(orchi_scope) <= 48 ? 1 : -1]; // an extra slot
 
 enum { ORCHI_KEEP_GOING = 1, ORCHI_EXPIRED = 2, ORCHI_CLOSING = 4, ORCHI_ASKED_ALL = 8 };
 
@@ -8242,10 +8261,11 @@ static void orchi_scope_free_members(orch_loop *loop, orchi_scope *scope) {
 static bool orchi_scope_reserve(orch_loop *loop, orchi_scope *scope, uint32_t count) {
     if (count < orchi_scope_capacity(scope)) return true;
     unsigned next = scope->capacity == 0 ? 0u + ORCHI_SCOPE_SMALL : scope->capacity + 1u;
+    if (next > 31) return false;
     void *grown = next == ORCHI_SCOPE_SMALL
                       ? orchi_extra_new(loop)
                       : orchi_allocate(loop, ((size_t)1 << next) * sizeof(orch_future *));
-    if (grown == NULL || next > 31) return false;
+    if (grown == NULL) return false;
     if (count > 0) memcpy(grown, scope->members, count * sizeof(orch_future *));
     orchi_scope_free_members(loop, scope);
     scope->members = (orch_future **)grown;
@@ -8345,6 +8365,8 @@ typedef struct orchi_local { // in an extra slot
     void (*release)(void *value);
     uint32_t holders; // tables
 } orchi_local;
+
+typedef char orchi_local_fits[sizeof(orchi_local) <= 48 ? 1 : -1]; // an extra slot
 
 // All that a task has. It is shared with the tasks that inherit it, until one of them sets a value:
 // that one gets a table of its own.
@@ -8793,6 +8815,12 @@ orch_result orch_await(orch_future *f) {
     if (!orchi_settled(f)) return orchi_await_pending(loop, task, f);
     orchi_no_wait(loop, task);
     return orchi_take_result(f);
+}
+
+/* What a task function has returned, to be looked at: a chain is awaited. Chains, shares and what
+ * is lent do not own what they show. */
+static orch_result orchi_outcome(orch_result r) {
+    return r.owner == r.value ? r : orch_await(orch_settled(r));
 }
 
 /* Waits on a proxy that lets go when the task is cancelled. */
@@ -9293,17 +9321,18 @@ orch_result orch_scope_close(orch_scope *scope) {
 }
 
 /* A new timer, whose duration counts from the end of this round as any other's does. The old one
- * goes first: without memory for the new one the scope has no deadline at all. */
+ * goes last: without memory for the new one the scope keeps it. */
 int orch_scope_extend(orch_scope *scope, uint64_t ms) {
     int error;
     orch_future *f = orchi_scope_enter(scope, "orch_scope_extend", &error);
     if (f == NULL) return error;
-    orch_future *deadline = f->as.scope.own->deadline;
-    f->as.scope.own->deadline = NULL;
-    orchi_deadline_free(orchi_loop, deadline);
-    if (ms == ORCH_NO_DEADLINE) return 0;
-    f->as.scope.own->deadline = orchi_deadline_new(orchi_loop, f, ms);
-    return f->as.scope.own->deadline != NULL ? 0 : ORCH_ENOMEM;
+    bool none = ms == ORCH_NO_DEADLINE;
+    orch_future *deadline = none ? NULL : orchi_deadline_new(orchi_loop, f, ms);
+    if (!none && deadline == NULL) return ORCH_ENOMEM;
+    orch_future *old = f->as.scope.own->deadline;
+    f->as.scope.own->deadline = deadline;
+    orchi_deadline_free(orchi_loop, old);
+    return 0;
 }
 
 size_t orch_scope_failures(const orch_scope *scope) {
@@ -10385,6 +10414,7 @@ static int orchi_bell_try(orchi_bell *bell, const struct timespec *until) {
     }
     errno = error;
     bool rung = bell->rung;
+    bell->rung = false; // a ring is for one wait
     pthread_mutex_unlock(&bell->mutex);
     return rung ? 0 : -1;
 }
@@ -11466,7 +11496,7 @@ static orch_signals *orchi_signals_final(orch_loop *loop) {
 //
 //     slots, ring, timers, watches    orchi_loop_dispose, whole regions at a time
 //     what slots own                  orchi_discard_visit, before that: results, contexts, lists
-//     stacks                          orchi_maps_free; tasks have ended by then, or never will
+//     stacks                          orchi_stacks_free; tasks have ended by then, or never will
 //     messages                        their results, with malloc's free: they may outlive the loop
 //     the loop itself                 last, through the allocator that came with the desc
 //
@@ -11552,6 +11582,22 @@ orch_loop *orch_loop_new(const orch_loop_desc *desc) {
     return loop;
 }
 
+/* A task that never ended, as after an error of the poller: its frames are lost, and only what it
+ * was given is given back. */
+static void orchi_task_discard(orch_future *f, void *context) {
+    if (f->kind != ORCHI_TASK || f->as.task.task == NULL) return;
+    orch_task *task = f->as.task.task;
+    f->as.task.task = NULL;
+    if (task->release != NULL) task->release(task->arg);
+    orchi_locals_drop((orch_loop *)context, task->locals);
+}
+
+/* All stacks, and what tasks that are still on them own. */
+static void orchi_stacks_free(orch_loop *loop) {
+    orchi_each_slot(loop, orchi_task_discard, loop);
+    orchi_maps_free(loop);
+}
+
 /* What a slot that is left still owns. */
 static void orchi_discard_visit(orch_future *f, void *context) {
     orch_loop *loop = (orch_loop *)context;
@@ -11575,7 +11621,7 @@ static void orchi_discard_visit(orch_future *f, void *context) {
 static void orchi_loop_dispose(orch_loop *loop) {
     orchi_each_slot(loop, orchi_discard_visit, loop);
     orchi_fault_uninstall(loop);
-    orchi_maps_free(loop);
+    orchi_stacks_free(loop);
     loop->poller.ops->close(loop);
     orchi_free(loop, loop->poller.watches, loop->poller.watch_count * sizeof(orchi_watch));
     orchi_free(loop, loop->poller.found, loop->poller.found_capacity * sizeof(orchi_found));
@@ -11828,7 +11874,7 @@ static orch_result orchi_run_outcome(orch_loop *loop, orch_result r) {
         return r;
     }
     orchi_fault_uninstall(loop);
-    orchi_maps_free(loop);
+    orchi_stacks_free(loop);
     orchi_loop = NULL;
     loop->outcome = r;
     loop->close = orchi_close_kept;
@@ -12432,7 +12478,7 @@ static orch_result orchi_connection_main(void *arg) {
     orchi_connection self = {s->first, &s->first, s->loop->current->future};
     if (s->first != NULL) s->first->link = &self.next;
     s->first = &self;
-    orch_result r = s->handler(accepted->fd, s->desc.context);
+    orch_result r = orchi_outcome(s->handler(accepted->fd, s->desc.context));
     orch_close(accepted->fd);
     *self.link = self.next;
     if (self.next != NULL) self.next->link = self.link;
@@ -12709,8 +12755,9 @@ static int orchi_dial_run(orchi_dial *d) {
     int fd = -EAGAIN;
     while (fd == -EAGAIN) {
         if (d->started < d->count && (next || d->open == 0)) {
+            size_t open = d->open;
             fd = orchi_dial_start(d);
-            next = d->open == 0;
+            next = d->open == open; // it has failed at once
         } else {
             fd = d->open > 0 ? orchi_dial_wait(d, &next) : d->error;
         }
@@ -12739,6 +12786,7 @@ static int orchi_dial_list(const orch_connect_desc *desc, const orch_address *li
     orch_loop *loop = orchi_loop;
     size_t bytes = count * sizeof(orchi_dialed) + (count + 1) * sizeof(orch_future *);
     if (count > UINT16_MAX) return ORCH_EINVAL;
+    if (count == 0) return ORCH_EHOST; // a name whose addresses were all too large
     char *memory = (char *)orchi_allocate(loop, bytes);
     if (memory == NULL) return ORCH_ENOMEM;
     orchi_dial d;
@@ -14401,12 +14449,6 @@ void orch_topic_free(orch_topic *t) {
 static const uint64_t ORCHI_POLICY_MOST_MS = 3155760000000;
 enum { ORCHI_POLICY_STACK_LEAST = 16 << 10, ORCHI_POLICY_STACK_MOST = 1 << 30 };
 
-/* What a task function has returned, to be looked at: a chain is awaited. Chains, shares and what
- * is lent do not own what they show. */
-static orch_result orchi_outcome(orch_result r) {
-    return r.owner == r.value ? r : orch_await(orch_settled(r));
-}
-
 /* What is wrong with the part that every desc has. */
 static int orchi_policy_error(bool has_fn, const void *arg, size_t arg_size, size_t stack_size) {
     if (orchi_loop == NULL) return ORCH_ENOLOOP;
@@ -15223,6 +15265,8 @@ typedef struct orchi_place { // in an extra slot
     uint32_t weight;
 } orchi_place;
 
+typedef char orchi_place_fits[sizeof(orchi_place) <= 48 ? 1 : -1]; // an extra slot
+
 typedef struct orchi_line {
     orchi_place *first, *last;
     size_t count;
@@ -15301,6 +15345,8 @@ typedef struct orchi_alarm { // in an extra slot
     orch_future *future;
 } orchi_alarm;
 
+typedef char orchi_alarm_fits[sizeof(orchi_alarm) <= 48 ? 1 : -1]; // an extra slot
+
 static orch_result orchi_alarm_run(orch_result *in, void *context) {
     orchi_alarm alarm = *(orchi_alarm *)context;
     orchi_extra_free(orchi_loop, context);
@@ -15375,11 +15421,18 @@ static orch_future *orchi_call_refuse(const orch_task_desc *desc, orch_result r)
     return orch_settled(r);
 }
 
-/* What is wrong with the desc of a call; orch_go_with looks at the rest. */
-static int orchi_call_error(const orch_task_desc *desc, const char *function) {
+/* What is wrong with the desc of a call whose guard adds `size` bytes to the argument: what
+ * orch_go_with would say of the whole block, but in the name of the guard's function. */
+static int orchi_call_error(const orch_task_desc *desc, size_t size, const char *function) {
     bool wrong = desc == NULL || desc->fn == NULL || desc->arg_size > SIZE_MAX / 4 ||
                  (desc->arg_size > 0 && desc->arg == NULL);
-    return wrong ? orchi_misuse(function, ORCH_EINVAL) : 0;
+    if (wrong) return orchi_misuse(function, ORCH_EINVAL);
+    uint32_t size_log = 0;
+    orch_task_desc block = *desc;
+    block.arg = &block; // any: it is only compared with NULL
+    block.arg_size += orchi_state_end(size);
+    int error = orchi_task_error(&block, &size_log);
+    return error != 0 ? orchi_misuse(function, error) : 0;
 }
 
 enum { ORCHI_CALL_WORDS = 64 }; // blocks up to this size are built without an allocation
@@ -15453,6 +15506,8 @@ typedef struct orchi_pass { // in an extra slot, or in a call's block
     double limit;    // adaptive: when it began
     uint32_t beside; // adaptive: calls that were under way when it began, itself included
 } orchi_pass;
+
+typedef char orchi_pass_fits[sizeof(orchi_pass) <= 48 ? 1 : -1]; // an extra slot
 
 /* Takes the pass out of a result that owns it. What else the result may be is a mistake, unless it
  * owns nothing. */
@@ -15688,6 +15743,7 @@ orch_limiter *orch_limiter_new(const orch_limiter_desc *given) {
 
 void orch_limiter_free(orch_limiter *l) {
     if (l == NULL || orchi_gate_error(l, "orch_limiter_free") != 0) return;
+    l->gate.error = ORCH_ECLOSED; // those who hear of it now may ask again
     orchi_limiter_close(l, ORCH_ECLOSED);
     orchi_limiter_dispose(l);
 }
@@ -16063,7 +16119,7 @@ static orch_result orchi_breaker_task(void *arg) {
  * place back without a word about the service. */
 orch_future *orch_breaker_run_with(orch_breaker *b, const orch_task_desc *desc) {
     int error = orchi_gate_error(b, "orch_breaker_run");
-    if (error == 0) error = orchi_call_error(desc, "orch_breaker_run");
+    if (error == 0) error = orchi_call_error(desc, sizeof(orchi_breaker_call), "orch_breaker_run");
     if (error != 0) return orchi_call_refuse(desc, orch_fail(error));
     orchi_breaker_call c;
     orch_result refusal;
@@ -16450,7 +16506,8 @@ static int orchi_flight_error(const orch_flight *f, const void *key, size_t key_
 orch_future *orch_flight_run_with(orch_flight *f, const void *key, size_t key_size,
                                   const orch_task_desc *desc) {
     int error = orchi_flight_error(f, key, key_size, "orch_flight_run");
-    if (error == 0) error = orchi_call_error(desc, "orch_flight_run");
+    size_t added = orchi_state_end(sizeof(orchi_flight_run)) + key_size;
+    if (error == 0) error = orchi_call_error(desc, added, "orch_flight_run");
     if (error != 0) return orchi_call_refuse(desc, orch_fail(error));
     orchi_flight_run *run = orchi_flight_find(f, key, key_size);
     bool inside = run != NULL && run->self == orch_self();
@@ -16706,6 +16763,7 @@ orch_adaptive *orch_adaptive_new(const orch_adaptive_desc *given) {
 void orch_adaptive_free(orch_adaptive *a) {
     if (a == NULL || orchi_gate_error(a, "orch_adaptive_free") != 0) return;
     a->gate.freed = true;
+    a->gate.error = ORCH_ECLOSED; // those who hear of it now may ask again
     orchi_line_close(&a->line, ORCH_ECLOSED);
     orchi_adaptive_dispose(a);
 }
@@ -16783,7 +16841,8 @@ static orch_result orchi_adaptive_task(void *arg) {
  * a call that is cancelled in the same way while it waits and while it runs. */
 orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_task_desc *desc) {
     int error = orchi_gate_error(a, "orch_adaptive_run");
-    if (error == 0) error = orchi_call_error(desc, "orch_adaptive_run");
+    if (error == 0)
+        error = orchi_call_error(desc, sizeof(orchi_adaptive_call), "orch_adaptive_run");
     bool now = error == 0 && orchi_adaptive_room(a);
     if (error == 0 && !now && !orchi_adaptive_waits(a)) error = ORCH_ELIMIT;
     if (error != 0) return orchi_call_refuse(desc, orch_fail(error));
@@ -16962,10 +17021,17 @@ static int orchi_reap(pid_t pid, int *status) {
     return got < 0 ? -errno : 0;
 }
 
-/* What the child could not do; 0 when the exec has closed the pipe. */
+enum { ORCHI_REPORT_MS = 500 };
+
+/* What the child could not do; 0 when the exec has closed the pipe. After vfork that has happened
+ * already; after fork, and where tools make one of the other, soon. It is not waited for without an
+ * end, as a fork by another thread may hold the pipe for as long as its child lives. */
 static int orchi_spawn_report(int fd) {
     int error = 0;
     ssize_t got;
+    struct pollfd report = {fd, POLLIN, 0};
+    fcntl(fd, F_SETFL, O_NONBLOCK);
+    while (poll(&report, 1, ORCHI_REPORT_MS) < 0 && errno == EINTR) continue;
     do got = read(fd, &error, sizeof error);
     while (got < 0 && errno == EINTR);
     return got == (ssize_t)sizeof error ? error : 0;
@@ -16978,7 +17044,7 @@ static int orchi_spawn_pipe(int ends[2]) {
     for (int i = 0; i < 2; i++) {
         int high = fcntl(ends[i], F_DUPFD_CLOEXEC, 3);
         if (high < 0) error = -errno;
-        close(ends[i]);
+        orch_close(ends[i]); // orch_pipe adopted it; `high` nobody has
         ends[i] = high;
         if (high >= 0) fcntl(high, F_SETFL, 0);
     }
@@ -17093,7 +17159,7 @@ static int orchi_process_spawn(orch_process *p, orchi_spawn *spawn) {
     }
     int pid = error == 0 ? orchi_spawn_run(spawn) : error;
     for (int i = 0; i < 3; i++) {
-        if (opened[i] >= 0) close(opened[i]);
+        if (opened[i] >= 0) orch_close(opened[i]); // what is known of it goes too
     }
     return pid;
 }

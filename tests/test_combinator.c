@@ -1852,6 +1852,25 @@ TEST(misuse_without_a_loop) {
     orch_completion_free(c);
 }
 
+TEST(misuse_of_two_completions) { // each tells its own error
+    deny = false;
+    if (!start_with((orch_loop_desc){.allocator.resize = resize})) return;
+    orch_completion *c = orch_as_completed_n(1, NULL);
+    deny = true;
+    orch_completion *d = orch_as_completed_n(0, NULL);
+    deny = false;
+    orch_on(orch_completion_next(c), end, &seen[0]);
+    orch_on(orch_completion_next(d), end, &seen[1]);
+    orch_on(orch_completion_next(d), end, &seen[2]);
+    turns();
+    CHECK_INT(seen[0].error, ORCH_EINVAL);
+    CHECK_INT(seen[1].error, ORCH_ENOMEM);
+    CHECK_INT(seen[2].error, ORCH_EEND);
+    orch_completion_free(d);
+    orch_completion_free(c);
+    finish();
+}
+
 TEST(misuse_of_timeout) {
     if (!start()) return;
     orch_on(orch_timeout(NULL, HOUR), end, &seen[0]);

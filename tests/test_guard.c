@@ -171,6 +171,14 @@ static int error_of(orch_future *f) {
     return r.error;
 }
 
+/* The same outside of a task; 1: it waits. */
+static int error_of_settled(orch_future *f) {
+    const orch_result *r = orch_peek(f);
+    int error = r != NULL ? r->error : 1;
+    orch_drop(f);
+    return error;
+}
+
 /* The same with its message, for the last one. */
 static char message[160];
 static int message_of(orch_future *f) {
@@ -2350,6 +2358,41 @@ TEST(broken_window) {
     orch_result_free(&r);
 }
 
+// Who hears that a limit is being freed, and asks again, is refused.
+static int asked_again;
+static void ask_again(const orch_result *r, void *context) {
+    (void)r, (void)context;
+    if (limiter != NULL) asked_again = error_of_settled(orch_limiter_acquire(limiter, 1));
+    else asked_again = error_of_settled(orch_adaptive_acquire(adaptive));
+}
+
+static orch_result frees_limits(void *arg) {
+    (void)arg;
+    asked_again = ORCH_ECLOSED; // also where there was no memory
+    limiter = orch_limiter_new(&(orch_limiter_desc){.limit = 1, .interval_ms = 1000});
+    orch_limiter_try(limiter, 1);
+    orch_detach(orch_limiter_acquire(limiter, 1));
+    turns(3);
+    if (orch_limiter_settings(limiter) != NULL) orch_limiter_free(limiter);
+    CHECK(asked_again == ORCH_ECLOSED || test_shared->refused);
+    limiter = NULL;
+    adaptive = orch_adaptive_new(&(orch_adaptive_desc){.max = 1});
+    orch_result pass = orch_adaptive_try(adaptive);
+    orch_detach(orch_adaptive_acquire(adaptive));
+    turns(3);
+    if (orch_adaptive_settings(adaptive) != NULL) orch_adaptive_free(adaptive);
+    CHECK(asked_again == ORCH_ECLOSED || test_shared->refused);
+    orch_result_free(&pass);
+    return orch_ok(NULL, NULL);
+}
+
+TEST(a_freed_limit_takes_nobody) {
+    orch_loop_desc desc = {.clock = ORCH_CLOCK_VIRTUAL, .on_unhandled = ask_again};
+    orch_result r = orch_run_with(&desc, frees_limits, NULL);
+    CHECK_INT(r.error, 0);
+    orch_result_free(&r);
+}
+
 BODY(free_of_nothing) {
     orch_limiter_free(NULL);
     orch_breaker_free(NULL);
@@ -2452,7 +2495,7 @@ MISUSE(misuse_breaker_no_fn, "orch_breaker_run") {
     }
     guards_end();
 }
-MISUSE(misuse_stack_size, "orch_go") { // found when the task is made: the pass is given back
+MISUSE(misuse_stack_size, "orch_breaker_run") { // found before anybody is let in
     breaker = orch_breaker_new(&(orch_breaker_desc){.failures = 1, .open_ms = 1});
     flight = orch_flight_new();
     adaptive = orch_adaptive_new(&(orch_adaptive_desc){.max = 1});
@@ -2477,6 +2520,17 @@ MISUSE(misuse_arg_size, "orch_flight_run") {
         CHECK_INT(error_of(runs[(i + 2) % RUNS](&d)), ORCH_EINVAL);
     }
     d = (orch_task_desc){.fn = naps, .arg_size = 4};
+    for (int i = 0; i < RUNS; i++) CHECK_INT(error_of(runs[i](&d)), ORCH_EINVAL);
+    guards_end();
+}
+static orch_result idle(void *arg) { return (void)arg, orch_ok(NULL, NULL); }
+
+// What orch_go_with would take on its own, but not with what the guard puts beside it.
+MISUSE(misuse_half_a_stack, "orch_breaker_run") {
+    guards_begin();
+    static char arg[16 << 10];
+    orch_task_desc d = {.fn = idle, .arg = arg, .arg_size = sizeof arg, .stack_size = 32 << 10};
+    CHECK_INT(error_of(orch_go_with(&d)), 0);
     for (int i = 0; i < RUNS; i++) CHECK_INT(error_of(runs[i](&d)), ORCH_EINVAL);
     guards_end();
 }
@@ -2505,7 +2559,7 @@ MISUSE(misuse_flight_no_key, "orch_flight_run") {
     CHECK(!orch_flight_forget(flight, NULL, 1));
     orch_flight_free(flight);
 }
-MISUSE(misuse_flight_long_key, "orch_go") {
+MISUSE(misuse_flight_long_key, "orch_flight_run") {
     static char key[70000];
     flight = orch_flight_new();
     CHECK_INT(error_of(orch_flight_run(flight, key, sizeof key, work, &good)), ORCH_EINVAL);

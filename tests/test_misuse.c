@@ -475,6 +475,7 @@ FREED_CASE(is_settled, "orch_is_settled", orch_is_settled(f) ? 0 : ORCH_ECONSUME
 FREED_CASE(timeout, "orch_timeout", await_error(orch_timeout(f, 1000)))
 FREED_CASE(on, "orch_on", use_on(f))
 FREED_CASE(all, "orch_all", await_error(orch_all(f)))
+FREED_CASE(as_completed, "orch_as_completed", use_completion(f))
 
 IN_TASK(dropped_twice, "orch_drop" DO_REF) {
     orch_future *f = orch_after(1);
@@ -959,6 +960,23 @@ IN_TASK(combining_another_threads_future, "orch_all") {
     in_thread(all_there, &f);
     CHECK_INT(f.error, ORCH_ETHREAD);
     orch_drop(f.future);
+}
+
+static orch_completion *far_completion;
+static void *free_completion_there(void *arg) {
+    orch_completion_free(far_completion);
+    return arg;
+}
+
+IN_TASK(freeing_another_threads_iteration, "orch_completion_free") {
+    foreign f = {.error = 0};
+    f.future = orch_future_new(&f.promise);
+    far_completion = orch_as_completed(f.future);
+    in_thread(free_completion_there, &f);
+    orch_future *next = orch_completion_next(far_completion);
+    CHECK(orch_settle(f.promise, orch_ok_int(6))); // it was left alone
+    CHECK_INT(await_error(next), 0);
+    orch_completion_free(far_completion);
 }
 
 static void *run_there(void *arg) {

@@ -793,6 +793,31 @@ TASK_TEST(a_failure_ends_one_connection) {
     CHECK_INT(stop(server), ORCH_ECANCELED);
 }
 
+static orch_result fail_later(void *arg) {
+    int error = orch_sleep(1);
+    return error != 0 ? orch_fail(error) : orch_fail(*(int *)arg);
+}
+
+static orch_result chain_one(int fd, void *context) {
+    (void)fd;
+    return orch_chain(orch_go(fail_later, context));
+}
+
+TASK_TEST(what_a_handler_chains_is_its_outcome) {
+    orch_address at;
+    int error = 43;
+    char data[4];
+    orch_serve_desc desc = {.context = &error, .on_error = note_error};
+    served s = {listener_at("127.0.0.1", &at), chain_one, &desc};
+    orch_future *server = orch_go(do_serve, &s);
+    int fd = connect_to(&at);
+    if (CHECK(fd >= 0)) CHECK_INT(orch_read(fd, data, sizeof data), 0);
+    end(fd);
+    CHECK_INT(told.errors, 1);
+    CHECK_INT(told.last, 43);
+    CHECK_INT(stop(server), ORCH_ECANCELED);
+}
+
 TASK_TEST(failures_that_nobody_asked_for_are_unhandled) {
     orch_address at;
     int count = 0;
@@ -1095,6 +1120,20 @@ VIRTUAL_TEST(the_next_address_starts_when_one_fails) {
     CHECK_INT(orch_connect_with(&desc), -ENETUNREACH); // the first
     CHECK_STR(message, "192.0.2.1:0: Network is unreachable; [2001:db8::1]:2: Connection refused; "
                        "192.0.2.2:1: No route to host");
+    end_attempts();
+}
+
+// Also while an earlier one is under way, which nothing waits for then.
+VIRTUAL_TEST(the_next_address_starts_when_one_fails_beside_another) {
+    static const char *const texts[] = {"192.0.2.1", "192.0.2.2", "192.0.2.3"};
+    orch_connect_desc desc = dial(texts, 3);
+    dialed.error[1] = -ENETUNREACH;
+    orch_future *f = orch_go(do_connect, &desc);
+    CHECK_INT(orch_sleep(300), 0);
+    CHECK_INT(dialed.count, 3);
+    CHECK_INT(dialed.attempts[2].at, 250);
+    connect_attempt(2);
+    end((int)join(f));
     end_attempts();
 }
 

@@ -878,6 +878,43 @@ TASK_TEST(registrations_come_and_go_in_any_order) {
     CHECK_INT(stats().watched, 0);
 }
 
+// ---- a poller that fails
+
+static int wait_fails(orch_loop *loop, uint64_t ns) {
+    (void)loop, (void)ns;
+    return -EIO;
+}
+
+static void give_back(void *value) { ++*(int *)value; }
+
+static orch_result sleeps(void *arg) {
+    (void)arg;
+    orch_shield_begin(); // it is not even woken to end
+    return orch_fail(orch_sleep(1000));
+}
+
+static orch_result loses_the_poller(void *arg) {
+    static orchi_poller_ops broken;
+    int *released = arg;
+    broken = *orch_loop_current()->poller.ops;
+    broken.wait = wait_fails;
+    if (orch_local_set(&broken, &released[0], give_back) != 0) released[0] = 1;
+    orch_task_desc desc = {.fn = sleeps, .arg = &released[1], .release = give_back};
+    orch_detach(orch_go_with(&desc));
+    orch_loop_current()->poller.ops = &broken;
+    return sleeps(NULL);
+}
+
+// Its tasks never end; what they were given is given back all the same.
+TEST(without_a_poller_nothing_leaks) {
+    int released[2] = {0, 0};
+    orch_loop_desc desc = {.poller = test_poller()};
+    orch_result r = orch_run_with(&desc, loses_the_poller, released);
+    CHECK_INT(r.error, -EIO);
+    orch_result_free(&r);
+    if (test_shared->refused == 0) CHECK(released[0] == 1 && released[1] == 1);
+}
+
 // ---- the loop moves itself
 
 // The system's own poller, to which the loop moves.

@@ -763,6 +763,28 @@ TASK_TEST_ON(the_grace_is_virtual_too, ORCH_CLOCK_VIRTUAL) {
     orch_process_free(p);
 }
 
+// Another thread's fork may hold the pipe of the report, which then does not end.
+TEST(a_report_that_does_not_end_is_given_up) {
+    int ends[2], error = -ENOENT;
+    if (!CHECK_INT(pipe(ends), 0)) return;
+    CHECK_INT(orchi_spawn_report(ends[0]), 0);
+    CHECK_INT(write(ends[1], &error, sizeof error), sizeof error);
+    CHECK_INT(orchi_spawn_report(ends[0]), -ENOENT);
+    close(ends[0]);
+    close(ends[1]);
+}
+
+// What is known of a closed descriptor would be believed of the next owner of its number.
+TASK_TEST(nothing_is_known_of_closed_descriptors) {
+    orch_process_desc desc = {.argv = SH("exit 3"), .out = ORCH_STDIO_PIPE, .in = ORCH_STDIO_PIPE};
+    int code = run_code(desc);
+    CHECK(code == 3 || code == ORCH_ENOMEM);
+    for (size_t fd = 0; fd < orchi_loop->poller.watch_count; fd++) {
+        bool closed = fcntl((int)fd, F_GETFD) < 0;
+        if (closed) CHECK_INT(orchi_loop->poller.watches[fd].hints, 0);
+    }
+}
+
 // ---- statuses
 
 TEST(statuses_in_words) {

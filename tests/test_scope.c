@@ -3013,6 +3013,36 @@ static orch_result crowded(void *arg) {
     return orch_ok_int(1);
 }
 
+// Without memory for the new deadline the old one counts.
+static orch_result extends_without_memory(void *arg) {
+    static orch_future *all[1 << 16];
+    size_t n = 0;
+    orch_promise p;
+    orch_scope s;
+    (void)arg;
+    bool opened = orch_scope_open(&s, &(orch_scope_desc){.timeout_ms = 10}) == 0;
+    refusing = true;
+    while (n < 65535 && !orch_is_settled(all[n] = orch_future_new(&p))) n++;
+    int error = opened ? orch_scope_extend(&s, 100) : 0;
+    refusing = false;
+    for (size_t i = 0; i <= n; i++) orch_drop(all[i]);
+    CHECK_INT(error, ORCH_ENOMEM);
+    CHECK_INT(orch_time_left(), 10);
+    CHECK_INT(orch_sleep(50), ORCH_ECANCELED);
+    CHECK_INT(orch_now(), 10);
+    CHECK_INT(close_of(&s), ORCH_ETIMEDOUT);
+    return orch_ok_int(1);
+}
+
+TEST(extend_without_memory) {
+    seed = 0, reset();
+    orch_loop_desc desc = settings();
+    desc.allocator.resize = resize_unless;
+    orch_result r = orch_run_with(&desc, extends_without_memory, NULL);
+    CHECK_INT(orch_int(&r), 1);
+    orch_result_free(&r);
+}
+
 // There is no room for one more member: what was started all the same ends before the scope does.
 TEST(members_that_find_no_memory_end_before_the_close) {
     for (int in_task = 0; in_task < 2; in_task++) {
