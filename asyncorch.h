@@ -178,6 +178,7 @@
 //     a scope closed while others are open in it      aborts   those are closed first
 //     a task that ends with a scope open              aborts   reported, cancelled and closed
 //     a second completion_next while one is pending   aborts   ORCH_EBUSY
+//     completion_free by another thread, or no loop   aborts   does nothing
 //     a promise boxed twice at a time                 aborts   the first unbox wins
 //     orch_ready with no or unknown events            aborts   ORCH_EINVAL
 //     read, write, accept, connect, serve and the     aborts   ORCH_ENOTASK
