@@ -13,7 +13,7 @@ case $system in
 apt-get) # Debian, Ubuntu
     packages='gcc g++ libc6-dev make clang lld libclang-rt-dev pkg-config libcurl4-openssl-dev
         libglib2.0-dev libuv1-dev clang-format clang-tidy cppcheck valgrind gcovr musl-tools
-        qemu-user-static curl wrk apache2-utils netcat-openbsd
+        qemu-user-static curl wrk apache2-utils netcat-openbsd strace libev-dev libevent-dev
         gcc-aarch64-linux-gnu libc6-dev-arm64-cross gcc-riscv64-linux-gnu libc6-dev-riscv64-cross'
     known=
     apt-cache show gcc >/dev/null 2>&1 || echo 'no package lists: apt-get update comes first' >&2
