@@ -10782,17 +10782,24 @@ static int orchi_offload_error(const orch_offload_desc *desc) {
 }
 
 /* What could not be started gives its argument back. */
+static orch_future *orchi_offload_begin(const orch_offload_desc *desc) {
+    orchi_job *job = orchi_job_new(desc);
+    int error = ORCH_ENOMEM;
+    orch_future *f = orchi_rejected(ORCH_ENOMEM);
+    if (job != NULL) f = orchi_job_begin(job, desc, &error);
+    if (error == 0) return f;
+    if (desc->release != NULL) desc->release(job != NULL ? job->arg : desc->arg);
+    free(job);
+    return f;
+}
+
 static orch_future *orchi_offload(const orch_offload_desc *desc, const char *function) {
     int error = orchi_offload_error(desc);
     if (error != 0) orchi_misuse(function, error);
     else if (orchi_inbox_is_closed(orchi_loop)) error = ORCH_ECLOSED;
-    orchi_job *job = error == 0 ? orchi_job_new(desc) : NULL;
-    if (error == 0 && job == NULL) error = ORCH_ENOMEM;
-    orch_future *f = error != 0 ? orchi_rejected(error) : orchi_job_begin(job, desc, &error);
-    if (error == 0) return f;
-    if (desc != NULL && desc->release != NULL) desc->release(job != NULL ? job->arg : desc->arg);
-    free(job);
-    return f;
+    if (error == 0) return orchi_offload_begin(desc);
+    if (desc != NULL && desc->release != NULL) desc->release(desc->arg);
+    return orchi_rejected(error);
 }
 
 orch_future *orch_offload_with(const orch_offload_desc *desc) {
@@ -11027,18 +11034,24 @@ static orch_result orchi_resolve_job(void *arg) {
                              names->service ? text + names->service_at : NULL, 0);
 }
 
-/* On a thread: the names come along, as the caller's may go. */
-static orch_future *orchi_resolve_offload(const char *host, const char *service) {
+/* The names come along, as the caller's may go. */
+static orchi_names *orchi_names_new(const char *host, const char *service) {
     size_t host_bytes = host != NULL ? strlen(host) + 1 : 0;
     size_t service_bytes = service != NULL ? strlen(service) + 1 : 0;
     orchi_names *names = (orchi_names *)malloc(sizeof *names + host_bytes + service_bytes);
-    if (names == NULL) return orchi_rejected(ORCH_ENOMEM);
+    if (names == NULL) return NULL;
     char *text = (char *)(names + 1);
     names->host = host != NULL;
     names->service = service != NULL;
     names->service_at = host_bytes;
     if (host_bytes > 0) memcpy(text, host, host_bytes);
     if (service_bytes > 0) memcpy(text + host_bytes, service, service_bytes);
+    return names;
+}
+
+static orch_future *orchi_resolve_offload(const char *host, const char *service) {
+    orchi_names *names = orchi_names_new(host, service);
+    if (names == NULL) return orchi_rejected(ORCH_ENOMEM);
     orch_offload_desc desc = {"resolve", orchi_resolve_job, names, 0, free, ORCH_LANE_RESOLVE};
     return orchi_offload(&desc, "orch_resolve");
 }
@@ -12306,14 +12319,21 @@ int orch_listen(const orch_listen_desc *desc) {
 }
 
 /* With a peer and no address of its own it is not bound: the system chooses one. */
+static int orchi_udp_socket(const orch_udp_desc *desc) {
+    const orch_address *peer = desc->peer;
+    if (peer == NULL || desc->host != NULL || desc->port != 0) {
+        return orchi_bound_host(desc->host, desc->port, SOCK_DGRAM, desc->reuse_port);
+    }
+    int fd = orchi_socket(orchi_family(peer), SOCK_DGRAM);
+    return fd < 0 ? -errno : fd;
+}
+
 int orch_udp(const orch_udp_desc *desc) {
     orch_udp_desc none;
     memset(&none, 0, sizeof none);
     if (desc == NULL) desc = &none;
-    bool anywhere = desc->host == NULL && desc->port == 0 && desc->peer != NULL;
-    int fd = anywhere ? orchi_socket(orchi_family(desc->peer), SOCK_DGRAM)
-                      : orchi_bound_host(desc->host, desc->port, SOCK_DGRAM, desc->reuse_port);
-    if (fd < 0) return anywhere ? -errno : fd;
+    int fd = orchi_udp_socket(desc);
+    if (fd < 0) return fd;
     const orch_address *peer = desc->peer;
     if (peer != NULL && connect(fd, orchi_sockaddr(peer), peer->size) < 0) {
         return orchi_close_for(fd, -errno);
