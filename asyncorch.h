@@ -7988,7 +7988,7 @@ static ORCHI_INLINE void orchi_fetch_ahead(const orch_loop *loop) {
     const orch_future *front = orchi_front(loop);
     if (front->kind != ORCHI_TASK) return;
     const char *sp = (const char *)front->as.task.task->context.sp;
-    for (int i = 0; i < ORCHI_FETCHED; i++) __builtin_prefetch(sp + 64 * i, 1);
+    for (int i = 0; i < ORCHI_FETCHED; i++) __builtin_prefetch(sp + 64 * (size_t)i, 1);
     __builtin_prefetch(front->as.task.task->waiting, 1);
 }
 

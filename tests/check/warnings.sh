@@ -1,6 +1,6 @@
 #!/bin/sh
-# Examples, tests and benchmarks compile without a warning with gcc and clang, optimised: some
-# warnings come from what the optimiser sees.
+# Examples, tests and benchmarks compile without a warning with gcc and clang. With gcc optimised, as
+# some of its warnings come from what the optimiser sees; clang's do not.
 set -eu
 
 bad=0
@@ -15,11 +15,13 @@ libraries=
     libraries="$libraries -DHAVE_UV $(pkg-config --cflags libuv)"
 for cc in gcc clang; do
     command -v $cc >/dev/null || { echo "no $cc"; [ $bad = 1 ] || bad=77; continue; }
+    how='-O1 -S'
+    [ $cc = gcc ] || how=-fsyntax-only
     for file in examples/*.c bench/*.c tests/test_*.c; do
         total=$((total + 1))
         # shellcheck disable=SC2086
-        $cc -std=gnu99 -O1 -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror $libraries \
-            -S "$file" -o /dev/null >"$log" 2>&1 || { echo "$cc $file"; cat "$log"; bad=1; }
+        $cc -std=gnu99 $how -Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror $libraries \
+            "$file" -o /dev/null >"$log" 2>&1 || { echo "$cc $file"; cat "$log"; bad=1; }
     done
 done
 echo "$total compilations"
