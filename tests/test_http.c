@@ -1,5 +1,8 @@
 // The HTTP server of the examples: its parsers on their own, a connection over a socket pair with
 // the virtual clock, and the files of a folder. test_http.sh asks the program itself.
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE // strptime
+#endif
 #include "../asyncorch.h"
 #include "test.h"
 

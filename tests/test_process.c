@@ -705,11 +705,9 @@ TASK_TEST(above_the_limit) {
 static orch_result run_task(void *arg) { return orch_process_run(arg); }
 
 TASK_TEST(run_is_cancelled_in_each_phase) {
-    static const char *const commands[] = {"cat >/dev/null; sleep 1000",
-                                           "head -c 200000 /dev/zero;"
-                                           " sleep 1000",
-                                           "exec >&- 2>&- <&-; sleep 1000",
-                                           "sleep 1000 & exec sleep 1000"};
+    static const char *const commands[] = {
+        "cat >/dev/null; sleep 1000", "head -c 200000 /dev/zero; sleep 1000",
+        "exec >&- 2>&- <&-; sleep 1000", "sleep 1000 & exec sleep 1000"};
     for (size_t i = 0; i < sizeof commands / sizeof commands[0]; i++) {
         orch_process_desc desc = {.argv = SH(commands[i]), .input = big, .input_size = BIG};
         CHECK_INT(error_of(orch_timeout(orch_go(run_task, &desc), 20)), ORCH_ETIMEDOUT);
