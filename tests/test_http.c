@@ -430,7 +430,7 @@ CASE(slow_heads_are_refused) {
     int fd = open_connection(&server);
     if (fd < 0) DONE;
     for (int i = 0; i < 100 && orch_sleep(1000) == 0; i++) { // it does not help to send on
-        if (orch_write(fd, "GET / HTTP/1.1\r\n" + i % 14, 1) < 0) break;
+        if (orch_write(fd, &"GET / HTTP/1.1\r\n"[i % 14], 1) < 0) break;
     }
     read_reply(fd);
     CHECK(strncmp(reply, "HTTP/1.1 408 ", 13) == 0);

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Examples, tests and benchmarks compile without a warning with gcc and clang. With gcc optimised, as
-# some of its warnings come from what the optimiser sees; clang's do not.
+# Examples, tests and benchmarks compile without a warning with gcc and clang. With gcc optimised,
+# as some of its warnings come from what the optimiser sees; clang's do not.
 set -eu
 
 bad=0
