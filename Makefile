@@ -110,7 +110,7 @@ demo: examples # the user profile over real sockets: timeline, parallel against 
 
 examples: $(EXAMPLES:%=$(B)/examples/%) # build the examples into .build/examples
 
-test: # everything that fits into five minutes: sanitizers, allocation failures, compilers
+test: # the core complete, the rest but for its sweeps: sanitizers, allocation failures, compilers
 	@$(call build,tests)
 	@$(MAKE) -k --no-print-directory -j$(JOBS) examples || true
 	@{ echo 'harness sh tests/run_harness.sh $(B)/tests/test_harness$(harness_without)'; \

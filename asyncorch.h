@@ -5218,31 +5218,41 @@ static struct {
 // ---- the wake-up
 
 #if ORCHI_OS_LINUX
-static bool orchi_wake_pair(int *ends) {
+/* One descriptor serves as both ends. */
+static int orchi_wake_pair(int ends[2]) {
     ends[0] = ends[1] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    return ends[0] >= 0;
+    return ends[0] < 0 ? -errno : 0;
 }
-static void orchi_wake_close_pair(const int *ends) { close(ends[0]); }
 #else
-static bool orchi_wake_pair(int *ends) {
-    if (pipe(ends) != 0) return false;
+static int orchi_wake_pair(int ends[2]) {
+    if (pipe(ends) != 0) return -errno;
     for (int i = 0; i < 2; i++) {
         fcntl(ends[i], F_SETFD, FD_CLOEXEC);
         fcntl(ends[i], F_SETFL, O_NONBLOCK);
     }
-    return true;
-}
-static void orchi_wake_close_pair(const int *ends) {
-    close(ends[0]);
-    close(ends[1]);
+    return 0;
 }
 #endif
 
-/* The loop was woken: eight bytes of an eventfd, or as many wake-ups of a pipe. */
-static void orchi_wake_drain(orch_loop *loop) {
-    uint64_t count;
-    if (read(loop->inbox->ends[0], &count, sizeof count) < 0) return;
+static void orchi_wake_close_pair(const int ends[2]) {
+    close(ends[0]);
+    if (ends[1] != ends[0]) close(ends[1]);
 }
+
+/* Async-signal-safe. A full pipe rings already. */
+static void orchi_wake_ring(int end) {
+    uint64_t one = 1;
+    ssize_t done = write(end, &one, sizeof one);
+    (void)done;
+}
+
+static void orchi_wake_silence(int end) {
+    uint64_t rings[16];
+    while (read(end, rings, sizeof rings) == (ssize_t)sizeof rings) continue;
+}
+
+/* The loop was woken: what was written is taken, so that the next sleep is one. */
+static void orchi_wake_drain(orch_loop *loop) { orchi_wake_silence(loop->inbox->ends[0]); }
 
 /* The last that uses the descriptor closes it: the loop when it goes, or who just wakes it. */
 static void orchi_wake_close(orchi_inbox *inbox) {
@@ -5268,9 +5278,7 @@ static void orchi_inbox_release(orchi_inbox *inbox) {
 /* Without the lock: the loop may run at once on another processor, and would have to wait for it. A
  * full pipe is as good as one more byte. */
 static void orchi_inbox_ring(orchi_inbox *inbox, int end) {
-    uint64_t one = 1;
-    bool written = end >= 0 && write(end, &one, sizeof one) > 0;
-    (void)written;
+    if (end >= 0) orchi_wake_ring(end);
     pthread_mutex_lock(&inbox->mutex);
     inbox->writers--;
     orchi_wake_close(inbox);
@@ -10219,7 +10227,7 @@ void orch_reader_free(orch_reader *r) {
 /* Makes the descriptor. Without one (EMFILE) the loop sleeps in short pieces. */
 ORCHI_COLD static void orchi_wake_open(orch_loop *loop) {
     int ends[2];
-    if (!orchi_wake_pair(ends)) return;
+    if (orchi_wake_pair(ends) != 0) return;
     if (orchi_wake_watch(loop, ends[0]) != 0) {
         orchi_wake_close_pair(ends);
         return;
@@ -11094,36 +11102,7 @@ static void orchi_thread_leave(orch_loop *loop) {
 //     compares process numbers, and in a child does what was done before.
 // Left out: signalfd. It needs the signals blocked in every thread, and in no child.
 
-#if ORCHI_OS_LINUX
-/* One descriptor serves as both ends. */
-static int orchi_bell_open(int bell[2]) {
-    bell[0] = bell[1] = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-    return bell[0] < 0 ? -errno : 0;
-}
-#else
-static int orchi_bell_open(int bell[2]) {
-    if (pipe(bell) != 0) return -errno;
-    for (int i = 0; i < 2; i++) {
-        fcntl(bell[i], F_SETFD, FD_CLOEXEC);
-        fcntl(bell[i], F_SETFL, O_NONBLOCK);
-    }
-    return 0;
-}
-#endif
-
-/* Async-signal-safe. A full pipe rings already. */
-static void orchi_signal_ring(const int bell[2]) {
-    uint64_t one = 1;
-    ssize_t done = write(bell[1], &one, sizeof one);
-    (void)done;
-}
-
-static void orchi_bell_silence(const int bell[2]) {
-    uint64_t rings[16];
-    while (read(bell[0], rings, sizeof rings) == (ssize_t)sizeof rings) continue;
-}
-
-static void orchi_bell_close(const int bell[2]) {
+static void orchi_signals_close(const int bell[2]) {
     orch_close(bell[0]); // the loop has waited for it
     if (bell[1] != bell[0]) close(bell[1]);
 }
@@ -11189,7 +11168,7 @@ static void orchi_signal_pass(int number, const struct sigaction *action) {
 static bool orchi_signal_note(orch_signals *s, int number) {
     if (!orchi_signal_in(s->wanted, number)) return false;
     orchi_signal_put(s->came, number);
-    orchi_signal_ring(s->bell);
+    orchi_wake_ring(s->bell[1]);
     return s->final && __atomic_fetch_add(&s->caught, 1, __ATOMIC_ACQ_REL) > 0;
 }
 
@@ -11348,12 +11327,12 @@ static int orchi_signals_want(orch_signals *s, const int *signals, size_t count)
 
 /* A bell, and a place in the list; or neither. */
 static int orchi_signals_open(orch_signals *s) {
-    int error = orchi_bell_open(s->bell);
+    int error = orchi_wake_pair(s->bell);
     if (error != 0) return error;
     s->error = error = orchi_signals_enter(s);
     if (error == 0) return 0;
     orchi_signals_exit(s);
-    orchi_bell_close(s->bell);
+    orchi_signals_close(s->bell);
     return error;
 }
 
@@ -11388,7 +11367,7 @@ static int orchi_signals_error(const orch_signals *s, const char *function) {
 static void orchi_signals_dispose(orch_signals *s) {
     if (s->error == 0) {
         orchi_signals_exit(s);
-        orchi_bell_close(s->bell);
+        orchi_signals_close(s->bell);
     }
     orchi_free(s->loop, s, sizeof *s);
 }
@@ -11396,11 +11375,11 @@ static void orchi_signals_dispose(orch_signals *s) {
 /* Takes the lowest signal that came, or 0. */
 static int orchi_signals_take(orch_signals *s) {
     int taken = 0;
-    orchi_bell_silence(s->bell);
+    orchi_wake_silence(s->bell[0]);
     for (int number = 1; number <= ORCHI_SIGNALS; number++) {
         if (!orchi_signal_in(s->came, number)) continue;
         if (taken != 0) {
-            orchi_signal_ring(s->bell);
+            orchi_wake_ring(s->bell[1]);
             break;
         }
         taken = number;
