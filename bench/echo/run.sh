@@ -2,11 +2,12 @@
 # An echo of 64 bytes, side by side: sh bench/echo/run.sh [folder for the programs] [peer...]
 #
 # For each row (busy connections : idle ones) all servers are up, and take turns under the load of
-# one client, see client.c. The ratios are to the better of the bare servers on poll(2) and epoll,
-# in requests a second, and in processor time for a request, which other work on the machine spoils
-# less. The servers have one processor and the client another. From the environment:
-#   ECHO_SECONDS  of each run, of which the second half counts (1; the issue's figures: 10)
-#   ECHO_ROUNDS   5
+# one client, see client.c; what is made of it, see figures.awk. Then all are started again: where
+# the memory of a process and its sockets happens to lie makes up to a tenth, as long as it lives.
+# The servers have one processor and the client another. From the environment:
+#   ECHO_SECONDS  of each run, of which the second half counts (0.4; the issue's figures: 10)
+#   ECHO_ROUNDS   runs of each server between two starts (3)
+#   ECHO_STARTS   5
 #   ECHO_ROWS     '100:0 1000:0 10000:0 10:10000'
 #   ECHO_SERVERS  instead of the bare ones, asyncorch under each poller, and the peers
 set -eu
@@ -14,8 +15,9 @@ set -eu
 here=$(dirname "$0")
 dir=${1:-.build/bench/echo}
 [ $# -eq 0 ] || shift
-seconds=${ECHO_SECONDS:-1}
-rounds=${ECHO_ROUNDS:-5}
+seconds=${ECHO_SECONDS:-0.4}
+rounds=${ECHO_ROUNDS:-3}
+starts=${ECHO_STARTS:-5}
 work=$(mktemp -d)
 running=
 trap '[ -z "$running" ] || kill $running 2>/dev/null || true; rm -rf "$work"' EXIT
@@ -74,37 +76,26 @@ count_calls() {
         }' "$work/calls"
 }
 
+# All under the load of a row, from several starts; the first of them is another one each time.
+row() {
+    for start in $(seq "$starts"); do
+        start $servers
+        $other "$dir/client" -b "${1%:*}" -i "${1#*:}" -t "$seconds" -r "$rounds" $targets ||
+            echo "bench: no figures of $1 at start $start" >&2
+        stop
+        servers="${servers#* } ${servers%% *}"
+    done
+}
+
 echo "machine: $(uname -sm), $(nproc) processors," \
     "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)," \
-    "load $(cut -d ' ' -f 1 /proc/loadavg), medians of $rounds runs of $seconds s"
+    "load $(cut -d ' ' -f 1 /proc/loadavg), medians of $starts times $rounds runs of $seconds s"
 for row in ${ECHO_ROWS:-100:0 1000:0 10000:0 10:10000}; do
-    start $servers
-    $other "$dir/client" -b "${row%:*}" -i "${row#*:}" -t "$seconds" -r "$rounds" $targets \
-        >"$work/row" || echo "bench: no figures of $row" >&2
-    stop
-    cat "$work/row"
-    cat "$work/row" >>"$work/all"
+    row "$row" | tee -a "$work/all" | awk -f "$here/figures.awk" -v names="$servers"
 done
 for name in $servers; do
     case $name in poll | epoll | asyncorch*) ;; *) continue ;; esac
     ! command -v strace >/dev/null || count_calls "$name"
 done
-
-# The table: ratio of requests a second / of processor time.
 echo
-awk '
-    { sub(/:$/, "", $3)
-      first = $0; sub(/.*second, ratio /, "", first)
-      second = $0; sub(/.*each, ratio /, "", second)
-      cell[$3, $2] = substr(first, 1, 4) " / " substr(second, 1, 4)
-      if (!($3 in seen)) { seen[$3] = 1; order[++count] = $3 }
-      if (!($2 in known)) { known[$2] = 1; rows[++width] = $2 } }
-    END {
-        printf "%-16s", "busy:idle"
-        for (k = 1; k <= width; k++) printf " %12s", rows[k]
-        for (i = 1; i <= count; i++) {
-            printf "\n%-16s", order[i]
-            for (k = 1; k <= width; k++) printf " %12s", cell[order[i], rows[k]]
-        }
-        print ""
-    }' "$work/all"
+awk -f "$here/figures.awk" -v names="$servers" -v table=1 "$work/all"
