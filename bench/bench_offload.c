@@ -1,9 +1,16 @@
 // What does a round trip to a thread of the pool cost? A task offloads nothing, awaits it, and does
-// so again: there, one thread is woken, and here, the loop. The median of the trips counts.
-// Run: make bench, or .build/bench/bench_offload
+// so again: there, one thread is woken, and here, the loop. The median of the trips counts. Nearly
+// all of it is the system's: beside it stands a bare round trip, where a condition variable wakes a
+// thread and that an eventfd, which is polled.
+// Run: make bench, or .build/bench/bench_offload   (Linux)
 #define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
 #include "bench.h"
+
+#include <poll.h>
+#include <pthread.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
 
 #define TRIPS 5000
 #define AT_ONCE 100
@@ -21,6 +28,60 @@ static double round_trip(void) {
     return bench_median(trips, TRIPS);
 }
 
+// ---- the bare one
+
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER;
+static pthread_cond_t asked = PTHREAD_COND_INITIALIZER;
+static bool work, over;
+static int bell;
+
+static void *worker(void *arg) {
+    const uint64_t one = 1;
+    pthread_mutex_lock(&lock);
+    while (!over) {
+        while (!work && !over) pthread_cond_wait(&asked, &lock);
+        work = false;
+        pthread_mutex_unlock(&lock);
+        bench_require(write(bell, &one, sizeof one) == sizeof one, "write");
+        pthread_mutex_lock(&lock);
+    }
+    pthread_mutex_unlock(&lock);
+    return arg;
+}
+
+static void ask(bool *what) {
+    pthread_mutex_lock(&lock);
+    *what = true;
+    pthread_cond_signal(&asked);
+    pthread_mutex_unlock(&lock);
+}
+
+static double bare_trip(void) {
+    uint64_t count;
+    for (size_t i = 0; i < TRIPS; i++) {
+        double start = bench_now();
+        struct pollfd fd = {bell, POLLIN, 0};
+        ask(&work);
+        bench_require(poll(&fd, 1, -1) == 1, "poll");
+        bench_require(read(bell, &count, sizeof count) == sizeof count, "read");
+        trips[i] = bench_now() - start;
+    }
+    return bench_median(trips, TRIPS);
+}
+
+static double bare(void) {
+    pthread_t thread;
+    bell = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
+    bench_require(bell >= 0 && pthread_create(&thread, NULL, worker, NULL) == 0, "no thread");
+    double us = bench_measure(bare_trip) / 1000;
+    ask(&over);
+    pthread_join(thread, NULL);
+    close(bell);
+    return us;
+}
+
+// ---- in bulk
+
 // Many are under way: nobody sleeps for long.
 static double in_bulk(void) {
     orch_future *futures[AT_ONCE];
@@ -36,6 +97,8 @@ static orch_result measure(void *arg) {
     (void)arg;
     bench_begin("offload");
     bench_figure("round trip", bench_measure(round_trip) / 1000, "us", 12);
+    bench_and();
+    bench_figure("a bare one", bare(), "us", 0);
     bench_and();
     bench_figure("one of 100 at once", bench_measure(in_bulk) / 1000, "us", 0);
     bench_end();
