@@ -183,21 +183,32 @@ stop_server
 
 # ---- 13_echo: both in one program, then a server and a client; 14_proxy between them
 
-echo_port=$((20000 + $$ % 20000)) # below those the system gives out
 "$programs/13_echo" >"$folder/got" 2>&1
 ended 13_echo 0 $?
 has 13_echo "$folder/got" "10 connections: "
 has 13_echo "$folder/got" ", 0 failures"
-"$programs/13_echo" serve "$echo_port" &
-server=$!
-"$programs/14_proxy" $((echo_port + 1)) localhost "$echo_port" &
-proxy=$!
-tries=0
-until "$programs/13_echo" load $((echo_port + 1)) 1 0.01 2>/dev/null | grep -q ' 0 failures'; do
-    tries=$((tries + 1))
-    [ "$tries" -lt 100 ] || break
-    sleep 0.05
+# An echo server and a proxy before it; whether both have got their ports, which others may have.
+echo_pair() {
+    "$programs/13_echo" serve "$echo_port" &
+    server=$!
+    "$programs/14_proxy" $((echo_port + 1)) localhost "$echo_port" &
+    proxy=$!
+    tries=0
+    until "$programs/13_echo" load $((echo_port + 1)) 1 0.01 2>/dev/null | grep -q ' 0 failures'; do
+        tries=$((tries + 1))
+        [ "$tries" -lt 100 ] && kill -0 "$server" "$proxy" 2>/dev/null || return 1
+        sleep 0.05
+    done
+    kill -0 "$server" "$proxy" 2>/dev/null
+}
+echo_port=$((20000 + $$ % 10000)) # below those the system gives out
+up=1
+for attempt in 1 2 3 4 5; do
+    echo_pair 2>"$folder/err" && up=0 && break
+    { kill "$server" "$proxy" && wait "$server" "$proxy"; } 2>/dev/null
+    echo_port=$((echo_port + 500))
 done
+ended "13_echo and 14_proxy, attempt $attempt" 0 $up
 "$programs/13_echo" load "$echo_port" 100 0.2 >"$folder/got" 2>&1
 ended "13_echo load" 0 $?
 has "13_echo load" "$folder/got" "100 connections: " 1
