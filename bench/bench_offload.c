@@ -72,7 +72,8 @@ static double bare_trip(void) {
 static double bare(void) {
     pthread_t thread;
     bell = eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC);
-    bench_require(bell >= 0 && pthread_create(&thread, NULL, worker, NULL) == 0, "no thread");
+    bench_require(bell >= 0, "eventfd");
+    bench_require(pthread_create(&thread, NULL, worker, NULL) == 0, "no thread");
     double us = bench_measure(bare_trip) / 1000;
     ask(&over);
     pthread_join(thread, NULL);

@@ -1,7 +1,8 @@
 // What a request costs over the bare system calls: 64 bytes echoed on TCP connections that are all
 // ready, by a task for each, and by a bare loop over poll(2) with one buffer. Both in one process,
 // in turns, and only the server's part is measured: a poll before and after, and for each request
-// one recv and one send. So it shows a tenth of what a load from outside drowns in noise (make bench-echo).
+// one recv and one send. So it shows a tenth of what a load from outside drowns in noise
+// (make bench-echo).
 // Run: make bench, or .build/bench/bench_request [connections]
 #define _GNU_SOURCE
 #define ASYNCORCH_IMPLEMENTATION

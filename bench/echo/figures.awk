@@ -15,7 +15,11 @@ $1 == "run" {
 
 function sort_and_take_middle(list, n,   i, k, t) {
     for (i = 2; i <= n; i++)
-        for (k = i; k > 1 && list[k - 1] > list[k]; k--) { t = list[k]; list[k] = list[k - 1]; list[k - 1] = t }
+        for (k = i; k > 1 && list[k - 1] > list[k]; k--) {
+            t = list[k]
+            list[k] = list[k - 1]
+            list[k - 1] = t
+        }
     return list[int((n + 1) / 2)]
 }
 
