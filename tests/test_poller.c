@@ -1417,7 +1417,7 @@ static orch_result serve_crowd(void *arg) {
         put(crowd[i][1]);
         orch_detach(orch_go(serve_laps, (void *)(intptr_t)i));
     }
-    while (least < LAPS) orch_sleep(1);
+    while (least < LAPS && test_shared->refused == 0) orch_sleep(1);
     CHECK(array()->looked_at - before <= LAPS * (BACKLOG + 2));
     return orch_ok_int(1);
 }
