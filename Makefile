@@ -105,7 +105,8 @@ RUN = sh tests/run.sh $(B)/log
 
 # ---- targets
 
-demo: $(B)/examples/08_profile $(B)/examples/server # the user profile over real sockets: timeline, parallel against sequential
+demo: $(B)/examples/08_profile $(B)/examples/server
+demo: # the user profile over real sockets: timeline, parallel against sequential
 	@sh examples/demo.sh $(B)/examples
 
 examples: $(EXAMPLES:%=$(B)/examples/%) # build the examples into .build/examples

@@ -3274,11 +3274,11 @@ struct orch_loop {
     orchi_context main;
     struct orchi_stack_map *maps;
     orchi_stack_pool pools[ORCHI_STACK_POOLS];
-    uint32_t stack_log; // the default size
-    void *alternate;    // signal stack
-    uint64_t looked;    // when the poller was last asked
-    uint32_t told;    // where the ready ring ended, when all that is waited for was last looked at
-    uint64_t offered; // guest mode: what was made since then has not been offered
+    uint32_t stack_log;               // the default size
+    void *alternate;                  // signal stack
+    uint64_t looked;                  // when the poller was last asked
+    uint32_t told;                    // where in the ready ring the backlog of a look ends
+    uint64_t offered;                 // guest mode: what was made since then has not been offered
     uint64_t look_cost;               // ns
     uint64_t now;                     // ns, of a virtual clock
     uint64_t ticked;                  // resumes when a virtual clock was last moved
@@ -4971,8 +4971,8 @@ ORCHI_COLD static void orchi_poller_renew(orch_loop *loop) {
 //
 // It is judged after looks at 65,536 descriptors in all, at least 16 and at most 1,024; after twice
 // as much with each move, and an eighth less each time it stays. A load that changes faster than
-// that is not worth following. Left out: trying both and measuring, which costs
-// moves to find out what the counts say.
+// that is not worth following. Left out: trying both and measuring, which costs moves to find out
+// what the counts say.
 
 // By example, with 1,000 connections:
 //
@@ -5587,9 +5587,9 @@ static bool orchi_inbox_leave(orch_loop *loop) {
 // Invariants:
 //   - A round runs at most 128 things. Descriptors and timers are looked at when nothing is ready,
 //     and otherwise after a round, unless the last look was less than ten times its own cost ago:
-//     so nothing starves, and looking costs at most a tenth where it is dear.
-//     With poll(2) whoever the last look found is left out until all that it found have run: each
-//     has a turn before any has its second.
+//     so nothing starves, and looking costs at most a tenth where it is dear. With poll(2) whoever
+//     was found is left out until all that were found have run: each has a turn before any has its
+//     second.
 //   - The clock is read once per look, and twice when the poller was asked while work was ready.
 //   - Asleep means asleep in the poller: with nothing ready there is no turn without an event.
 //   - Everything runs on this thread's main stack, or on a task's that it switched to; only turns
@@ -5609,6 +5609,14 @@ static void orchi_round_set(orch_loop *loop, uint32_t budget) {
 /* Whether the round goes on: neither is the ring empty nor the budget spent. */
 static inline bool orchi_round_goes_on(const orch_loop *loop) {
     return loop->ready.head != loop->ready.tail && loop->ready.head != loop->limit;
+}
+
+/* Whether all that the last look at everything found have had their turn. When `told` is old, and
+ * the positions have gone once around, it may say no for as long as what is ready now takes: never
+ * of an empty ring. */
+static bool orchi_backlog_served(const orch_loop *loop) {
+    uint32_t left = loop->told - loop->ready.head;
+    return left == 0 || left > loop->ready.tail - loop->ready.head;
 }
 
 // A turn, as a list of phases:
@@ -5734,17 +5742,21 @@ static void orchi_wake(orch_loop *loop) {
     loop->on_wake(loop);
 }
 
+/* How many descriptors a look would look at now. */
+static uint32_t orchi_to_look_at(orch_loop *loop) {
+    if (orchi_backlog_served(loop)) orchi_poll_unmute(&loop->poller);
+    return loop->poller.count - loop->poller.muted;
+}
+
 /* The only place where the loop makes a system call. What was found is told afterwards. */
 static int orchi_poll(orch_loop *loop, uint64_t ns) {
     orchi_poller *p = &loop->poller;
     bool idle = orchi_ring_empty(loop);
     uint64_t generation = loop->generation;
-    bool sleeps = ns > 0, served = (int32_t)(loop->ready.head - loop->told) >= 0;
-    if (served) orchi_poll_unmute(p);
-    if (p->count == p->muted && !sleeps) return 0;
+    bool sleeps = ns > 0, served = orchi_backlog_served(loop);
     if (sleeps) ns = orchi_doze(loop, ns);
     loop->stats.polls++;
-    p->looked_at += p->count - p->muted;
+    p->looked_at += orchi_to_look_at(loop);
     int error = p->ops->wait(loop, ns);
     p->came += p->found_count;
     orchi_tell_all(loop, generation, idle);
@@ -5784,7 +5796,7 @@ static int orchi_look_busy(orch_loop *loop) {
     uint64_t now = orchi_now(loop);
     orchi_timers_stamp(loop, now);
     int error = 0;
-    if (loop->stats.watched > 0 && now - loop->looked >= 10 * loop->look_cost) {
+    if (now - loop->looked >= 10 * loop->look_cost && orchi_to_look_at(loop) > 0) {
         error = orchi_poll(loop, 0);
         loop->looked = orchi_now(loop);
         loop->look_cost = orchi_look_cost(loop, loop->looked - now);
@@ -6010,8 +6022,10 @@ int orch_loop_pollfds(orch_loop *loop, struct pollfd *fds, size_t capacity) {
     loop->offered = loop->generation;
     struct pollfd one = {loop->poller.queue, POLLIN, 0};
     bool all = loop->poller.ops == &orchi_poll_ops;
-    if (all) orchi_poll_unmute(&loop->poller);
-    if (all) orchi_poll_sweep(&loop->poller); // not every host passes over negative numbers
+    if (all) { // not every host passes over negative numbers
+        orchi_poll_unmute(&loop->poller);
+        orchi_poll_sweep(&loop->poller);
+    }
     size_t count = all ? loop->poller.count : 1;
     const struct pollfd *from = all ? loop->poller.fds : &one;
     for (size_t i = 0; i < count && i < capacity; i++) fds[i] = from[i];
@@ -8017,7 +8031,6 @@ static ORCHI_INLINE void orchi_fetch_ahead(const orch_loop *loop) {
     if (ready == 0) return;
     const orch_future *front = orchi_front(loop);
     const orch_future *second = ring->items[(ring->head + 1) & ring->mask];
-
     if (ready > 1 && second->kind == ORCHI_TASK) __builtin_prefetch(second->as.task.task, 1);
     if (front->kind != ORCHI_TASK) return;
     const char *sp = (const char *)front->as.task.task->context.sp;

@@ -118,6 +118,7 @@ static double ours_once(orch_loop *loop) {
 
 static void measure(int connections) {
     static double reached[ROUNDS], over[ROUNDS];
+    bench_require(connections > 0 && connections <= MOST, "1 to 2000 connections");
     count = connections;
     connect_all();
     orch_loop *loop = orch_loop_new(&(orch_loop_desc){.poller = ORCH_POLLER_POLL});
@@ -143,7 +144,7 @@ static void measure(int connections) {
 int main(int argc, char **argv) {
     bench_begin("request");
     if (argc > 1) {
-        measure(atoi(argv[1]) < MOST ? atoi(argv[1]) : MOST);
+        measure(atoi(argv[1]));
     } else {
         measure(100);
         bench_and();

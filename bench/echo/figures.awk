@@ -6,9 +6,7 @@
 # self-moving loop also to the better of the two pinned ones. First of requests a second, then of
 # processor time for a request.
 $1 == "run" {
-    if (!(($2, $3) in runs)) {
-        if (!($2 in seen)) { seen[$2] = 1; rows[++row_count] = $2 }
-    }
+    if (!($2 in seen)) { seen[$2] = 1; rows[++row_count] = $2 }
     run = ++runs[$2, $3]
     for (i = 4; i <= NF; i++) value[$2, $3, i - 3, run] = $i
 }

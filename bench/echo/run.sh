@@ -76,14 +76,20 @@ count_calls() {
         }' "$work/calls"
 }
 
-# All under the load of a row, from several starts; the first of them is another one each time.
+# All under the load of a row, from several starts, into $work/row. The first is another one each
+# time. A start that failed counts for none of them, as rounds are compared one by one.
 row() {
+    order=$servers
+    : >"$work/row"
     for start in $(seq "$starts"); do
-        start $servers
-        $other "$dir/client" -b "${1%:*}" -i "${1#*:}" -t "$seconds" -r "$rounds" $targets ||
-            echo "bench: no figures of $1 at start $start" >&2
+        start $order
+        if $other "$dir/client" -b "${1%:*}" -i "${1#*:}" -t "$seconds" -r "$rounds" $targets \
+            >"$work/start"; then cat "$work/start" >>"$work/row"
+        else echo "bench: no figures of $1 at start $start" >&2
+        fi
         stop
-        servers="${servers#* } ${servers%% *}"
+        order="${order#"${order%% *}"} ${order%% *}"
+        order=${order# }
     done
 }
 
@@ -91,7 +97,9 @@ echo "machine: $(uname -sm), $(nproc) processors," \
     "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)," \
     "load $(cut -d ' ' -f 1 /proc/loadavg), medians of $starts times $rounds runs of $seconds s"
 for row in ${ECHO_ROWS:-100:0 1000:0 10000:0 10:10000}; do
-    row "$row" | tee -a "$work/all" | awk -f "$here/figures.awk" -v names="$servers"
+    row "$row"
+    cat "$work/row" >>"$work/all"
+    awk -f "$here/figures.awk" -v names="$servers" "$work/row"
 done
 for name in $servers; do
     case $name in poll | epoll | asyncorch*) ;; *) continue ;; esac
