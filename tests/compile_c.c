@@ -13,6 +13,8 @@
 #include <string.h>
 #include <unistd.h>
 
+#include "static_seen.h"
+
 static int wrong;
 
 static void expect_at(bool held, int line) {
@@ -183,6 +185,7 @@ int main(void) {
     orch_result r = orch_run(all_of_it, &wrong);
     EXPECT(r.error == 0 && r.value == &wrong);
     orch_result_free(&r);
+    EXPECT(count_stale() == 0);
     if (wrong == 0) puts("all as expected");
     return wrong != 0;
 }

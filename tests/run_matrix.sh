@@ -1,16 +1,16 @@
 #!/bin/sh
-# The compile matrix: compile_c.c, compile_cxx.cc, static_seen.c and two_units_*.c with every
-# compiler, standard and option. Each is built with -Werror, run, and has to print "all as
-# expected". The tests with threads are run under the thread sanitizer of each compiler.
+# The compile matrix: compile_c.c, compile_cxx.cc and two_units_*.c with every compiler, standard
+# and option. Each is built with -Werror, run, and has to print "all as expected". The tests with
+# threads are run under the thread sanitizer.
 #
-#     sh tests/run_matrix.sh [group...]   groups: c cxx options-gcc options-clang static cross units
+#     sh tests/run_matrix.sh [group...]   groups: c cxx options-gcc options-clang threads cross units
 #
 # A compiler, option or emulator that is not there (an empty program cannot be built or run with it)
 # is skipped by name. OUT is the folder for the programs, default .build/matrix.
 #
 # Most of the time goes into optimising 10,000 lines, so as a rule standards are tried without
-# optimisation, and options that do not meddle with each other together. FULL=1 (make torture) tries
-# each by itself.
+# optimisation, options that do not meddle with each other together, and with one compiler what
+# depends on ours only. FULL=1 (make torture) tries each by itself, with both.
 set -u
 
 out=${OUT:-.build/matrix}
@@ -88,15 +88,18 @@ group_c() {
 }
 
 group_cxx() {
+    for std in 11 17 20; do
+        try g++ "-std=c++$std $([ $std = 17 ] && echo -O2 || echo -O0)" compile_cxx.cc
+        try clang++ "-std=c++$std -O0" compile_cxx.cc
+    done
+    [ "$full" = 1 ] || return 0
+    try clang++ '-std=c++17 -O2' compile_cxx.cc
     for cxx in g++ clang++; do
-        for std in 11 17 20; do try $cxx "-std=c++$std -O0" compile_cxx.cc; done
-        try $cxx '-std=c++17 -O2' compile_cxx.cc
-        [ "$full" = 1 ] || continue
         for std in 11 20; do try $cxx "-std=c++$std -O2" compile_cxx.cc; done
         try $cxx '-std=c++17 -O1 -g -fsanitize=address,undefined' compile_cxx.cc
         try $cxx '-std=c++17 -O2 -DORCH_USE_UCONTEXT=1' compile_cxx.cc
     done
-    [ "$full" = 0 ] || try g++ '-std=c++17 -O3 -flto' compile_cxx.cc
+    try g++ '-std=c++17 -O3 -flto' compile_cxx.cc
 }
 
 # clang's bytecode needs a linker that can read it.
@@ -104,30 +107,37 @@ lto() { # compiler
     if [ "$1" = clang ]; then echo '-flto -fuse-ld=lld'; else echo '-flto'; fi
 }
 
-group_options() { # compiler
+group_options() { # compiler; -O0 is in the group c
     cc=$1
     hardened='-fstack-clash-protection -fstack-protector-strong -fPIC -fvisibility=hidden'
-    for options in '-O0' '-O2 -DNDEBUG' '-O1 -DORCH_USE_UCONTEXT=1' \
+    for options in '-O2 -DNDEBUG' "-O3 $(lto "$cc")" '-O1 -DORCH_USE_UCONTEXT=1' \
         "-O2 -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2 -fcf-protection=full $hardened"; do
         try "$cc" "-std=c99 $options" compile_c.c
     done
-    try_threads "$cc" '-std=c99 -O1 -g -fsanitize=thread' compile_c.c
-    if [ "$cc" = gcc ] || [ "$full" = 1 ]; then
-        for test in test_thread.c test_file.c; do
-            try_threads "$cc" \
-                '-std=gnu99 -O1 -g -fsanitize=thread -pthread -DASYNCORCH_IMPLEMENTATION=' $test
-        done
-    fi
     [ "$full" = 1 ] || return 0
-    for options in '-Os' '-O2' "-O3 $(lto "$cc")" '-O0 -g -fsanitize=address,undefined' \
+    for options in '-O1' '-O3' '-Os' '-O2' '-O3 -DORCH_USE_UCONTEXT=1' \
+        '-O0 -g -fsanitize=address,undefined' \
         '-O2 -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2' '-O2 -fcf-protection=full' \
         '-O2 -fstack-clash-protection' '-O2 -fstack-protector-strong' \
         '-O2 -fPIC -fvisibility=hidden' '-O1 -g -fsanitize=address,undefined' \
         '-O1 -g -fsanitize=address -DORCH_USE_UCONTEXT=1'; do
         try "$cc" "-std=c99 $options" compile_c.c
     done
-    for options in '-O0' '-O2' '-O1 -DORCH_USE_UCONTEXT=1'; do
-        try_threads "$cc" "-std=c99 -g -fsanitize=thread $options" compile_c.c
+}
+
+group_threads() {
+    try_threads clang '-std=c99 -O1 -g -fsanitize=thread' compile_c.c
+    for test in test_thread.c test_file.c; do
+        try_threads gcc \
+            '-std=gnu99 -O1 -g -fsanitize=thread -pthread -DASYNCORCH_IMPLEMENTATION=' $test
+        [ "$full" = 0 ] || try_threads clang \
+            '-std=gnu99 -O1 -g -fsanitize=thread -pthread -DASYNCORCH_IMPLEMENTATION=' $test
+    done
+    [ "$full" = 1 ] || return 0
+    for options in '-O0' '-O1' '-O2' '-O1 -DORCH_USE_UCONTEXT=1'; do
+        for cc in gcc clang; do
+            try_threads $cc "-std=c99 -g -fsanitize=thread $options" compile_c.c
+        done
     done
 }
 
@@ -141,32 +151,17 @@ try_threads() { # compiler, flags, source
     fi
 }
 
-group_static() {
-    for cc in gcc clang; do
-        for options in -O2 "-O3 $(lto $cc)"; do
-            try $cc "-std=c99 $options" static_seen.c
-        done
-        [ "$full" = 1 ] || continue
-        for options in -O0 -O1 -O3 -Os '-O1 -DORCH_USE_UCONTEXT=1' \
-            '-O3 -DORCH_USE_UCONTEXT=1'; do
-            try $cc "-std=c99 $options" static_seen.c
-        done
-    done
-}
-
 group_cross() {
     try aarch64-linux-gnu-gcc '-std=c99 -O2 -mbranch-protection=standard -static' compile_c.c \
         qemu-aarch64-static
-    try aarch64-linux-gnu-gcc '-std=c99 -O3 -static' static_seen.c qemu-aarch64-static
-    try riscv64-linux-gnu-gcc '-std=c99 -O2 -static' compile_c.c qemu-riscv64-static
-    try musl-gcc '-std=c99 -O2' compile_c.c
+    try riscv64-linux-gnu-gcc '-std=c99 -O1 -static' compile_c.c qemu-riscv64-static
+    try musl-gcc '-std=c99 -O1' compile_c.c
     [ "$full" = 1 ] || return 0
-    try aarch64-linux-gnu-gcc '-std=c99 -O3 -static' compile_c.c qemu-aarch64-static
-    try aarch64-linux-gnu-gcc '-std=c99 -O0 -static' compile_c.c qemu-aarch64-static
-    try riscv64-linux-gnu-gcc '-std=c99 -O0 -static' compile_c.c qemu-riscv64-static
-    try riscv64-linux-gnu-gcc '-std=c99 -O3 -static' compile_c.c qemu-riscv64-static
-    try riscv64-linux-gnu-gcc '-std=c99 -O3 -static' static_seen.c qemu-riscv64-static
-    try musl-gcc '-std=c99 -O3 -static' static_seen.c
+    for level in -O0 -O2 -O3; do
+        try aarch64-linux-gnu-gcc "-std=c99 $level -static" compile_c.c qemu-aarch64-static
+        try riscv64-linux-gnu-gcc "-std=c99 $level -static" compile_c.c qemu-riscv64-static
+    done
+    try musl-gcc '-std=c99 -O3 -static' compile_c.c
 }
 
 # Two units: the first implements.
@@ -199,7 +194,7 @@ group_units() {
     units clang++ '-x c++ -std=c++20 -O0' clang '-std=c99 -O2' ''
 }
 
-for group in ${*:-c cxx options-gcc options-clang static cross units}; do
+for group in ${*:-c cxx options-gcc options-clang threads cross units}; do
     case $group in
     options-*) group_options "${group#options-}" ;;
     *) "group_$group" ;;
