@@ -1,10 +1,10 @@
 # asyncorch.h is one file with nothing to build; this builds and runs what is around it. GNU make.
 #
-# CC, CXX, PREFIX, DESTDIR, JOBS (programs side by side, default: one a processor), SEEDS and N can be
-# set.
+# CC, CXX, PREFIX, DESTDIR, JOBS (programs side by side; one more than processors, as some of them
+# sleep), SEEDS and N can be set.
 
 B := .build
-JOBS ?= $(call once,JOBS,$(shell getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2))
+JOBS ?= $(call once,JOBS,$(shell expr 1 + "$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"))
 SEEDS ?= 200
 N ?= 2000
 PREFIX ?= /usr/local
