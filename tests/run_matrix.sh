@@ -110,10 +110,11 @@ lto() { # compiler
 group_options() { # compiler; -O0 is in the group c
     cc=$1
     hardened='-fstack-clash-protection -fstack-protector-strong -fPIC -fvisibility=hidden'
-    for options in '-O2 -DNDEBUG' "-O3 $(lto "$cc")" '-O1 -DORCH_USE_UCONTEXT=1' \
+    for options in "-O3 $(lto "$cc")" '-O1 -DORCH_USE_UCONTEXT=1' \
         "-O2 -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2 -fcf-protection=full $hardened"; do
         try "$cc" "-std=c99 $options" compile_c.c
     done
+    if [ "$cc" = gcc ] || [ "$full" = 1 ]; then try "$cc" '-std=c99 -O2 -DNDEBUG' compile_c.c; fi
     [ "$full" = 1 ] || return 0
     for options in '-O1' '-O3' '-Os' '-O2' '-O3 -DORCH_USE_UCONTEXT=1' \
         '-O0 -g -fsanitize=address,undefined' \
@@ -126,12 +127,12 @@ group_options() { # compiler; -O0 is in the group c
 }
 
 group_threads() {
-    try_threads clang '-std=c99 -O1 -g -fsanitize=thread' compile_c.c
+    try_threads clang '-std=c99 -O1 -g1 -fsanitize=thread' compile_c.c
     for test in test_thread.c test_file.c; do
         try_threads gcc \
-            '-std=gnu99 -O1 -g -fsanitize=thread -pthread -DASYNCORCH_IMPLEMENTATION=' $test
+            '-std=gnu99 -O1 -g1 -fsanitize=thread -pthread -DASYNCORCH_IMPLEMENTATION=' $test
         [ "$full" = 0 ] || try_threads clang \
-            '-std=gnu99 -O1 -g -fsanitize=thread -pthread -DASYNCORCH_IMPLEMENTATION=' $test
+            '-std=gnu99 -O1 -g1 -fsanitize=thread -pthread -DASYNCORCH_IMPLEMENTATION=' $test
     done
     [ "$full" = 1 ] || return 0
     for options in '-O0' '-O1' '-O2' '-O1 -DORCH_USE_UCONTEXT=1'; do

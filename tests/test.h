@@ -4,8 +4,8 @@
 //     TEST_SKIP(name, condition) { ... }         counted as skipped when the condition holds
 //     int main(int argc, char **argv) { return test_main(argc, argv); }
 // Compiled with -std=gnu99. program --list; program --sweep [name]: see refuse.h; program name:
-// that case in this process, for gdb: TEST_FAIL_AT=17 refuses the 17th allocation, TEST_FAIL_AT=17+
-// later ones too. TEST_TIME=3 triples the time limit of 5 s.
+// that case here, for gdb (make DEBUG=-g): TEST_FAIL_AT=17 refuses the 17th allocation, 17+ later
+// ones too. TEST_TIME=3 triples the time limit of 5 s.
 #include <signal.h>
 #include <stdarg.h>
 #include <stdbool.h>

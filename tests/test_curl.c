@@ -88,8 +88,8 @@ static int bare_socket(bool listening, int *port) {
     return fd;
 }
 
-// Takes the connection that f (NULL: somebody) makes to a bare socket, and its request; -1 when none
-// comes, which in a sweep is normal.
+// Takes the connection that f (NULL: somebody) makes to a bare socket, and its request; -1: none
+// came, which in a sweep is normal.
 static int bare_accept(int fd, const orch_future *f) {
     char request[1024];
     uint64_t limit = f != NULL && orch_is_settled(f) ? 1 : test_shared->fail_at > 0 ? 200 : 2000;
