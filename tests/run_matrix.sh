@@ -3,7 +3,7 @@
 # and option. Each is built with -Werror, run, and has to print "all as expected". The tests with
 # threads are run under the thread sanitizer.
 #
-#     sh tests/run_matrix.sh [group...]   groups: c cxx options-gcc options-clang threads cross units
+#     sh tests/run_matrix.sh [group...]   c cxx options-gcc options-clang threads cross units
 #
 # A compiler, option or emulator that is not there (an empty program cannot be built or run with it)
 # is skipped by name. OUT is the folder for the programs, default .build/matrix.
