@@ -1,8 +1,8 @@
 # asyncorch.h is one file with nothing to build; this builds and runs what is around it. GNU make.
 #
 # CC, CXX, PREFIX, DESTDIR, SEEDS and N can be set, JOBS (programs side by side; one more than there
-# are processors, as some of them sleep) and DEBUG (-g for a debugger; it takes half as long again to
-# build).
+# are processors, as some of them sleep) and DEBUG (-g for a debugger; building takes half as long
+# again).
 
 B := .build
 JOBS ?= $(call once,JOBS,$(shell expr 1 + "$$(getconf _NPROCESSORS_ONLN 2>/dev/null || echo 2)"))
