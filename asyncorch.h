@@ -3191,6 +3191,7 @@ typedef struct orchi_watch {      // a descriptor, by its number
     uint16_t generation;          // goes up when the number gets, or may get, a new owner
     uint16_t hints;               // an event clears those of its direction
     uint8_t armed;                // not poll: the events that are looked for, ORCHI_REGISTERED
+    uint8_t listed;               // poll: the events of the entry
 } orchi_watch;
 
 typedef struct orchi_found { // a descriptor that a look found ready
@@ -4528,7 +4529,10 @@ static void orchi_poll_close(orch_loop *loop) {
     orchi_free(loop, p->fds, p->capacity * sizeof *p->fds);
     p->fds = NULL;
     p->capacity = p->muted = 0;
-    for (size_t i = 0; i < p->watch_count; i++) p->watches[i].position = 0;
+    for (size_t i = 0; i < p->watch_count; i++) {
+        p->watches[i].position = 0;
+        p->watches[i].listed = 0;
+    }
 }
 
 // Who is told that a descriptor is ready mostly waits for it again before the next look. So an
@@ -4548,6 +4552,7 @@ static void orchi_poll_remove(orchi_poller *p, orchi_watch *watch) {
     p->fds[watch->position - 1] = last;
     p->watches[orchi_poll_number(last.fd)].position = watch->position;
     watch->position = 0;
+    watch->listed = 0;
 }
 
 /* All that is waited for is looked at again. */
@@ -4592,6 +4597,7 @@ static int orchi_poll_update(orch_loop *loop, int fd, bool exact) {
     if (watch->position == 0 && !orchi_poll_add(loop, fd, watch)) return ORCH_ENOMEM;
     p->fds[watch->position - 1].events =
         (short)((events & ORCH_READABLE ? POLLIN : 0) | (events & ORCH_WRITABLE ? POLLOUT : 0));
+    watch->listed = (uint8_t)events;
     return 0;
 }
 
@@ -8018,7 +8024,13 @@ static inline void orchi_suspend(orch_loop *loop, orch_task *task) {
     else orchi_leave(loop, task);
 }
 
-enum { ORCHI_FETCHED = 7 }; // cache lines: the frames of a wait in orch_read, and its buffer
+/* Four cache lines, one after the other. */
+static ORCHI_INLINE void orchi_fetch_four(const char *at) {
+    __builtin_prefetch(at, 1);
+    __builtin_prefetch(at + 64, 1);
+    __builtin_prefetch(at + 128, 1);
+    __builtin_prefetch(at + 192, 1);
+}
 
 /* Fetches what the next ready task touches first: the top of its stack, what it waits for, and the
  * control block of the one after it, which is read here the next time. For who is about to enter
@@ -8034,7 +8046,8 @@ static ORCHI_INLINE void orchi_fetch_ahead(const orch_loop *loop) {
     if (ready > 1 && second->kind == ORCHI_TASK) __builtin_prefetch(second->as.task.task, 1);
     if (front->kind != ORCHI_TASK) return;
     const char *sp = (const char *)front->as.task.task->context.sp;
-    for (int i = 0; i < ORCHI_FETCHED; i++) __builtin_prefetch(sp + 64 * (size_t)i, 1);
+    orchi_fetch_four(sp);       // the frames of a wait in orch_read
+    orchi_fetch_four(sp + 256); // and its buffer
     __builtin_prefetch(front->as.task.task->waiting, 1);
 }
 
@@ -9456,6 +9469,7 @@ static int orchi_watch_start(orch_loop *loop, orch_future *f) {
     if (events & ORCH_READABLE) watch->reader = f;
     if (events & ORCH_WRITABLE) watch->writer = f;
     loop->stats.watched++;
+    if (orchi_wanted(watch) == watch->listed) return 0; // the entry is still there
     int error = loop->poller.ops->update(loop, fd, false);
     if (error != 0) orchi_unwatch(loop, f, true);
     return error;
