@@ -48,8 +48,8 @@ FORMATTED := asyncorch.h $(wildcard tests/*.[ch] tests/*.cc examples/*.[ch] benc
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-sweep test-seeds torture soak bench bench-echo bench-peers check \
-	deps install uninstall clean format coverage examples $(TESTS)
+.PHONY: help demo test test-sweep test-cross test-seeds torture soak bench bench-echo bench-peers \
+	check deps install uninstall clean format coverage examples $(TESTS)
 
 help: # this list
 	@echo "asyncorch.h $(VERSION): copy asyncorch.h into your project; nothing else is needed"
@@ -89,6 +89,21 @@ $(eval $(call way,lto,       $$(CC),-O3 -flto=auto))
 $(eval $(call way,ucontext,  $$(CC),-O1 $$(SANITIZE) -DORCH_USE_UCONTEXT=1))
 $(eval $(call way,clang,     clang,-O1 $$(SANITIZE)))
 $(eval $(call way,thread,    $$(CC),-O1 -fsanitize=thread))
+
+# Other processors: size_t of 32 bits (i686, which x86-64 runs itself), big-endian (s390x), ucontext
+# (both). The rest is emulated.
+CROSS := aarch64 riscv64 i686 s390x
+root = /usr/$(1)-linux-gnu
+native = -Wl,--dynamic-linker=$(root)/lib/ld-linux.so.2 -Wl,-rpath,$(root)/lib
+$(foreach c,$(CROSS),$(eval $(call way,$(c),$(c)-linux-gnu-gcc,-O1 -fasynchronous-unwind-tables \
+	$(if $(filter i686,$(c)),$(call native,$(c)),-DTEST_EMULATED))))
+CROSS_TESTS := $(filter-out test_curl test_http test_connections,$(TESTS))
+emulator = $(if $(filter i686,$(1)),,qemu-$(1)-static -L $(root))
+crossed = $(shell { command -v $(1)-linux-gnu-gcc && command -v $(firstword $(emulator) sh); } \
+	>/dev/null && echo $(1))
+cross_lines = $(if $(crossed),$(foreach t,$(CROSS_TESTS),echo \
+	'$(t)/$(1) TEST_TIME=10 TEST_SEEDS=4 $(emulator) $(B)/$(1)/$(t)';),echo \
+	'$(1) echo "skipped $(1) (no compiler or no qemu)"; echo "0 passed, 0 failed, 1 skipped"';)
 
 # Builds the test programs of some ways; one that does not build counts as failed when it is to run.
 build = $(MAKE) -k --no-print-directory -j$(JOBS) \
@@ -134,10 +149,16 @@ $(TESTS): %: $(B)/tests/%
 
 torture: # the tests in every build there is
 	@$(call build,tests release ucontext clang lto thread)
+	@$(MAKE) test-cross
 	@{ $(call lines,release,release) $(call lines,ucontext,ucontext) \
 	$(call lines,clang,clang) $(call lines,lto,lto) \
 	$(call lines,thread,thread,,TEST_TIME=4) $(call matrix,FULL=1) \
 	$(call lines,tests,stack-use,,ASAN_OPTIONS=detect_stack_use_after_return=1) } | JOBS=$(JOBS) $(RUN)
+
+test-cross: # the tests on other processors, emulated: aarch64, riscv64, i686, s390x
+	@$(MAKE) -k --no-print-directory -j$(JOBS) \
+		$(foreach c,$(CROSS),$(if $(call crossed,$(c)),$(CROSS_TESTS:%=$(B)/$(c)/%))) || true
+	@{ $(foreach c,$(CROSS),$(call cross_lines,$(c))) } | JOBS=$(JOBS) $(RUN)
 
 test-seeds: # what runs tasks in an order drawn from a seed, over N=2000 seeds
 	@$(call build,release)

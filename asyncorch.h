@@ -316,11 +316,11 @@
 // 19. Limits and caveats
 //
 // - A task's stack is 64 KiB by default, of which only touched pages cost memory. Compile with
-//   -fstack-clash-protection: else one frame larger than the guard (16 KiB) jumps over it.
-//   orch_on_main_stack runs a hungry call on the thread's own stack.
+//   -fstack-clash-protection: else one frame larger than the guard (16 KiB; 64 on aarch64) jumps
+//   over it. orch_on_main_stack runs a hungry call on the thread's own stack.
 // - Callbacks and hooks must not wait. C++ exceptions must not leave a task or callback; longjmp
 //   must not cross a switch. MXCSR, its status flags too, and the x87 control word (aarch64: FPCR,
-//   riscv64: fcsr) travel with a task.
+//   riscv64: fcsr) travel with a task; with ucontext it depends on the C library.
 // - A call that blocks (sleep, a database client, a plain read of a slow disk) blocks every task of
 //   its thread: orch_offload it. Queues and workflows are planned.
 // - A read or write that ends with an error does not say how much was moved before it.
@@ -341,7 +341,7 @@
 // - A process-wide handler for SIGSEGV and SIGBUS names the task on a stack overflow and then hands
 //   on to what was installed before; orch_loop_desc.no_overflow_report leaves them alone.
 // - Built with -fcf-protection for a processor whose shadow stack is on, and on processors without
-//   assembly here, switching uses ucontext: right, but two system calls a switch.
+//   assembly here, switching uses ucontext: right, but three system calls a switch.
 // - Under qemu-user there are no cheap guards; mprotect takes their place. orch_loop_statistics
 //   says which.
 //
@@ -1060,8 +1060,8 @@ typedef enum orch_clock {
 typedef enum orch_guard {
     ORCH_GUARD_UNKNOWN,  // no stack was made yet
     ORCH_GUARD_CANARY,   // a word at the stack's end, checked when the task waits
-    ORCH_GUARD_MPROTECT, // 16 KiB no-access pages, two mappings a stack
-    ORCH_GUARD_MADVISE   // 16 KiB no-access pages, no mapping (Linux 6.13)
+    ORCH_GUARD_MPROTECT, // no-access pages, 16 KiB or more, two mappings a stack
+    ORCH_GUARD_MADVISE   // the same without a mapping (Linux 6.13)
 } orch_guard;
 
 typedef struct orch_loop_desc {
@@ -2736,7 +2736,7 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 //
 // What this file is compiled on, as 0/1 macros computed once; every choice below is between whole
 // blocks. Systems: Linux, the BSDs, macOS. Processors with an assembly switch: x86-64, aarch64,
-// riscv64; others use ucontext, which costs two system calls a switch. musl has no ucontext.
+// riscv64; others use ucontext, which costs three system calls a switch. musl has no ucontext.
 
 #if defined(__linux__)
 #define ORCHI_OS_LINUX 1
@@ -3782,12 +3782,17 @@ void orch_result_free(orch_result *r) {
 //     mispredicted: 18 ns a yield against 7.
 //   - Built for shadow stacks (CET) the assembly is used only while they are off; else ucontext,
 //     which glibc makes right. So an object marked SHSTK never lies.
-//   - Stacks are cut from maps. Under each lies a guard of 16 KiB: one page is jumped over by a
-//     large frame. Linux 6.13 guards without a mapping of its own; qemu-user says it does and does
-//     not, so each map's guard is tried. Tops are coloured, or all would fight for one cache set.
+//   - Stacks are cut from maps. Under each lies a guard of 16 KiB or more: one page is jumped over
+//     by a large frame. Linux 6.13 guards without a mapping of its own; qemu-user says it does and
+//     does not, so each map's guard is tried. Tops are coloured, or all would fight for one cache
+//     set.
 //   - What is idle for a second is given back to the system, all but 64 stacks of each size.
 
+#if defined(__aarch64__)
+#define ORCHI_GUARD_BYTES ((size_t)65536) // gcc's -fstack-clash-protection relies on as much there
+#else
 #define ORCHI_GUARD_BYTES ((size_t)16384)
+#endif
 #define ORCHI_CANARY 0x6f726368u
 
 enum { ORCHI_STACK_HEAD = 256 }; // above top, for the task's control block
@@ -3809,7 +3814,7 @@ struct orchi_stack {
 
 // A map holds stacks one after the other, each with the guard that it grows towards:
 //
-//     | guard 16 KiB | bottom ... frames <- top | control block | colour | guard | bottom ...
+//     | guard | bottom ... frames <- top | control block | colour | guard | bottom ...
 //
 // The control block lies above the first frame, mostly on the same page. The colour, 0 to 1920
 // bytes, moves the tops of neighbours to different cache sets.
@@ -3993,9 +3998,10 @@ __asm__(
 #endif
 // clang-format on
 
-// ucontext is the way that works everywhere, and what the assembly is tested against. It saves the
-// signal mask too, which is where its two system calls come from; nobody here changes the mask, but
-// there is no portable way to ask for less.
+// ucontext is the way that works everywhere, and what the assembly is tested against. It keeps a
+// signal mask for each context, but a thread has only one: what a task has blocked must stay
+// blocked when another runs. So the mask of now goes with every switch: one system call to read it,
+// and the two that ucontext makes. There is no portable way to ask for less.
 
 #if ORCHI_UCONTEXT
 typedef struct orchi_start { // at the top of a new stack
@@ -4006,9 +4012,16 @@ typedef struct orchi_start { // at the top of a new stack
 
 static __thread orchi_start *orchi_starting; // makecontext passes only ints
 
+/* A context to enter, with the signal mask of now. */
+static ucontext_t *orchi_ucontext_load(void *load) {
+    ucontext_t *context = (ucontext_t *)load;
+    pthread_sigmask(SIG_SETMASK, NULL, &context->uc_sigmask);
+    return context;
+}
+
 /* The first function of a stack. What its function returns is the next context to enter. */
 static void orchi_ucontext_entry(void) {
-    setcontext((ucontext_t *)orchi_starting->fn(orchi_starting->arg));
+    setcontext(orchi_ucontext_load(orchi_starting->fn(orchi_starting->arg)));
 }
 
 /* The start record lies on the new stack. */
@@ -4039,7 +4052,7 @@ static ORCHI_INLINE void orchi_ucontext_start(void **save, void *bottom, void *t
 static ORCHI_INLINE void orchi_ucontext_switch(void **save, void *load) {
     ucontext_t here;
     *save = &here;
-    swapcontext(&here, (ucontext_t *)load);
+    swapcontext(&here, orchi_ucontext_load(load));
 }
 #endif
 
@@ -7217,9 +7230,10 @@ static orch_future *orchi_timer_cancel(orch_future *f, int reason) {
 // reads them all alike, and a list can be handed on like any other value.
 
 // A head of 8 bytes and five pointers are the 48 bytes of an extra slot. The most is what 32 bits
-// count with room to spare, as the hidden deadline comes on top of it.
+// count with room to spare, as the hidden deadline comes on top of it, and what memory can hold
+// where addresses have 32 bits.
 enum { ORCHI_LIST_IN_SLOT = 5 };
-static const size_t ORCHI_LIST_MOST = 0x7ffffff0;
+static const size_t ORCHI_LIST_MOST = SIZE_MAX / 16 < 0x7ffffff0 ? SIZE_MAX / 16 : 0x7ffffff0;
 #define ORCHI_NO_WINNER UINT32_MAX
 
 typedef enum orchi_mode {

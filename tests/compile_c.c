@@ -9,6 +9,7 @@
 #define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
 
+#include <signal.h>
 #include <stdio.h>
 #include <string.h>
 #include <unistd.h>
@@ -76,6 +77,30 @@ static void *add_on_main_stack(void *arg) {
     memset(big, *(int *)arg, sizeof big);
     *(int *)arg += big[sizeof big - 1];
     return arg;
+}
+
+static bool usr1_is_blocked(void) {
+    sigset_t set;
+    return sigprocmask(SIG_BLOCK, NULL, &set) == 0 && sigismember(&set, SIGUSR1) == 1;
+}
+
+static orch_result block_usr1(void *arg) {
+    sigset_t set;
+    sigemptyset(&set);
+    sigaddset(&set, SIGUSR1);
+    sigprocmask(SIG_BLOCK, &set, NULL);
+    orch_yield();
+    EXPECT(usr1_is_blocked());
+    sigprocmask(SIG_UNBLOCK, &set, NULL);
+    return orch_ok(arg, NULL);
+}
+
+// A thread has one signal mask, whatever its tasks are switched with.
+static void signal_mask(void) {
+    orch_future *f = orch_go(block_usr1, NULL);
+    EXPECT(usr1_is_blocked());
+    EXPECT_RESULT(orch_await(f), 0, 0);
+    EXPECT(!usr1_is_blocked());
 }
 
 static void tasks(void) {
@@ -175,6 +200,7 @@ static void readiness(void) {
 
 static orch_result all_of_it(void *arg) {
     tasks();
+    signal_mask();
     futures();
     combinators();
     readiness();

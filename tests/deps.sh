@@ -14,7 +14,8 @@ apt-get) # Debian, Ubuntu
     packages='gcc g++ libc6-dev make clang lld libclang-rt-dev pkg-config libcurl4-openssl-dev
         libglib2.0-dev libuv1-dev clang-format clang-tidy cppcheck valgrind gcovr musl-tools
         qemu-user-static curl wrk apache2-utils netcat-openbsd strace libev-dev libevent-dev
-        gcc-aarch64-linux-gnu libc6-dev-arm64-cross gcc-riscv64-linux-gnu libc6-dev-riscv64-cross'
+        gcc-aarch64-linux-gnu libc6-dev-arm64-cross gcc-riscv64-linux-gnu libc6-dev-riscv64-cross
+        gcc-i686-linux-gnu libc6-dev-i386-cross gcc-s390x-linux-gnu libc6-dev-s390x-cross'
     known=
     apt-cache show gcc >/dev/null 2>&1 || echo 'no package lists: apt-get update comes first' >&2
     for package in $packages; do # releases differ: leave out what this one does not have

@@ -157,7 +157,9 @@ group_cross() {
         qemu-aarch64-static
     try riscv64-linux-gnu-gcc '-std=c99 -O1 -static' compile_c.c qemu-riscv64-static
     try musl-gcc '-std=c99 -O1' compile_c.c
+    try i686-linux-gnu-gcc '-std=c99 -O1 -static' compile_c.c qemu-i386-static # size_t of 32 bits
     [ "$full" = 1 ] || return 0
+    try s390x-linux-gnu-gcc '-std=c99 -O1 -static' compile_c.c qemu-s390x-static # big-endian
     for level in -O0 -O2 -O3; do
         try aarch64-linux-gnu-gcc "-std=c99 $level -static" compile_c.c qemu-aarch64-static
         try riscv64-linux-gnu-gcc "-std=c99 $level -static" compile_c.c qemu-riscv64-static

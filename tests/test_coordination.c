@@ -961,7 +961,7 @@ CASE(channel_rendezvous) {
 CASE(channel_many_senders_and_receivers) {
     struct worker s[4], r[3];
     int got[40] = {0}, received = 0;
-    chan = orch_channel_new(seed_now % 3);
+    chan = orch_channel_new((size_t)(seed_now % 3));
     for (int i = 0; i < 4; i++) s[i] = new_worker(i), s[i].count = 10;
     for (int i = 0; i < 3; i++) r[i] = new_worker(i), (void)go(receive_all, &r[i]);
     for (int i = 0; i < 4; i++) (void)go(send_some, &s[i]);

