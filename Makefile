@@ -32,12 +32,14 @@ UV = $(call once,UV,$(call package,libuv,UV))
 libraries_for = $(if $(shell grep -lE 'HAVE_CURL|curl\.h|client\.h' $(1)),$(CURL)) \
 	$(if $(shell grep -l HAVE_GLIB $(1)),$(GLIB)) $(if $(shell grep -l HAVE_UV $(1)),$(UV))
 
-TESTS := $(filter-out test_harness,$(patsubst tests/%.c,%,$(wildcard tests/test_*.c)))
+# Those with an implementation of their own first, as they take longest to build.
+TESTS := $(patsubst tests/%.c,%,$(shell grep -l '^.define ASYNCORCH_IMPL' tests/test_*.c))
+TESTS += $(filter-out test_harness $(TESTS),$(patsubst tests/%.c,%,$(wildcard tests/test_*.c)))
 POLLED := $(patsubst tests/%.c,%,$(shell grep -lE 'TEST_POLLER|pollers\.h' tests/test_*.c))
 POLLERS := poll $(if $(filter Linux,$(shell uname -s)),epoll,kqueue)
 # Whose refused allocations `make test` tries; those of the others wait for real events as well.
-CORE := $(filter $(addprefix test_,aplus base combinator context curl future loop misuse platform \
-	stress task timer),$(TESTS))
+CORE := $(filter $(addprefix test_,aplus base combinator context future loop misuse platform stress \
+	task timer),$(TESTS))
 SEEDED := $(patsubst tests/%.c,%,$(shell grep -l TEST_SEEDS tests/test_*.c))
 EXAMPLES := $(patsubst examples/%.c,%,$(wildcard examples/*.c))
 SCRIPTS := $(patsubst tests/%.sh,%,$(wildcard tests/test_*.sh))
@@ -105,9 +107,10 @@ cross_lines = $(if $(crossed),$(foreach t,$(CROSS_TESTS),echo \
 	'$(t)/$(1) TEST_TIME=10 TEST_SEEDS=4 $(emulator) $(B)/$(1)/$(t)';),echo \
 	'$(1) echo "skipped $(1) (no compiler or no qemu)"; echo "0 passed, 0 failed, 1 skipped"';)
 
-# Builds the test programs of some ways; one that does not build counts as failed when it is to run.
+# Builds the test programs of some ways, and more; one that does not build counts as failed when it
+# is to run.
 build = $(MAKE) -k --no-print-directory -j$(JOBS) \
-	$(foreach w,$(1),$(TESTS:%=$(B)/$(w)/%)) $(B)/tests/test_harness || true
+	$(foreach w,$(1),$(TESTS:%=$(B)/$(w)/%)) $(B)/tests/test_harness $(2) || true
 
 # Lines for tests/run.sh: way, label, arguments, what goes before.
 lines = $(foreach t,$(TESTS),echo '$(t)$(if $(2),/$(2)) $(4) $(B)/$(strip $(1))/$(t) $(3)';)
@@ -131,8 +134,7 @@ demo: # the user profile over real sockets: timeline, parallel against sequentia
 examples: $(EXAMPLES:%=$(B)/examples/%) # build the examples into .build/examples
 
 test: # the core complete, the rest but for its sweeps: sanitizers, allocation failures, compilers
-	@$(call build,tests)
-	@$(MAKE) -k --no-print-directory -j$(JOBS) examples || true
+	@$(call build,tests,examples)
 	@{ echo 'harness sh tests/run_harness.sh $(B)/tests/test_harness$(harness_without)'; \
 	$(call lines,tests,,,TEST_SEEDS=$(SEEDS)) \
 	$(foreach p,$(POLLERS),$(foreach t,$(POLLED), \
