@@ -38,8 +38,8 @@ TESTS += $(filter-out test_harness $(TESTS),$(patsubst tests/%.c,%,$(wildcard te
 POLLED := $(patsubst tests/%.c,%,$(shell grep -lE 'TEST_POLLER|pollers\.h' tests/test_*.c))
 POLLERS := poll $(if $(filter Linux,$(shell uname -s)),epoll,kqueue)
 # Whose refused allocations `make test` tries; those of the others wait for real events as well.
-CORE := $(filter $(addprefix test_,aplus base combinator context future loop misuse platform stress \
-	task timer),$(TESTS))
+CORE := $(filter $(addprefix test_,aplus base combinator context future loop misuse platform \
+	stress task timer),$(TESTS))
 SEEDED := $(patsubst tests/%.c,%,$(shell grep -l TEST_SEEDS tests/test_*.c))
 EXAMPLES := $(patsubst examples/%.c,%,$(wildcard examples/*.c))
 SCRIPTS := $(patsubst tests/%.sh,%,$(wildcard tests/test_*.sh))
