@@ -157,7 +157,7 @@ torture: # the tests in every build there is
 	$(call lines,thread,thread,,TEST_TIME=4) $(call matrix,FULL=1) \
 	$(call lines,tests,stack-use,,ASAN_OPTIONS=detect_stack_use_after_return=1) } | JOBS=$(JOBS) $(RUN)
 
-test-cross: # the tests on other processors, emulated: aarch64, riscv64, i686, s390x
+test-cross: # the tests on other processors: i686; aarch64, riscv64, s390x emulated
 	@$(MAKE) -k --no-print-directory -j$(JOBS) \
 		$(foreach c,$(CROSS),$(if $(call crossed,$(c)),$(CROSS_TESTS:%=$(B)/$(c)/%))) || true
 	@{ $(foreach c,$(CROSS),$(call cross_lines,$(c))) } | JOBS=$(JOBS) $(RUN)

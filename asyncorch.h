@@ -3191,7 +3191,6 @@ typedef struct orchi_watch {      // a descriptor, by its number
     uint16_t generation;          // goes up when the number gets, or may get, a new owner
     uint16_t hints;               // an event clears those of its direction
     uint8_t armed;                // not poll: the events that are looked for, ORCHI_REGISTERED
-    uint8_t listed;               // poll: the events of the entry
 } orchi_watch;
 
 typedef struct orchi_found { // a descriptor that a look found ready
@@ -4542,10 +4541,7 @@ static void orchi_poll_close(orch_loop *loop) {
     orchi_free(loop, p->fds, p->capacity * sizeof *p->fds);
     p->fds = NULL;
     p->capacity = p->muted = 0;
-    for (size_t i = 0; i < p->watch_count; i++) {
-        p->watches[i].position = 0;
-        p->watches[i].listed = 0;
-    }
+    for (size_t i = 0; i < p->watch_count; i++) p->watches[i].position = 0;
 }
 
 // Who is told that a descriptor is ready mostly waits for it again before the next look. So an
@@ -4565,7 +4561,6 @@ static void orchi_poll_remove(orchi_poller *p, orchi_watch *watch) {
     p->fds[watch->position - 1] = last;
     p->watches[orchi_poll_number(last.fd)].position = watch->position;
     watch->position = 0;
-    watch->listed = 0;
 }
 
 /* All that is waited for is looked at again. */
@@ -4610,7 +4605,6 @@ static int orchi_poll_update(orch_loop *loop, int fd, bool exact) {
     if (watch->position == 0 && !orchi_poll_add(loop, fd, watch)) return ORCH_ENOMEM;
     p->fds[watch->position - 1].events =
         (short)((events & ORCH_READABLE ? POLLIN : 0) | (events & ORCH_WRITABLE ? POLLOUT : 0));
-    watch->listed = (uint8_t)events;
     return 0;
 }
 
@@ -9483,7 +9477,6 @@ static int orchi_watch_start(orch_loop *loop, orch_future *f) {
     if (events & ORCH_READABLE) watch->reader = f;
     if (events & ORCH_WRITABLE) watch->writer = f;
     loop->stats.watched++;
-    if (orchi_wanted(watch) == watch->listed) return 0; // the entry is still there
     int error = loop->poller.ops->update(loop, fd, false);
     if (error != 0) orchi_unwatch(loop, f, true);
     return error;
