@@ -665,6 +665,16 @@ TASK_TEST(offloaded_work_runs_on_another_thread) {
     CHECK(orch_pool_statistics(ORCH_LANE_DEFAULT).limit >= 4);
 }
 
+// An idle thread watches for more before it sleeps, but not for long.
+TASK_TEST(idle_threads_sleep) {
+    loop_thread = pthread_self();
+    for (int i = 0; i < 20; i++) CHECK_INT(join(orch_offload(elsewhere, (void *)1)), 1);
+    clock_t used = clock(); // of all threads
+    CHECK_INT(orch_sleep(test_shared->fail_at ? 1 : 200), 0);
+    used = clock() - used;
+    CHECK(used < CLOCKS_PER_SEC / 10 || test_shared->refused);
+}
+
 TASK_TEST(errors_and_messages_come_back) {
     orch_result r = orch_await(orch_offload(failure, NULL));
     CHECK_INT(r.error, -5);
