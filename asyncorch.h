@@ -7920,7 +7920,8 @@ struct orch_task { // first what every wait touches: one cache line
     bool joining;
     bool ended;
     bool canary;
-    orch_task *starter; // nested: where to return at the first wait; NULL is the main stack
+    struct orchi_io_call *call; // what it waits to make on a descriptor, see >>io
+    orch_task *starter;      // nested: where to return at the first wait; NULL is the main stack
     orchi_stack *stack;
     const char *name;
     orch_task_fn fn;
@@ -8045,12 +8046,12 @@ static ORCHI_INLINE void orchi_fetch_four(const char *at) {
  * the kernel: of a thousand tasks that wait for descriptors none is in the cache when its turn
  * comes, and each of these lines would be waited for. Inlined, as gcc takes a function that only
  * fetches for one without effect. */
-static ORCHI_INLINE void orchi_fetch_ahead(const orch_loop *loop) {
+static ORCHI_INLINE void orchi_fetch_ahead(const orch_loop *loop, uint32_t at) {
     const orchi_ring *ring = &loop->ready;
-    uint32_t ready = ring->tail - ring->head;
+    uint32_t ready = ring->tail - at;
     if (ready == 0) return;
-    const orch_future *front = orchi_front(loop);
-    const orch_future *second = ring->items[(ring->head + 1) & ring->mask];
+    const orch_future *front = ring->items[at & ring->mask];
+    const orch_future *second = ring->items[(at + 1) & ring->mask];
     if (ready > 1 && second->kind == ORCHI_TASK) __builtin_prefetch(second->as.task.task, 1);
     if (front->kind != ORCHI_TASK) return;
     const char *sp = (const char *)front->as.task.task->context.sp;
@@ -8707,6 +8708,7 @@ static void orchi_task_init(orch_loop *loop, orch_task *task, orch_future *f, or
                             const orch_task_desc *desc) {
     task->future = f;
     task->waiting = NULL;
+    task->call = NULL;
     task->starter = loop->current;
     task->stack = stack;
     task->scope = task->home = task->deadline = NULL;
@@ -9672,20 +9674,62 @@ static int orchi_watch_wait(orch_loop *loop, orch_task *task, int fd, int direct
     return error == ORCHI_ALWAYS ? orchi_watch_always(loop, task, fd) : error;
 }
 
+// A call that a task waits to make, on its stack.
+typedef struct orchi_io_call {
+    orchi_attempt attempt;
+    orchi_transfer *t;
+    ptrdiff_t n; // what came of it, or ORCHI_UNTRIED
+    int fd;
+    uint16_t generation;
+} orchi_io_call;
+
+enum { ORCHI_UNTRIED = INT_MIN, ORCHI_AHEAD = 15 };
+
+/* Whether a ready task has been told that its call can be made. */
+static bool orchi_io_due(const orch_loop *loop, const orch_task *task) {
+    const orchi_io_call *call = task->call;
+    return call != NULL && task->waiting != NULL && call->n == ORCHI_UNTRIED &&
+           task->waiting->as.result.error == 0 &&
+           loop->poller.watches[call->fd].generation == call->generation;
+}
+
+static void orchi_io_try(orch_loop *loop, orchi_io_call *call) {
+    call->n = call->attempt(call->fd, &loop->poller.watches[call->fd], call->t);
+}
+
+/* Makes the calls of the tasks that come next as well. */
+static void orchi_io_ahead(orch_loop *loop) {
+    const orchi_ring *ring = &loop->ready;
+    uint32_t most = ring->tail - ring->head;
+    if (most > ORCHI_AHEAD) most = ORCHI_AHEAD;
+    for (uint32_t i = ring->head; i != ring->head + most; i++) {
+        const orch_future *f = ring->items[i & ring->mask];
+        if (f->kind != ORCHI_TASK || !orchi_io_due(loop, f->as.task.task)) continue;
+        orchi_fetch_ahead(loop, i + 1);
+        orchi_io_try(loop, f->as.task.task->call);
+    }
+}
+
 /* Tries until it need not wait any more. Who was cancelled tries once, unless that could block: a
  * hint may be old. */
 ORCHI_NO_INLINE static ptrdiff_t orchi_io_wait(orch_task *task, int fd, int direction,
                                                orchi_attempt attempt, orchi_transfer *t) {
     orch_loop *loop = orchi_loop;
     orchi_watch *watch = &loop->poller.watches[fd];
-    ptrdiff_t n = -EAGAIN;
-    if (orchi_must_end(task) && !(watch->hints & ORCHI_SLOW)) n = attempt(fd, watch, t);
-    while (n == -EAGAIN) {
+    orchi_io_call call = {attempt, t, -EAGAIN, fd, watch->generation};
+    if (orchi_must_end(task) && !(watch->hints & ORCHI_SLOW)) orchi_io_try(loop, &call);
+    while (call.n == -EAGAIN) {
+        call.n = ORCHI_UNTRIED;
+        task->call = &call;
         int error = orchi_watch_wait(loop, task, fd, direction);
-        orchi_fetch_ahead(loop);
-        n = error != 0 ? error : attempt(fd, &loop->poller.watches[fd], t);
+        task->call = NULL;
+        if (call.n != ORCHI_UNTRIED) continue;
+        if (error != 0) return error;
+        orchi_fetch_ahead(loop, loop->ready.head);
+        orchi_io_try(loop, &call);
+        orchi_io_ahead(loop);
     }
-    return n;
+    return call.n;
 }
 
 /* What every call does. The caller has looked at its own arguments. Inlined where a request comes
