@@ -7912,17 +7912,17 @@ void orch_completion_free(orch_completion *c) {
 //                  function returns the context to go on with
 
 struct orch_task { // first what every wait touches: one cache line
-    orchi_context context;
     orch_future *future;
-    orch_future *waiting; // NULL: it runs, is ready, or has not waited yet
-    int reason;           // not 0: it, or a scope that it has open, was asked to end
+    orch_future *waiting;       // NULL: it runs, is ready, or has not waited yet
+    struct orchi_io_call *call; // what it waits to make on a descriptor, see >>io
+    int reason;                 // not 0: it, or a scope that it has open, was asked to end
     bool nested;
     bool joining;
     bool ended;
     bool canary;
-    struct orchi_io_call *call; // what it waits to make on a descriptor, see >>io
-    orch_task *starter;      // nested: where to return at the first wait; NULL is the main stack
+    orch_task *starter; // nested: where to return at the first wait; NULL is the main stack
     orchi_stack *stack;
+    orchi_context context; // begins with the stack pointer; what follows is for tools
     const char *name;
     orch_task_fn fn;
     void *arg;
@@ -8041,8 +8041,8 @@ static ORCHI_INLINE void orchi_fetch_four(const char *at) {
     __builtin_prefetch(at + 192, 1);
 }
 
-/* Fetches what the next ready task touches first: the top of its stack, what it waits for, and the
- * control block of the one after it, which is read here the next time. For who is about to enter
+/* Fetches what a task in the ready ring touches first: the top of its stack, and what it waits for;
+ * and what is read here for those after it: a control block, a future. For who is about to enter
  * the kernel: of a thousand tasks that wait for descriptors none is in the cache when its turn
  * comes, and each of these lines would be waited for. Inlined, as gcc takes a function that only
  * fetches for one without effect. */
@@ -8052,6 +8052,7 @@ static ORCHI_INLINE void orchi_fetch_ahead(const orch_loop *loop, uint32_t at) {
     if (ready == 0) return;
     const orch_future *front = ring->items[at & ring->mask];
     const orch_future *second = ring->items[(at + 1) & ring->mask];
+    __builtin_prefetch(ring->items[(at + 3) & ring->mask], 1);
     if (ready > 1 && second->kind == ORCHI_TASK) __builtin_prefetch(second->as.task.task, 1);
     if (front->kind != ORCHI_TASK) return;
     const char *sp = (const char *)front->as.task.task->context.sp;
@@ -9594,7 +9595,10 @@ static inline int orchi_wake_watch(orch_loop *loop, int fd) {
 //     a short write             the same for writes
 //
 // So a request costs one recv and one send. Waiting first is always right, since readiness is
-// level-triggered. A call that had to wait holds its direction of the descriptor until it returns:
+// level-triggered. And whoever comes back from a wait makes its own call and those of the tasks
+// that were told with it and come next: sixteen times recv and then sixteen times send, each of
+// which finds the kernel's code in the cache, and meanwhile what the next task needs is fetched.
+// A call that had to wait holds its direction of the descriptor until it returns:
 // a second writer would put its bytes between those of the first.
 // Left out: the number of bytes that were moved before an error. A protocol cannot go on after a
 // write that was cut; after a read, orch_read says it byte by byte.
@@ -9685,7 +9689,8 @@ typedef struct orchi_io_call {
 
 enum { ORCHI_UNTRIED = INT_MIN, ORCHI_AHEAD = 15 };
 
-/* Whether a ready task has been told that its call can be made. */
+/* Whether a ready task has been told that its call can be made. Not when it was cancelled, or the
+ * number has a new owner. */
 static bool orchi_io_due(const orch_loop *loop, const orch_task *task) {
     const orchi_io_call *call = task->call;
     return call != NULL && task->waiting != NULL && call->n == ORCHI_UNTRIED &&
@@ -9697,7 +9702,8 @@ static void orchi_io_try(orch_loop *loop, orchi_io_call *call) {
     call->n = call->attempt(call->fd, &loop->poller.watches[call->fd], call->t);
 }
 
-/* Makes the calls of the tasks that come next as well. */
+/* Makes the calls of the tasks that come next as well. What has come is theirs, whatever becomes of
+ * them or of the descriptor until their turn. */
 static void orchi_io_ahead(orch_loop *loop) {
     const orchi_ring *ring = &loop->ready;
     uint32_t most = ring->tail - ring->head;
@@ -9723,8 +9729,9 @@ ORCHI_NO_INLINE static ptrdiff_t orchi_io_wait(orch_task *task, int fd, int dire
         task->call = &call;
         int error = orchi_watch_wait(loop, task, fd, direction);
         task->call = NULL;
+        bool made = call.n != ORCHI_UNTRIED && call.n != -EAGAIN;
+        if (error != 0 && !made) return error;
         if (call.n != ORCHI_UNTRIED) continue;
-        if (error != 0) return error;
         orchi_fetch_ahead(loop, loop->ready.head);
         orchi_io_try(loop, &call);
         orchi_io_ahead(loop);

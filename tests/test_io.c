@@ -539,6 +539,107 @@ TASK_TEST(a_wait_that_was_over_does_not_read_from_the_next_owner) {
     CHECK_INT(orch_close(fd[1]), 0);
 }
 
+// ---- calls that are made ahead
+
+// Four readers that one look has found. The first that comes back may do something to the others.
+static struct {
+    int fd[4][2], other[2];
+    orch_future *reader[4];
+    char data[4][8];
+    long reads[4]; // system calls when it came back
+    void (*first)(int me);
+} ahead;
+
+static orch_result read_ahead(void *arg) {
+    int me = (int)(intptr_t)arg;
+    ptrdiff_t n = orch_read(ahead.fd[me][0], ahead.data[me], sizeof ahead.data[me]);
+    void (*first)(int me) = ahead.first;
+    ahead.reads[me] = io.reads;
+    ahead.first = NULL;
+    if (first != NULL) first(me);
+    return n < 0 ? orch_fail((int)n) : orch_ok_int(n);
+}
+
+static bool ahead_begin(void (*first)(int me)) {
+    memset(&ahead, 0, sizeof ahead);
+    for (int i = 0; i < 4; i++) {
+        if (!two(ahead.fd[i])) return false;
+    }
+    for (int i = 0; i < 4; i++) ahead.reader[i] = orch_go(read_ahead, (void *)(intptr_t)i);
+    for (int i = 0; i < 4; i++) CHECK_INT(orch_write(ahead.fd[i][1], "new", 3), 3);
+    orchi_poll(orch_loop_current(), 0); // queues the readers
+    ahead.first = first;
+    io.reads = 0;
+    return true;
+}
+
+static void ahead_end(void) {
+    for (int i = 0; i < 4; i++) close_two(ahead.fd[i]);
+}
+
+TASK_TEST(calls_of_all_who_were_told_are_made_in_a_row) {
+    if (!ahead_begin(NULL)) return;
+    for (int i = 0; i < 4; i++) {
+        CHECK_INT(soon(ahead.reader[i]), 3);
+        CHECK_STR(ahead.data[i], "new");
+        CHECK(ahead.reads[i] == 4 || test_shared->refused);
+    }
+    ahead_end();
+}
+
+// The number gets another owner, who has something to read.
+static void change_hands(int fd) {
+    CHECK_INT(orch_close(fd), 0);
+    if (!two(ahead.other)) return;
+    CHECK_INT(ahead.other[0], fd);
+    CHECK_INT(orch_write(ahead.other[1], "other", 5), 5);
+}
+
+static void check_other(void) {
+    char data[8] = "";
+    CHECK_INT(orch_read(ahead.other[0], data, sizeof data), 5);
+    CHECK_STR(data, "other");
+}
+
+static void change_and_cancel(int me) {
+    change_hands(ahead.fd[(me + 1) % 4][0]);
+    orch_cancel(ahead.reader[(me + 2) % 4], ORCH_ECANCELED);
+}
+
+TASK_TEST(what_was_read_ahead_is_not_lost) {
+    if (!ahead_begin(change_and_cancel)) return;
+    for (int i = 0; i < 4; i++) {
+        CHECK_INT(soon(ahead.reader[i]), 3);
+        CHECK_STR(ahead.data[i], "new");
+    }
+    check_other();
+    CHECK_INT(orch_close(ahead.other[1]), 0);
+    ahead_end();
+}
+
+static void change_the_second(int me) {
+    CHECK_INT(me, 0);
+    change_hands(ahead.fd[1][0]);
+}
+
+// What the others were told of is taken by somebody else before their turn.
+TASK_TEST(a_call_that_came_too_early_waits_on) {
+    char data[8];
+    if (!ahead_begin(change_the_second)) return;
+    for (int i = 1; i < 4; i++) CHECK_INT(recv(ahead.fd[i][0], data, sizeof data, 0), 3);
+    CHECK_INT(soon(ahead.reader[0]), 3);
+    CHECK_INT(soon(ahead.reader[1]), ORCH_ECANCELED);
+    CHECK_STR(ahead.data[1], "");
+    check_other();
+    for (int i = 2; i < 4; i++) {
+        CHECK_INT(orch_write(ahead.fd[i][1], "late", 4), 4);
+        CHECK_INT(soon(ahead.reader[i]), 4);
+        CHECK_STR(ahead.data[i], "late");
+    }
+    CHECK_INT(orch_close(ahead.other[1]), 0);
+    ahead_end();
+}
+
 static orch_result read_when_cancelled(void *arg) {
     int fd = *(int *)arg;
     char data[8];
