@@ -617,6 +617,30 @@ TASK_TEST(what_was_read_ahead_is_not_lost) {
     ahead_end();
 }
 
+TASK_TEST(what_is_read_ahead_is_not_the_next_owners) {
+    if (!ahead_begin(NULL)) return;
+    change_hands(ahead.fd[1][0]);
+    for (int i = 0; i < 4; i++) CHECK_INT(soon(ahead.reader[i]), i == 1 ? ORCH_ECANCELED : 3);
+    CHECK_STR(ahead.data[1], "");
+    check_other();
+    CHECK_INT(orch_close(ahead.other[1]), 0);
+    ahead_end();
+}
+
+TASK_TEST(a_wait_that_was_broken_off_reads_nothing_ahead) {
+    char data[8] = "";
+    if (!ahead_begin(NULL) || !two(ahead.other)) return;
+    job r = {ahead.other[0], data, sizeof data, 0, false};
+    orch_future *reader = orch_go(do_read, &r);
+    orch_cancel(reader, ORCH_ECANCELED); // queues it behind the four
+    CHECK_INT(orch_write(ahead.other[1], "other", 5), 5);
+    for (int i = 0; i < 4; i++) CHECK_INT(soon(ahead.reader[i]), 3);
+    CHECK_INT(soon(reader), ORCH_ECANCELED);
+    check_other();
+    close_two(ahead.other);
+    ahead_end();
+}
+
 static void change_the_second(int me) {
     CHECK_INT(me, 0);
     change_hands(ahead.fd[1][0]);
