@@ -89,7 +89,7 @@ $(eval $(call way,plain,     $$(CC),-O1))
 $(eval $(call way,release,   $$(CC),-O2 -DNDEBUG))
 $(eval $(call way,lto,       $$(CC),-O3 -flto=auto))
 $(eval $(call way,ucontext,  $$(CC),-O1 $$(SANITIZE) -DORCH_USE_UCONTEXT=1))
-$(eval $(call way,clang,     clang,-O1 $$(SANITIZE)))
+$(eval $(call way,clang,     clang,-O1 $$(SANITIZE) -fstack-clash-protection))
 $(eval $(call way,thread,    $$(CC),-O1 -fsanitize=thread))
 
 # Other processors: size_t of 32 bits (i686, which x86-64 runs itself), big-endian (s390x), ucontext

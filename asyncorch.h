@@ -9953,10 +9953,16 @@ static ptrdiff_t orchi_wrote(orchi_watch *watch, orchi_transfer *t, ptrdiff_t n)
     return t->done < t->size ? -EAGAIN : (ptrdiff_t)t->done;
 }
 
+/* What is not written yet. Nothing may have no address, which cannot be counted from. */
+static inline char *orchi_transfer_rest(const orchi_transfer *t) {
+    return t->done > 0 ? t->data + t->done : t->data;
+}
+
 static ORCHI_INLINE ptrdiff_t orchi_attempt_send(int fd, orchi_watch *watch, orchi_transfer *t) {
     ptrdiff_t n;
     orchi_quiet(fd, watch);
-    do n = send(fd, t->data + t->done, t->size - t->done, t->flags | MSG_DONTWAIT | ORCHI_NOSIGNAL);
+    char *rest = orchi_transfer_rest(t);
+    do n = send(fd, rest, t->size - t->done, t->flags | MSG_DONTWAIT | ORCHI_NOSIGNAL);
     while (ORCHI_UNLIKELY(n < 0 && errno == EINTR));
     if (ORCHI_UNLIKELY(n < 0)) return -errno;
     return orchi_wrote(watch, t, n);
@@ -9968,7 +9974,7 @@ static ORCHI_INLINE ptrdiff_t orchi_attempt_write(int fd, orchi_watch *watch, or
         n = orchi_attempt_send(fd, watch, t);
         if (ORCHI_LIKELY(!orchi_no_socket(fd, watch, &n))) return n;
     }
-    struct iovec part = {t->data + t->done, t->size - t->done};
+    struct iovec part = {orchi_transfer_rest(t), t->size - t->done};
     if ((watch->hints & ORCHI_SLOW) && part.iov_len > PIPE_BUF) part.iov_len = PIPE_BUF;
     return orchi_wrote(watch, t, orchi_write_parts(fd, &part, 1));
 }
@@ -10232,8 +10238,9 @@ static void orchi_reader_skip(orch_reader *r, const char *newline) {
 /* A line that is skipped may have no end, and come so fast that there is no wait to be refused. */
 static ptrdiff_t orchi_reader_line(orch_reader *r, const char **line) {
     for (int skips = 0;;) {
-        const char *text = r->buffer + r->start, *newline = NULL;
+        const char *text = r->buffer, *newline = NULL;
         size_t have = r->end - r->start;
+        if (text != NULL) text += r->start; // there may be no buffer yet
         if (have > r->seen) {
             newline = (const char *)memchr(text + r->seen, '\n', have - r->seen);
         }

@@ -258,7 +258,8 @@ static int http_answer_file(http_connection *c, const http_found *f, orch_scope 
              f->etag, date, f->type, range);
     uint64_t here = from < f->read ? f->read - from : 0; // bytes that are here already
     if (here > count) here = count;
-    int error = http_begin(c, status, fields, count, f->body + from, (size_t)here);
+    const char *body = here > 0 ? f->body + from : NULL;
+    int error = http_begin(c, status, fields, count, body, (size_t)here);
     if (error != 0 || q->head || here == count) return error;
     return http_send_file(c->fd, f->fd, from + here, from + count, scope);
 }

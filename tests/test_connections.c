@@ -10,6 +10,8 @@ enum { MANY = 10000, TASKS = 1000, CONNECTION_MAX = 16384 }; // the last: bytes 
 
 #if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
 enum { SANITIZED = 1 }; // memory is another then
+#elif defined(__has_feature)
+enum { SANITIZED = __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) };
 #else
 enum { SANITIZED = 0 };
 #endif
