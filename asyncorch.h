@@ -1414,7 +1414,9 @@ ORCH_NODISCARD orch_future *orch_resolve(const char *host, const char *service);
 // After an error part of the data may have been moved. No call raises SIGPIPE. Sockets need not be
 // non-blocking. Another blocking descriptor (a terminal, an inherited pipe) works too, with a wait
 // before each piece of at most PIPE_BUF bytes. Close with orch_close what was used with these:
-// hints about a descriptor are kept under its number.
+// hints about a descriptor are kept under its number. Calls that have waited are made in a row,
+// before their tasks' turns: what has come by then is theirs, even if a close or a cancellation
+// comes in between.
 
 struct iovec; // of <sys/uio.h>
 
@@ -9729,8 +9731,8 @@ ORCHI_NO_INLINE static ptrdiff_t orchi_io_wait(orch_task *task, int fd, int dire
         task->call = &call;
         int error = orchi_watch_wait(loop, task, fd, direction);
         task->call = NULL;
-        bool made = call.n != ORCHI_UNTRIED && call.n != -EAGAIN;
-        if (error != 0 && !made) return error;
+        bool done = call.n != ORCHI_UNTRIED && call.n != -EAGAIN; // by another task, ahead
+        if (error != 0 && !done) return error;
         if (call.n != ORCHI_UNTRIED) continue;
         orchi_fetch_ahead(loop, loop->ready.head);
         orchi_io_try(loop, &call);
