@@ -10240,9 +10240,8 @@ static void orchi_reader_skip(orch_reader *r, const char *newline) {
 /* A line that is skipped may have no end, and come so fast that there is no wait to be refused. */
 static ptrdiff_t orchi_reader_line(orch_reader *r, const char **line) {
     for (int skips = 0;;) {
-        const char *text = r->buffer, *newline = NULL;
-        size_t have = r->end - r->start;
-        if (text != NULL) text += r->start; // there may be no buffer yet
+        size_t have = r->end - r->start; // nothing: there may be no buffer yet
+        const char *text = have > 0 ? r->buffer + r->start : NULL, *newline = NULL;
         if (have > r->seen) {
             newline = (const char *)memchr(text + r->seen, '\n', have - r->seen);
         }

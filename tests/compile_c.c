@@ -200,7 +200,7 @@ static void readiness(void) {
 
 // Nothing has no address: clang's sanitizer watches that none is counted from.
 static void nothing(void) {
-    int fd[2];
+    int fd[2] = {-1, -1};
     const char *line = NULL;
     EXPECT(orch_socketpair(fd) == 0);
     EXPECT(orch_write(fd[1], NULL, 0) == 0);
