@@ -17,7 +17,7 @@ out=${OUT:-.build/matrix}
 here=$(dirname "$0")
 full=${FULL:-0}
 warnings='-Wall -Wextra -Wpedantic -Wconversion -Wshadow -Werror'
-export UBSAN_OPTIONS=halt_on_error=1
+export UBSAN_OPTIONS=halt_on_error=1 # gcc and clang only print what is undefined, and go on
 passed=0 failed=0 skipped=0
 mkdir -p "$out"
 limit=$(command -v timeout >/dev/null 2>&1 && echo 'timeout 120')
