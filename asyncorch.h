@@ -3208,7 +3208,7 @@ typedef struct orchi_poller {
     uint32_t found_count, found_capacity;
     struct pollfd *fds; // poll(2)
     uint32_t capacity;
-    uint32_t muted; // entries of fds that are not looked at
+    uint32_t muted; // entries of fds that are not looked at: the last ones
     int queue;      // epoll, kqueue: the descriptor of the set
     void *events;   // epoll, kqueue: where a look puts what it finds
     uint32_t event_capacity;
@@ -4546,43 +4546,63 @@ static void orchi_poll_close(orch_loop *loop) {
     for (size_t i = 0; i < p->watch_count; i++) p->watches[i].position = 0;
 }
 
+// The array has two parts, what is looked at and what is muted:
+//
+//     | looked at ... | muted ... |
+//                     count-muted  count
+//
 // Who is told that a descriptor is ready mostly waits for it again before the next look. So an
-// event leaves the entry where it is and only mutes it, with a negative number, which poll(2)
-// passes over. It stays muted until all that were told have had their turn, also when it is waited
-// for again: whoever is found sooner comes after them all the same. Then what is waited for is
-// turned back. With a thousand connections that are all busy, looks between the rounds would else
-// take as long as a tenth of the work. What nobody waits for is swept out when it is more than half
-// of all.
+// event leaves the entry in the array and only mutes it. It stays muted until all that were told
+// have had their turn, also when it is waited for again: whoever is found sooner comes after them
+// all the same. Then what is waited for is looked at again; where all of a thousand connections are
+// busy nothing moves for that, as they are found from the end. And looks between the rounds, which
+// would else take as long as a tenth of the work, are short. What nobody waits for is swept out
+// when it is more than half of all. A muted entry has events only if it is waited for again.
 
-static int orchi_poll_number(int fd) { return fd < 0 ? ~fd : fd; }
+/* How many are looked at. */
+static uint32_t orchi_poll_heard(const orchi_poller *p) { return p->count - p->muted; }
 
-/* The last entry takes the place of the one that goes. */
+static void orchi_poll_swap(orchi_poller *p, uint32_t a, uint32_t b) {
+    if (ORCHI_LIKELY(a == b)) return;
+    struct pollfd entry = p->fds[a];
+    p->fds[a] = p->fds[b];
+    p->fds[b] = entry;
+    p->watches[p->fds[a].fd].position = a + 1;
+    p->watches[p->fds[b].fd].position = b + 1;
+}
+
+/* The last of those looked at. */
+static void orchi_poll_mute(orchi_poller *p, uint32_t at) {
+    orchi_poll_swap(p, at, orchi_poll_heard(p) - 1);
+    p->muted++;
+}
+
+/* Goes to the end, past the muted ones, and is cut off. */
 static void orchi_poll_remove(orchi_poller *p, orchi_watch *watch) {
-    struct pollfd last = p->fds[--p->count];
-    p->muted -= p->fds[watch->position - 1].fd < 0;
-    p->fds[watch->position - 1] = last;
-    p->watches[orchi_poll_number(last.fd)].position = watch->position;
+    if (watch->position <= orchi_poll_heard(p)) orchi_poll_mute(p, watch->position - 1);
+    orchi_poll_swap(p, watch->position - 1, p->count - 1);
+    p->count--;
+    p->muted--;
     watch->position = 0;
 }
 
 /* All that is waited for is looked at again. */
 static void orchi_poll_unmute(orchi_poller *p) {
-    for (uint32_t i = 0; i < p->count && p->muted > 0; i++) {
-        struct pollfd *entry = &p->fds[i];
-        if (entry->fd >= 0 || orchi_wanted(&p->watches[~entry->fd]) == 0) continue;
-        entry->fd = ~entry->fd;
+    for (uint32_t i = orchi_poll_heard(p); i < p->count; i++) {
+        if (p->fds[i].events == 0) continue;
+        orchi_poll_swap(p, i, orchi_poll_heard(p));
         p->muted--;
     }
 }
 
 /* From the end, as the last entry takes the place of one that goes: what moves was looked at. */
 static void orchi_poll_sweep(orchi_poller *p) {
-    for (uint32_t i = p->count; i-- > 0;) {
-        if (p->fds[i].fd < 0) orchi_poll_remove(p, &p->watches[~p->fds[i].fd]);
+    for (uint32_t i = p->count; i-- > orchi_poll_heard(p);) {
+        if (p->fds[i].events == 0) orchi_poll_remove(p, &p->watches[p->fds[i].fd]);
     }
 }
 
-/* A new entry, at the end. */
+/* A new entry, the last of those looked at. */
 static bool orchi_poll_add(orch_loop *loop, int fd, orchi_watch *watch) {
     orchi_poller *p = &loop->poller;
     void *fds = p->fds;
@@ -4592,6 +4612,7 @@ static bool orchi_poll_add(orch_loop *loop, int fd, orchi_watch *watch) {
     p->fds[p->count].fd = fd;
     p->fds[p->count].revents = 0;
     watch->position = ++p->count;
+    orchi_poll_swap(p, p->count - 1, orchi_poll_heard(p) - 1);
     return true;
 }
 
@@ -4612,6 +4633,7 @@ static int orchi_poll_update(orch_loop *loop, int fd, bool exact) {
 
 /* Errors and hang-ups wake both directions, since either call would report them at once. */
 static int orchi_poll_events(short revents) {
+    if (ORCHI_LIKELY(revents == POLLIN)) return ORCH_READABLE;
     if (revents & POLLNVAL) return ORCHI_BAD_FD;
     int both = revents & (POLLERR | POLLHUP) ? ORCHI_BOTH : 0;
     return both | (revents & (POLLIN | POLLPRI) ? ORCH_READABLE : 0) |
@@ -4619,22 +4641,25 @@ static int orchi_poll_events(short revents) {
 }
 
 /* An entry that has an event is found, and muted. */
-static inline void orchi_poll_found(orchi_poller *p, struct pollfd *entry, short revents) {
-    orchi_found_add(p, entry->fd, orchi_poll_events(revents));
-    entry->fd = ~entry->fd;
-    p->muted++;
+static inline void orchi_poll_found(orchi_poller *p, uint32_t at, short revents) {
+    orchi_found_add(p, p->fds[at].fd, orchi_poll_events(revents));
+    p->fds[at].events = 0;
+    orchi_poll_mute(p, at);
 }
 
-/* The array is read to the last one that has something. */
+/* The array is read from its end to the first that has something: what is muted then changes places
+ * with what was read before. And what the system has looked at last comes first. */
 static int orchi_poll_wait(orch_loop *loop, uint64_t ns) {
     orchi_poller *p = &loop->poller;
     if (p->muted > p->count / 2 && orchi_ring_empty(loop)) orchi_poll_sweep(p);
-    int found = orchi_poll_call(p->fds, p->count, ns);
+    uint32_t at = orchi_poll_heard(p);
+    int found = orchi_poll_call(p->fds, at, ns);
     if (found < 0) return errno == EINTR ? 0 : -errno;
-    for (struct pollfd *at = p->fds; found > 0; at++) {
-        if (at->revents == 0) continue;
+    while (found > 0) {
+        short revents = p->fds[--at].revents;
+        if (revents == 0) continue;
         found--;
-        orchi_poll_found(p, at, at->revents);
+        orchi_poll_found(p, at, revents);
     }
     return 0;
 }
@@ -5760,7 +5785,7 @@ static void orchi_wake(orch_loop *loop) {
 /* How many descriptors a look would look at now. */
 static uint32_t orchi_to_look_at(orch_loop *loop) {
     if (orchi_backlog_served(loop)) orchi_poll_unmute(&loop->poller);
-    return loop->poller.count - loop->poller.muted;
+    return orchi_poll_heard(&loop->poller);
 }
 
 /* The only place where the loop makes a system call. What was found is told afterwards. */
@@ -6037,7 +6062,7 @@ int orch_loop_pollfds(orch_loop *loop, struct pollfd *fds, size_t capacity) {
     loop->offered = loop->generation;
     struct pollfd one = {loop->poller.queue, POLLIN, 0};
     bool all = loop->poller.ops == &orchi_poll_ops;
-    if (all) { // not every host passes over negative numbers
+    if (all) {
         orchi_poll_unmute(&loop->poller);
         orchi_poll_sweep(&loop->poller);
     }
@@ -6059,10 +6084,8 @@ uint64_t orch_loop_timeout(orch_loop *loop) {
 static void orchi_guest_found(orchi_poller *p, const struct pollfd *at) {
     bool known = at->fd >= 0 && (size_t)at->fd < p->watch_count;
     uint32_t position = known ? p->watches[at->fd].position : 0;
-    struct pollfd *entry = position != 0 ? &p->fds[position - 1] : NULL;
-    if (entry != NULL && entry->fd >= 0 && at->revents != 0) {
-        orchi_poll_found(p, entry, at->revents);
-    }
+    bool heard = position != 0 && position <= orchi_poll_heard(p);
+    if (heard && at->revents != 0) orchi_poll_found(p, position - 1, at->revents);
 }
 
 /* What the host has found, as a look would have. It may ask about descriptors that nobody waits for

@@ -71,7 +71,7 @@ static void take(const side *s) {
 static void serve_bare(void) {
     static char block[1024];
     int found = poll(fds, (nfds_t)count, -1);
-    for (int i = 0; found > 0; i++) {
+    for (int i = count; found > 0 && i-- > 0;) { // from the end, as that was looked at last
         if (fds[i].revents == 0) continue;
         found--;
         ssize_t got = recv(fds[i].fd, block, sizeof block, 0);
