@@ -3065,11 +3065,13 @@ struct orch_future {
             uint32_t winner;
         } combine;
         struct {
-            orch_task *task;
-        } task;
-        struct {
             int fd, events;
         } ready;
+        struct {
+            int fd, events; // as in ready; 0: none, ORCHI_TOLD or an error: what came of it
+            orch_task *task;
+            uint64_t since; // the loop's generation then
+        } task;
         struct {
             int fd, events; // as in ready
             orch_signals *from;
@@ -3184,6 +3186,8 @@ enum orchi_hint {               // uint16_t, of a descriptor
     ORCHI_DATAGRAMS = 256,
     ORCHI_QUIET = 512 // a socket that raises no SIGPIPE
 };
+
+enum { ORCHI_TOLD = 8 }; // orch_future.as.task.events: the descriptor is ready
 
 enum { ORCHI_REGISTERED = 4 }; // orchi_watch.armed: the poller knows the descriptor
 
@@ -5714,12 +5718,13 @@ static inline void orchi_unwatch(orch_loop *loop, orch_future *f, bool exact) {
 /* Whether an event is for this waiter. One that was made after the look waits for the next: the
  * descriptor may have been closed, and its number used again, by a rejection's hook. */
 static bool orchi_meant(const orch_future *f, uint64_t generation, int events, int direction) {
-    return f != NULL && f->generation < generation && (events & (direction | ORCHI_BAD_FD));
+    if (f == NULL || !(events & (direction | ORCHI_BAD_FD))) return false;
+    return (f->kind == ORCHI_TASK ? f->as.task.since : f->generation) < generation;
 }
 
-/* An event for its waiter. The table is constant: a task's wait is called directly, or in line. */
+/* An event for its waiter. The table is constant: a task is told directly, or in line. */
 static inline void orchi_fire(orch_future *f, int events) {
-    if (ORCHI_LIKELY(f->kind == ORCHI_READY)) orchi_kinds[ORCHI_READY].fire(f, events);
+    if (ORCHI_LIKELY(f->kind == ORCHI_TASK)) orchi_kinds[ORCHI_TASK].fire(f, events);
     else orchi_kinds[f->kind].fire(f, events);
 }
 
@@ -5939,6 +5944,11 @@ static bool orchi_awaits(const orch_future *f) {
     return orchi_kinds[f->kind].source != NULL || (f->flags & ORCHI_ENDS_ON);
 }
 
+/* Whether it is a task that waits for a descriptor, which needs no future for it. */
+static bool orchi_on_descriptor(const orch_future *f) {
+    return f->kind == ORCHI_TASK && (f->as.task.events & ORCHI_BOTH) && f->as.task.events > 0;
+}
+
 enum { ORCHI_SHOWN = 8 }; // sources a line of a report names
 
 /* Names what f waits for, and counts what does not fit on a line: a combinator may have a million
@@ -5947,6 +5957,9 @@ static void orchi_describe_sources(const orch_future *f, char *text, size_t size
     uint32_t at = 0, shown = 0, more = 0;
     const size_t reserve = sizeof " and 4294967295 more";
     snprintf(text, size, "nothing: it runs, or is ready to");
+    if (orchi_on_descriptor(f)) {
+        snprintf(text, size, "readiness of descriptor %d", f->as.task.fd);
+    }
     for (;;) {
         orch_future *source = orchi_next_source(f, &at);
         char name[160];
@@ -7916,7 +7929,8 @@ void orch_completion_free(orch_completion *c) {
 //     first waits. Later it is entered from the ready ring: by the loop, or directly by the task
 //     that waits before it, within the same budget.
 //   - What a task waits for is one claimed future (waiting); its future is queued when that has
-//     settled.
+//     settled. Or it is a descriptor: then its own future is the waiter in the table of watches,
+//     and is queued by the event. A request for it to end takes it out there.
 //   - Cancelling a task is remembered (reason). If it waits and is neither shielded nor joining,
 //     what it waits for is asked to end; it goes on when that has ended. A wait that begins when
 //     the task is cancelled is refused: its future is given up, and has ended when ORCH_ECANCELED
@@ -8066,8 +8080,8 @@ static ORCHI_INLINE void orchi_fetch_four(const char *at) {
     __builtin_prefetch(at + 192, 1);
 }
 
-/* Fetches what a task in the ready ring touches first: the top of its stack, and what it waits for;
- * and what is read here for those after it: a control block, a future. For who is about to enter
+/* Fetches what a task in the ready ring touches first, the top of its stack; and what is read here
+ * for those after it: a control block, a future. For who is about to enter
  * the kernel: of a thousand tasks that wait for descriptors none is in the cache when its turn
  * comes, and each of these lines would be waited for. Inlined, as gcc takes a function that only
  * fetches for one without effect. */
@@ -8083,7 +8097,6 @@ static ORCHI_INLINE void orchi_fetch_ahead(const orch_loop *loop, uint32_t at) {
     const char *sp = (const char *)front->as.task.task->context.sp;
     orchi_fetch_four(sp);       // the frames of a wait in orch_read
     orchi_fetch_four(sp + 256); // and its buffer
-    __builtin_prefetch(front->as.task.task->waiting, 1);
 }
 
 /* Waits until a claimed pending future has settled. Returns it, or what it was replaced by. */
@@ -8178,9 +8191,25 @@ static void orchi_scopes_lower(orch_task *task) {
     else orchi_task_judge(task);
 }
 
-/* What a request has to ask next: what the task waits for, unless it may go on waiting. */
-static orch_future *orchi_task_asks(const orch_task *task) {
-    return orchi_must_end(task) && !task->joining ? task->waiting : NULL;
+/* The wait of a task for a descriptor has ended: with an event, or an error. */
+static inline void orchi_task_tell(orch_loop *loop, orch_future *f, int outcome, bool exact) {
+    orchi_unwatch(loop, f, exact);
+    f->as.task.events = outcome;
+    orchi_push(loop, f);
+}
+
+static void orchi_task_fire(orch_future *f, int events) {
+    int outcome = events & ORCHI_BAD_FD ? -EBADF : (int)ORCHI_TOLD;
+    orchi_task_tell(orchi_loop_of(f), f, outcome, false);
+}
+
+/* What a request has to ask next: what the task waits for, unless it may go on waiting. A wait for
+ * a descriptor ends at once, so that the descriptor can be closed. */
+static orch_future *orchi_task_asks(orch_task *task) {
+    orch_future *f = task->future;
+    if (!orchi_must_end(task) || task->joining) return NULL;
+    if (orchi_on_descriptor(f)) orchi_task_tell(orchi_loop_of(f), f, ORCH_ECANCELED, true);
+    return task->waiting;
 }
 
 /* Only the first request to a task walks on; tasks that await each other end the walk. */
@@ -8813,6 +8842,7 @@ static orch_future *orchi_go(orch_loop *loop, const orch_task_desc *desc, uint32
     orch_task *task = (orch_task *)(void *)top;
     orchi_task_init(loop, task, f, stack, desc);
     f->as.task.task = task;
+    f->as.task.events = 0;
     bool heir = home != NULL || (task->starter != NULL && task->starter->heir);
     if (ORCHI_UNLIKELY(heir) && !orchi_task_inherit(loop, task, home, bounded)) {
         orchi_stack_give(loop, stack);
@@ -9553,6 +9583,17 @@ static orch_future *orchi_ready_cancel(orch_future *f, int reason) {
     return NULL;
 }
 
+/* Tells a waiter that there will be no event. */
+static void orchi_watch_lose(orch_loop *loop, orch_future *f, int error) {
+    if (f->kind == ORCHI_TASK) {
+        orchi_task_tell(loop, f, error, true);
+        return;
+    }
+    f->flags |= ORCHI_CANCEL; // not reported
+    orchi_unwatch(loop, f, true);
+    orchi_reject(loop, f, error);
+}
+
 /* A number loses its owner: who waits for it is told, and nothing of it is left. */
 static void orchi_watch_end(orch_loop *loop, int fd, int error) {
     if (fd < 0 || (size_t)fd >= loop->poller.watch_count) return;
@@ -9560,10 +9601,7 @@ static void orchi_watch_end(orch_loop *loop, int fd, int error) {
     orch_future *waiting[2] = {watch->reader,
                                watch->reader == watch->writer ? NULL : watch->writer};
     for (int i = 0; i < 2; i++) {
-        if (waiting[i] == NULL) continue;
-        waiting[i]->flags |= ORCHI_CANCEL; // not reported
-        orchi_unwatch(loop, waiting[i], true);
-        orchi_reject(loop, waiting[i], error);
+        if (waiting[i] != NULL) orchi_watch_lose(loop, waiting[i], error);
     }
     watch->generation++;
     watch->hints = 0;
@@ -9665,22 +9703,20 @@ static bool orchi_no_memory_at(const void *data, size_t size) {
     return (data == NULL && size > 0) || size > PTRDIFF_MAX;
 }
 
-/* Leaves the task until an event has come for its wait, which lies in the table. It is nobody
- * else's, so nothing needs to be claimed. Meanwhile the direction is taken. Whoever comes back to a
- * number that was closed in between must not touch its next owner. */
-static int orchi_watch_suspend(orch_loop *loop, orch_task *task, orch_future *f) {
-    int fd = f->as.ready.fd;
+/* Leaves the task until an event has come for it. Meanwhile the direction is taken. Whoever comes
+ * back to a number that was closed in between must not touch its next owner. */
+static int orchi_watch_suspend(orch_loop *loop, orch_task *task, int fd, int direction) {
     orchi_watch *watch = &loop->poller.watches[fd];
     uint16_t generation = watch->generation;
-    uint16_t busy = (uint16_t)(f->as.ready.events * ORCHI_IN_READ);
+    uint16_t busy = (uint16_t)(direction * ORCHI_IN_READ);
     watch->hints |= busy;
-    f = orchi_wait_for(loop, task, f);
-    int error = f->as.result.error;
-    if (ORCHI_LIKELY(!(f->flags & ORCHI_IMMORTAL))) orchi_slot_free(loop, f); // owns nothing
+    orchi_suspend(loop, task);
+    int outcome = task->future->as.task.events;
+    task->future->as.task.events = 0;
     watch = &loop->poller.watches[fd]; // the table may have moved
     if (ORCHI_UNLIKELY(watch->generation != generation)) return ORCH_ECANCELED;
     watch->hints &= (uint16_t)~busy;
-    return error;
+    return outcome == ORCHI_TOLD ? 0 : outcome;
 }
 
 /* What no poller can watch, a file for instance, is always ready, but not for one task alone. */
@@ -9690,16 +9726,17 @@ static int orchi_watch_always(orch_loop *loop, orch_task *task, int fd) {
     return loop->poller.watches[fd].generation == generation ? 0 : ORCH_ECANCELED;
 }
 
-/* Waits for one direction. */
+/* Waits for one direction. The task's own future stands in the table. */
 static int orchi_watch_wait(orch_loop *loop, orch_task *task, int fd, int direction) {
+    orch_future *f = task->future;
     if (orchi_must_end(task)) return orchi_refuse(loop, task);
-    orch_future *f = orchi_slot_new(loop, ORCHI_READY);
-    if (f == NULL) return ORCH_ENOMEM;
-    f->as.ready.fd = fd;
-    f->as.ready.events = direction;
+    f->as.task.fd = fd;
+    f->as.task.events = direction;
+    f->as.task.since = loop->generation;
+    loop->generation += 2;
     int error = orchi_watch_start(loop, f);
-    if (ORCHI_LIKELY(error == 0)) return orchi_watch_suspend(loop, task, f);
-    orchi_slot_free(loop, f);
+    if (ORCHI_LIKELY(error == 0)) return orchi_watch_suspend(loop, task, fd, direction);
+    f->as.task.events = 0;
     return error == ORCHI_ALWAYS ? orchi_watch_always(loop, task, fd) : error;
 }
 
@@ -9716,10 +9753,10 @@ enum { ORCHI_UNTRIED = INT_MIN, ORCHI_AHEAD = 15 };
 
 /* Whether a ready task has been told that its call can be made. Not when it was cancelled, or the
  * number has a new owner. */
-static bool orchi_io_due(const orch_loop *loop, const orch_task *task) {
-    const orchi_io_call *call = task->call;
-    return call != NULL && task->waiting != NULL && call->n == ORCHI_UNTRIED &&
-           task->waiting->as.result.error == 0 &&
+static bool orchi_io_due(const orch_loop *loop, const orch_future *f) {
+    if (f->kind != ORCHI_TASK || f->as.task.events != ORCHI_TOLD) return false;
+    const orchi_io_call *call = f->as.task.task->call;
+    return call != NULL && call->n == ORCHI_UNTRIED &&
            loop->poller.watches[call->fd].generation == call->generation;
 }
 
@@ -9735,7 +9772,7 @@ static void orchi_io_ahead(orch_loop *loop) {
     if (most > ORCHI_AHEAD) most = ORCHI_AHEAD;
     for (uint32_t i = ring->head; i != ring->head + most; i++) {
         const orch_future *f = ring->items[i & ring->mask];
-        if (f->kind != ORCHI_TASK || !orchi_io_due(loop, f->as.task.task)) continue;
+        if (!orchi_io_due(loop, f)) continue;
         orchi_fetch_ahead(loop, i + 1);
         orchi_io_try(loop, f->as.task.task->call);
     }
@@ -11885,7 +11922,7 @@ static void orchi_break_visit(orch_future *f, void *context) {
     orchi_breaking *breaking = (orchi_breaking *)context;
     if (f->kind != ORCHI_TASK || orchi_settled(f)) return;
     orch_task *task = f->as.task.task;
-    orch_future *lost = task->waiting;
+    orch_future *lost = task->waiting; // NULL as well: for a descriptor, which needs no producer
     if (lost == NULL || orchi_settled(lost) || (breaking->circles && !orchi_circles(f))) return;
     if (lost->kind == ORCHI_SCOPE && orchi_scope_has_task(lost)) return; // a close waits for those
     lost->flags = (uint16_t)((lost->flags & ~ORCHI_WAITED) | ORCHI_DETACHED | ORCHI_CANCEL);
@@ -12117,8 +12154,8 @@ const orchi_kind orchi_kinds[ORCHI_KINDS] = {
     {"then", orchi_then_run, orchi_follow_cancel, //
      NULL, NULL, orchi_follow_retarget, NULL,     //
      orchi_follow_source, NULL},
-    {"task", orchi_task_run, orchi_task_cancel, //
-     NULL, NULL, orchi_task_retarget, NULL,     //
+    {"task", orchi_task_run, orchi_task_cancel,        //
+     NULL, NULL, orchi_task_retarget, orchi_task_fire, //
      orchi_task_source, orchi_task_label},
     {"timer", orchi_done_run, orchi_timer_cancel, //
      NULL, NULL, NULL, orchi_timer_fire_future,   //
