@@ -3212,7 +3212,7 @@ typedef struct orchi_poller {
     uint32_t found_count, found_capacity;
     struct pollfd *fds; // poll(2)
     uint32_t capacity;
-    uint32_t muted; // entries of fds that are not looked at: the last ones
+    uint32_t muted; // entries of fds that are not looked at: the first ones
     int queue;      // epoll, kqueue: the descriptor of the set
     void *events;   // epoll, kqueue: where a look puts what it finds
     uint32_t event_capacity;
@@ -4550,18 +4550,22 @@ static void orchi_poll_close(orch_loop *loop) {
     for (size_t i = 0; i < p->watch_count; i++) p->watches[i].position = 0;
 }
 
-// The array has two parts, what is looked at and what is muted:
+// The array has two parts, what is muted and what is looked at:
 //
-//     | looked at ... | muted ... |
-//                     count-muted  count
+//     | muted ... | looked at ... |
+//                 muted           count
 //
 // Who is told that a descriptor is ready mostly waits for it again before the next look. So an
 // event leaves the entry in the array and only mutes it. It stays muted until all that were told
 // have had their turn, also when it is waited for again: whoever is found sooner comes after them
 // all the same. Then what is waited for is looked at again; where all of a thousand connections are
-// busy nothing moves for that, as they are found from the end. And looks between the rounds, which
-// would else take as long as a tenth of the work, are short. What nobody waits for is swept out
-// when it is more than half of all. A muted entry has events only if it is waited for again.
+// busy, nothing moves for that. And looks between the rounds, which would else take as long as a
+// tenth of the work, are short. What nobody waits for is swept out when it is more than half of
+// all. A muted entry has events only if it is waited for again.
+//
+// So who had an event comes first, and who is idle last. The system has to prepare for being woken
+// by each descriptor up to the first that is ready, which takes longer than the look itself: with
+// 10 busy ones behind 5,000 idle ones a look costs three times as much as the other way round.
 
 /* How many are looked at. */
 static uint32_t orchi_poll_heard(const orchi_poller *p) { return p->count - p->muted; }
@@ -4575,38 +4579,35 @@ static void orchi_poll_swap(orchi_poller *p, uint32_t a, uint32_t b) {
     p->watches[p->fds[b].fd].position = b + 1;
 }
 
-/* The last of those looked at. */
-static void orchi_poll_mute(orchi_poller *p, uint32_t at) {
-    orchi_poll_swap(p, at, orchi_poll_heard(p) - 1);
-    p->muted++;
-}
+/* Becomes the last of the muted ones. */
+static void orchi_poll_mute(orchi_poller *p, uint32_t at) { orchi_poll_swap(p, at, p->muted++); }
 
-/* Goes to the end, past the muted ones, and is cut off. */
+/* The last of the muted ones becomes the first that is looked at. */
+static void orchi_poll_hear(orchi_poller *p, uint32_t at) { orchi_poll_swap(p, at, --p->muted); }
+
+/* Goes to the end, past what is looked at, and is cut off. */
 static void orchi_poll_remove(orchi_poller *p, orchi_watch *watch) {
-    if (watch->position <= orchi_poll_heard(p)) orchi_poll_mute(p, watch->position - 1);
-    orchi_poll_swap(p, watch->position - 1, p->count - 1);
-    p->count--;
-    p->muted--;
+    if (watch->position <= p->muted) orchi_poll_hear(p, watch->position - 1);
+    orchi_poll_swap(p, watch->position - 1, --p->count);
     watch->position = 0;
 }
 
-/* All that is waited for is looked at again. */
+/* All that is waited for is looked at again. From the last on: what changes places with it stays
+ * muted. */
 static void orchi_poll_unmute(orchi_poller *p) {
-    for (uint32_t i = orchi_poll_heard(p); i < p->count; i++) {
-        if (p->fds[i].events == 0) continue;
-        orchi_poll_swap(p, i, orchi_poll_heard(p));
-        p->muted--;
+    for (uint32_t i = p->muted; i-- > 0;) {
+        if (p->fds[i].events != 0) orchi_poll_hear(p, i);
     }
 }
 
-/* From the end, as the last entry takes the place of one that goes: what moves was looked at. */
+/* From the last on as well. */
 static void orchi_poll_sweep(orchi_poller *p) {
-    for (uint32_t i = p->count; i-- > orchi_poll_heard(p);) {
+    for (uint32_t i = p->muted; i-- > 0;) {
         if (p->fds[i].events == 0) orchi_poll_remove(p, &p->watches[p->fds[i].fd]);
     }
 }
 
-/* A new entry, the last of those looked at. */
+/* A new entry, at the end. */
 static bool orchi_poll_add(orch_loop *loop, int fd, orchi_watch *watch) {
     orchi_poller *p = &loop->poller;
     void *fds = p->fds;
@@ -4616,7 +4617,6 @@ static bool orchi_poll_add(orch_loop *loop, int fd, orchi_watch *watch) {
     p->fds[p->count].fd = fd;
     p->fds[p->count].revents = 0;
     watch->position = ++p->count;
-    orchi_poll_swap(p, p->count - 1, orchi_poll_heard(p) - 1);
     return true;
 }
 
@@ -4651,16 +4651,15 @@ static inline void orchi_poll_found(orchi_poller *p, uint32_t at, short revents)
     orchi_poll_mute(p, at);
 }
 
-/* The array is read from its end to the first that has something: what is muted then changes places
- * with what was read before. And what the system has looked at last comes first. */
+/* The array is read to the last one that has something: what is muted there changes places with
+ * what was read before. */
 static int orchi_poll_wait(orch_loop *loop, uint64_t ns) {
     orchi_poller *p = &loop->poller;
     if (p->muted > p->count / 2 && orchi_ring_empty(loop)) orchi_poll_sweep(p);
-    uint32_t at = orchi_poll_heard(p);
-    int found = orchi_poll_call(p->fds, at, ns);
+    int found = orchi_poll_call(p->fds + p->muted, orchi_poll_heard(p), ns);
     if (found < 0) return errno == EINTR ? 0 : -errno;
-    while (found > 0) {
-        short revents = p->fds[--at].revents;
+    for (uint32_t at = p->muted; found > 0; at++) {
+        short revents = p->fds[at].revents;
         if (revents == 0) continue;
         found--;
         orchi_poll_found(p, at, revents);
@@ -6097,8 +6096,9 @@ uint64_t orch_loop_timeout(orch_loop *loop) {
 static void orchi_guest_found(orchi_poller *p, const struct pollfd *at) {
     bool known = at->fd >= 0 && (size_t)at->fd < p->watch_count;
     uint32_t position = known ? p->watches[at->fd].position : 0;
-    bool heard = position != 0 && position <= orchi_poll_heard(p);
-    if (heard && at->revents != 0) orchi_poll_found(p, position - 1, at->revents);
+    if (position > p->muted && at->revents != 0) {
+        orchi_poll_found(p, position - 1, at->revents);
+    }
 }
 
 /* What the host has found, as a look would have. It may ask about descriptors that nobody waits for
@@ -9505,6 +9505,10 @@ uint64_t orch_time_left(void) {
 //     fire           takes the wait out of the table and the poller, and settles it: one event, one
 //                    settling. A descriptor that stays ready is reported again to who asks again
 //     cancel         the same without an event; what it leaves is as if it had never been
+//
+// A task that makes a call waits the same way, with its own future in the table instead of a new
+// one: the event queues it, see orchi_task_tell. That saves a tenth of a request's instructions and
+// a cache line, which with a thousand connections is what counts.
 //
 // The table is indexed by number, as poll's array is of numbers, and a process has few of them.
 

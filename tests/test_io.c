@@ -539,6 +539,25 @@ TASK_TEST(a_wait_that_was_over_does_not_read_from_the_next_owner) {
     CHECK_INT(orch_close(fd[1]), 0);
 }
 
+static size_t live_before;
+
+static orch_result count_and_read(void *arg) {
+    live_before = orchi_live(orch_loop_current());
+    return do_read(arg);
+}
+
+TASK_TEST(a_task_that_reads_needs_no_future_for_it) {
+    int fd[2];
+    char data[8] = "";
+    if (!two(fd)) return;
+    job r = {fd[0], data, sizeof data, 0, false};
+    orch_future *reader = orch_go(count_and_read, &r);
+    if (test_shared->refused == 0) CHECK_INT(orchi_live(orch_loop_current()), live_before);
+    CHECK_INT(orch_write(fd[1], "new", 3), 3);
+    CHECK_INT(soon(reader), 3);
+    close_two(fd);
+}
+
 // ---- calls that are made ahead
 
 // Four readers that one look has found. The first that comes back may do something to the others.

@@ -825,6 +825,27 @@ static orch_result dump_descriptor(void *arg) {
     return orch_ok_int(1);
 }
 
+static orch_result read_one(void *arg) {
+    char byte;
+    return orch_ok_int(orch_read(*(int *)arg, &byte, 1));
+}
+
+static orch_result dump_reader(void *arg) {
+    notes *n = arg;
+    int fd[2];
+    char text[64];
+    if (!CHECK_INT(orch_pipe(fd), 0)) return orch_ok_int(1);
+    orch_task_desc desc = {.name = "reader", .fn = read_one, .arg = fd};
+    orch_future *reader = orch_go_with(&desc);
+    snprintf(text, sizeof text, "awaits readiness of descriptor %d", fd[0]);
+    dump(n);
+    if (test_shared->refused == 0) CHECK_STR(line_of(n, "task 'reader'"), text);
+    CHECK_INT(orch_write(fd[1], "x", 1), 1);
+    orch_drop(reader);
+    CHECK_INT(orch_close(fd[0]) | orch_close(fd[1]), 0);
+    return orch_ok_int(1);
+}
+
 #define DUMP_TEST(name, body)                                                                      \
     TEST(name) {                                                                                   \
         static notes n;                                                                            \
@@ -839,6 +860,7 @@ DUMP_TEST(a_dump_names_the_members_of_a_scope, dump_scope)
 DUMP_TEST(a_dump_names_what_an_iteration_was_asked_for, dump_iteration)
 DUMP_TEST(a_dump_shows_what_is_shared_and_no_holders, dump_shared)
 DUMP_TEST(a_dump_names_the_descriptor, dump_descriptor)
+DUMP_TEST(a_dump_names_the_descriptor_that_a_task_reads, dump_reader)
 
 static orch_result deadlock_by_mutual_wait(void *arg) {
     static orch_future *first;

@@ -318,6 +318,51 @@ TASK_TEST(accept_waits_and_can_be_cancelled) {
     CHECK_INT(join(f), ORCH_ECANCELED);
 }
 
+// Two acceptors that one look has rivals. The first that comes back may do something to the other.
+static struct {
+    int listener[2];
+    orch_future *acceptor[2];
+    void (*first)(int other);
+} rivals;
+
+static orch_result accept_told(void *arg) {
+    int me = (int)(intptr_t)arg, fd = orch_accept(rivals.listener[me], NULL);
+    void (*first)(int other) = rivals.first;
+    rivals.first = NULL;
+    if (first != NULL) first(1 - me);
+    return fd < 0 ? orch_fail(fd) : orch_ok_int(fd);
+}
+
+static void stop_the_other(int other) {
+    if (rivals.acceptor[other] != NULL) orch_cancel(rivals.acceptor[other], ORCH_ECANCELED);
+    end(rivals.listener[other]);
+    rivals.listener[other] = -1;
+}
+
+TASK_TEST(what_was_accepted_ahead_is_not_lost) {
+    orch_address at[2];
+    int client[2];
+    for (int i = 0; i < 2; i++) {
+        rivals.listener[i] = listener_at("127.0.0.1", &at[i]);
+        if (rivals.listener[i] < 0) return;
+        rivals.acceptor[i] = orch_go(accept_told, (void *)(intptr_t)i);
+    }
+    for (int i = 0; i < 2; i++) {
+        client[i] = socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0);
+        CHECK_INT(connect(client[i], (struct sockaddr *)at[i].storage, at[i].size), 0);
+    }
+    rivals.first = stop_the_other;
+    for (int i = 0; i < 2; i++) {
+        orch_future *acceptor = rivals.acceptor[i];
+        rivals.acceptor[i] = NULL;
+        intptr_t fd = join(acceptor);
+        if (CHECK(fd >= 0)) check_exchange((int)fd, client[i]);
+        end((int)fd);
+        end(client[i]);
+        if (rivals.listener[i] >= 0) end(rivals.listener[i]);
+    }
+}
+
 TASK_TEST(what_is_no_listener_cannot_accept) {
     int fd[2];
     if (!CHECK_INT(orch_socketpair(fd), 0)) return;

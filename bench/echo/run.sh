@@ -2,11 +2,13 @@
 # An echo of 64 bytes, side by side: sh bench/echo/run.sh [folder for the programs] [peer...]
 #
 # For each row (busy connections : idle ones) all servers are up, and take turns under the load of
-# one client, see client.c; what is made of it, see figures.awk. Then all are started again: where
-# the memory of a process and its sockets happens to lie makes up to a tenth, as long as it lives.
+# one client, see client.c; what is made of it, see figures.awk. Turns are short and many, as the
+# speed of a shared machine drifts by a tenth from one second to the next; ten thousand connections
+# need longer ones, to be served several times in each. Then all are started again: where the memory
+# of a process and its sockets happens to lie makes as much, as long as it lives.
 # The servers have one processor and the client another. From the environment:
-#   ECHO_SECONDS  of each run, of which the second half counts (0.4; the figures: 10)
-#   ECHO_ROUNDS   runs of each server between two starts (3)
+#   ECHO_SECONDS  of each run, of which the second half counts (0.12; 1 with 10,000 busy ones)
+#   ECHO_ROUNDS   runs of each server between two starts (20; 4)
 #   ECHO_STARTS   5
 #   ECHO_ROWS     '100:0 1000:0 10000:0 10:10000'
 #   ECHO_SERVERS  instead of the bare ones, asyncorch under each poller, and the peers
@@ -15,8 +17,6 @@ set -eu
 here=$(dirname "$0")
 dir=${1:-.build/bench/echo}
 [ $# -eq 0 ] || shift
-seconds=${ECHO_SECONDS:-0.4}
-rounds=${ECHO_ROUNDS:-3}
 starts=${ECHO_STARTS:-5}
 work=$(mktemp -d)
 running=
@@ -80,6 +80,10 @@ count_calls() {
 # time. A start that failed counts for none of them, as rounds are compared one by one.
 row() {
     order=$servers
+    case $1 in
+    10000:*) seconds=${ECHO_SECONDS:-1} rounds=${ECHO_ROUNDS:-4} ;;
+    *) seconds=${ECHO_SECONDS:-0.12} rounds=${ECHO_ROUNDS:-20} ;;
+    esac
     : >"$work/row"
     for start in $(seq "$starts"); do
         start $order
@@ -95,7 +99,7 @@ row() {
 
 echo "machine: $(uname -sm), $(nproc) processors," \
     "$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)," \
-    "load $(cut -d ' ' -f 1 /proc/loadavg), medians of $starts times $rounds runs of $seconds s"
+    "load $(cut -d ' ' -f 1 /proc/loadavg), medians of the runs after $starts starts"
 for row in ${ECHO_ROWS:-100:0 1000:0 10000:0 10:10000}; do
     row "$row"
     cat "$work/row" >>"$work/all"
