@@ -4282,7 +4282,9 @@ static void orchi_guard_note(orch_loop *loop, orch_guard level) {
 //
 // Left out: growing stacks (a copy would break every pointer into them), and segmented ones (each
 // call would have to look). A page that is not touched is not there: that is most of what these
-// would bring.
+// would bring. And huge pages: a thousand busy connections are served 2 to 3 in a hundred faster
+// where a stack's page need not be looked up in the page tables first, but each stack is there as a
+// whole then.
 
 /* The records stand behind the map's own, outside the stacks: a stack that is not used is not
  * touched. */
