@@ -4282,9 +4282,8 @@ static void orchi_guard_note(orch_loop *loop, orch_guard level) {
 //
 // Left out: growing stacks (a copy would break every pointer into them), and segmented ones (each
 // call would have to look). A page that is not touched is not there: that is most of what these
-// would bring. And huge pages: a thousand busy connections are served 2 to 3 in a hundred faster
-// where a stack's page need not be looked up in the page tables first, but each stack is there as a
-// whole then.
+// would bring. And huge pages: with a thousand busy connections the lookup of each one's page
+// is what an echo server pays for tasks, but each stack would be there as a whole.
 
 /* The records stand behind the map's own, outside the stacks: a stack that is not used is not
  * touched. */
@@ -4566,8 +4565,7 @@ static void orchi_poll_close(orch_loop *loop) {
 // all. A muted entry has events only if it is waited for again.
 //
 // So who had an event comes first, and who is idle last. The system has to prepare for being woken
-// by each descriptor up to the first that is ready, which takes longer than the look itself: with
-// 10 busy ones behind 5,000 idle ones a look costs three times as much as the other way round.
+// by each descriptor up to the first that is ready, which takes longer than the look itself.
 
 /* How many are looked at. */
 static uint32_t orchi_poll_heard(const orchi_poller *p) { return p->count - p->muted; }
@@ -4658,7 +4656,8 @@ static inline void orchi_poll_found(orchi_poller *p, uint32_t at, short revents)
 static int orchi_poll_wait(orch_loop *loop, uint64_t ns) {
     orchi_poller *p = &loop->poller;
     if (p->muted > p->count / 2 && orchi_ring_empty(loop)) orchi_poll_sweep(p);
-    int found = orchi_poll_call(p->fds + p->muted, orchi_poll_heard(p), ns);
+    struct pollfd *heard = p->muted > 0 ? p->fds + p->muted : p->fds; // there may be no array yet
+    int found = orchi_poll_call(heard, orchi_poll_heard(p), ns);
     if (found < 0) return errno == EINTR ? 0 : -errno;
     for (uint32_t at = p->muted; found > 0; at++) {
         short revents = p->fds[at].revents;
@@ -6076,7 +6075,7 @@ int orch_loop_pollfds(orch_loop *loop, struct pollfd *fds, size_t capacity) {
     loop->offered = loop->generation;
     struct pollfd one = {loop->poller.queue, POLLIN, 0};
     bool all = loop->poller.ops == &orchi_poll_ops;
-    if (all) {
+    if (all) { // then nothing is muted
         orchi_poll_unmute(&loop->poller);
         orchi_poll_sweep(&loop->poller);
     }
@@ -8083,10 +8082,10 @@ static ORCHI_INLINE void orchi_fetch_four(const char *at) {
 }
 
 /* Fetches what a task in the ready ring touches first, the top of its stack; and what is read here
- * for those after it: a control block, a future. For who is about to enter
- * the kernel: of a thousand tasks that wait for descriptors none is in the cache when its turn
- * comes, and each of these lines would be waited for. Inlined, as gcc takes a function that only
- * fetches for one without effect. */
+ * for those after it: a control block, a future. For who is about to enter the kernel: of a thousand
+ * tasks that wait for descriptors none is in the cache when its turn comes, and each of these lines
+ * would be waited for. Inlined, as gcc takes a function that only fetches for one without effect.
+ */
 static ORCHI_INLINE void orchi_fetch_ahead(const orch_loop *loop, uint32_t at) {
     const orchi_ring *ring = &loop->ready;
     uint32_t ready = ring->tail - at;
@@ -9509,8 +9508,8 @@ uint64_t orch_time_left(void) {
 //     cancel         the same without an event; what it leaves is as if it had never been
 //
 // A task that makes a call waits the same way, with its own future in the table instead of a new
-// one: the event queues it, see orchi_task_tell. That saves a tenth of a request's instructions and
-// a cache line, which with a thousand connections is what counts.
+// one: the event queues it, see orchi_task_tell. That saves a slot, and with a thousand connections
+// a cache line that would be waited for.
 //
 // The table is indexed by number, as poll's array is of numbers, and a process has few of them.
 
@@ -9579,16 +9578,6 @@ static void orchi_ready_fire(orch_future *f, int events) {
     orchi_settle_inline(loop, f, &r);
 }
 
-/* Leaves the poller at once, so that the descriptor can be closed. */
-static orch_future *orchi_ready_cancel(orch_future *f, int reason) {
-    (void)reason;
-    orch_loop *loop = orchi_loop_of(f);
-    f->flags |= ORCHI_CANCEL;
-    orchi_unwatch(loop, f, true);
-    orchi_reject(loop, f, ORCH_ECANCELED);
-    return NULL;
-}
-
 /* Tells a waiter that there will be no event. */
 static void orchi_watch_lose(orch_loop *loop, orch_future *f, int error) {
     if (f->kind == ORCHI_TASK) {
@@ -9598,6 +9587,13 @@ static void orchi_watch_lose(orch_loop *loop, orch_future *f, int error) {
     f->flags |= ORCHI_CANCEL; // not reported
     orchi_unwatch(loop, f, true);
     orchi_reject(loop, f, error);
+}
+
+/* Leaves the poller at once, so that the descriptor can be closed. */
+static orch_future *orchi_ready_cancel(orch_future *f, int reason) {
+    (void)reason;
+    orchi_watch_lose(orchi_loop_of(f), f, ORCH_ECANCELED);
+    return NULL;
 }
 
 /* A number loses its owner: who waits for it is told, and nothing of it is left. */

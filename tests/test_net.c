@@ -318,7 +318,7 @@ TASK_TEST(accept_waits_and_can_be_cancelled) {
     CHECK_INT(join(f), ORCH_ECANCELED);
 }
 
-// Two acceptors that one look has rivals. The first that comes back may do something to the other.
+// Two acceptors that one look has told. The first that comes back may do something to the other.
 static struct {
     int listener[2];
     orch_future *acceptor[2];
