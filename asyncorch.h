@@ -8082,10 +8082,10 @@ static ORCHI_INLINE void orchi_fetch_four(const char *at) {
 }
 
 /* Fetches what a task in the ready ring touches first, the top of its stack; and what is read here
- * for those after it: a control block, a future. For who is about to enter the kernel: of a thousand
- * tasks that wait for descriptors none is in the cache when its turn comes, and each of these lines
- * would be waited for. Inlined, as gcc takes a function that only fetches for one without effect.
- */
+ * for those after it: a control block, a future. For who is about to enter the kernel: of a
+ * thousand tasks that wait for descriptors none is in the cache when its turn comes, and each of
+ * these lines would be waited for. Inlined, as gcc takes a function that only fetches for one
+ * without effect. */
 static ORCHI_INLINE void orchi_fetch_ahead(const orch_loop *loop, uint32_t at) {
     const orchi_ring *ring = &loop->ready;
     uint32_t ready = ring->tail - at;
