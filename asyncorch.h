@@ -3212,9 +3212,10 @@ typedef struct orchi_poller {
     uint32_t found_count, found_capacity;
     struct pollfd *fds; // poll(2)
     uint32_t capacity;
-    uint32_t muted; // entries of fds that are not looked at: the first ones
-    int queue;      // epoll, kqueue: the descriptor of the set
-    void *events;   // epoll, kqueue: where a look puts what it finds
+    uint32_t muted, seen, pass; // where parts of fds end
+    bool dense;                 // many of fds were ready: they are looked at in portions
+    int queue;                  // epoll, kqueue: the descriptor of the set
+    void *events;               // epoll, kqueue: where a look puts what it finds
     uint32_t event_capacity;
     pid_t owner;              // the process that made the set, which a child shares
     bool woken;               // on_wake is to be called
@@ -4523,6 +4524,12 @@ static void orchi_found_add(orchi_poller *p, int fd, int events) {
     found->events = events;
 }
 
+/* For the statistics, and to judge the poller by. Before each look. */
+static inline void orchi_look_count(orch_loop *loop, uint32_t count) {
+    loop->stats.polls++;
+    loop->poller.looked_at += count;
+}
+
 // ---- poll(2)
 
 #if ORCHI_GNU
@@ -4547,14 +4554,15 @@ static void orchi_poll_close(orch_loop *loop) {
     orchi_poller *p = &loop->poller;
     orchi_free(loop, p->fds, p->capacity * sizeof *p->fds);
     p->fds = NULL;
-    p->capacity = p->muted = 0;
+    p->capacity = p->muted = p->seen = p->pass = 0;
+    p->dense = false;
     for (size_t i = 0; i < p->watch_count; i++) p->watches[i].position = 0;
 }
 
-// The array has two parts, what is muted and what is looked at:
+// The array has parts, what is muted and what is looked at, of which this pass has seen some:
 //
-//     | muted ... | looked at ... |
-//                 muted           count
+//     | muted ... | seen ... | to be seen ... | new ... |
+//                 muted      seen             pass      count
 //
 // Who is told that a descriptor is ready mostly waits for it again before the next look. So an
 // event leaves the entry in the array and only mutes it. It stays muted until all that were told
@@ -4566,6 +4574,13 @@ static void orchi_poll_close(orch_loop *loop) {
 //
 // So who had an event comes first, and who is idle last. The system has to prepare for being woken
 // by each descriptor up to the first that is ready, which takes longer than the look itself.
+//
+// A look sees all, and a pass is one look. But where a look of an idle loop has found a quarter of
+// many ready, the next pass goes in portions: 64 are looked at, and those found have their turn,
+// before the next 64 are. What the system had to fetch to see that a descriptor is ready is then
+// still in the cache when its turn comes. Nothing waits longer for it: who is seen in a later
+// portion would have had a later turn. A portion in which fewer than a quarter are ready is the
+// last one, and before the loop sleeps it looks at all.
 
 /* How many are looked at. */
 static uint32_t orchi_poll_heard(const orchi_poller *p) { return p->count - p->muted; }
@@ -4585,19 +4600,24 @@ static void orchi_poll_mute(orchi_poller *p, uint32_t at) { orchi_poll_swap(p, a
 /* The last of the muted ones becomes the first that is looked at. */
 static void orchi_poll_hear(orchi_poller *p, uint32_t at) { orchi_poll_swap(p, at, --p->muted); }
 
-/* Goes to the end, past what is looked at, and is cut off. */
+/* Goes to the end, past every part, and is cut off: the last of each part changes places with it,
+ * and so stays in its part. */
 static void orchi_poll_remove(orchi_poller *p, orchi_watch *watch) {
     if (watch->position <= p->muted) orchi_poll_hear(p, watch->position - 1);
+    if (watch->position <= p->seen) orchi_poll_swap(p, watch->position - 1, --p->seen);
+    if (watch->position <= p->pass) orchi_poll_swap(p, watch->position - 1, --p->pass);
     orchi_poll_swap(p, watch->position - 1, --p->count);
     watch->position = 0;
 }
 
-/* All that is waited for is looked at again. From the last on: what changes places with it stays
- * muted. */
+/* A new pass: all that is waited for is looked at again. From the last on: what changes places with
+ * it stays muted. */
 static void orchi_poll_unmute(orchi_poller *p) {
     for (uint32_t i = p->muted; i-- > 0;) {
         if (p->fds[i].events != 0) orchi_poll_hear(p, i);
     }
+    p->seen = p->muted;
+    p->pass = p->count;
 }
 
 /* From the last on as well. */
@@ -4651,21 +4671,64 @@ static inline void orchi_poll_found(orchi_poller *p, uint32_t at, short revents)
     orchi_poll_mute(p, at);
 }
 
-/* The array is read to the last one that has something: what is muted there changes places with
- * what was read before. */
-static int orchi_poll_wait(orch_loop *loop, uint64_t ns) {
+/* Looks at `count` entries and finds those that have something; returns how many, or an error. The
+ * array is read to the last of them: what is muted there changes places with what was read. */
+static int orchi_poll_look(orch_loop *loop, uint32_t from, uint32_t count, uint64_t ns) {
     orchi_poller *p = &loop->poller;
-    if (p->muted > p->count / 2 && orchi_ring_empty(loop)) orchi_poll_sweep(p);
-    struct pollfd *heard = p->muted > 0 ? p->fds + p->muted : p->fds; // there may be no array yet
-    int found = orchi_poll_call(heard, orchi_poll_heard(p), ns);
+    struct pollfd *first = from > 0 ? p->fds + from : p->fds; // there may be no array yet
+    orchi_look_count(loop, count);
+    int found = orchi_poll_call(first, count, ns);
     if (found < 0) return errno == EINTR ? 0 : -errno;
-    for (uint32_t at = p->muted; found > 0; at++) {
+    for (uint32_t at = from, left = (uint32_t)found; left > 0; at++) {
         short revents = p->fds[at].revents;
         if (revents == 0) continue;
-        found--;
+        left--;
         orchi_poll_found(p, at, revents);
     }
-    return 0;
+    return found;
+}
+
+enum { ORCHI_PORTION = 64 };
+
+/* Whether there is a next portion. */
+static bool orchi_poll_passing(const orchi_poller *p) { return p->dense && p->seen < p->pass; }
+
+static bool orchi_poll_many(int found, uint32_t looked_at) {
+    return (int64_t)found * 4 >= (int64_t)looked_at;
+}
+
+static int orchi_poll_portion(orch_loop *loop) {
+    orchi_poller *p = &loop->poller;
+    uint32_t from = p->seen, left = p->pass - from;
+    uint32_t count = left < ORCHI_PORTION ? left : ORCHI_PORTION;
+    int found = orchi_poll_look(loop, from, count, 0);
+    p->seen = from + count;
+    p->dense = orchi_poll_many(found, count);
+    return found;
+}
+
+/* All that is not muted. Only in an idle loop that says how many are ready: else those that were
+ * found before have not had their turn. */
+static int orchi_poll_all(orch_loop *loop, uint64_t ns, bool idle) {
+    orchi_poller *p = &loop->poller;
+    uint32_t count = orchi_poll_heard(p);
+    int found = orchi_poll_look(loop, p->muted, count, ns);
+    p->seen = p->pass = p->count;
+    if (idle) p->dense = count > 2 * ORCHI_PORTION && orchi_poll_many(found, count);
+    return found;
+}
+
+static int orchi_poll_wait(orch_loop *loop, uint64_t ns) {
+    orchi_poller *p = &loop->poller;
+    bool idle = orchi_ring_empty(loop);
+    if (idle && orchi_poll_passing(p)) {
+        int found = orchi_poll_portion(loop);
+        if (found != 0) return found < 0 ? found : 0;
+        orchi_poll_unmute(p);
+    }
+    if (idle && p->muted > p->count / 2) orchi_poll_sweep(p);
+    int found = orchi_poll_all(loop, ns, idle);
+    return found < 0 ? found : 0;
 }
 
 static const orchi_poller_ops orchi_poll_ops = {ORCH_POLLER_POLL, orchi_poll_open, orchi_poll_close,
@@ -4808,6 +4871,7 @@ static void orchi_epoll_note(orchi_poller *p, const struct epoll_event *event) {
 
 static int orchi_epoll_wait(orch_loop *loop, uint64_t ns) {
     orchi_poller *p = &loop->poller;
+    orchi_look_count(loop, p->count);
     int found = orchi_epoll_call(p, ns);
     if (found < 0) return errno == EINTR ? 0 : -errno;
     const struct epoll_event *events = (const struct epoll_event *)p->events;
@@ -4924,6 +4988,7 @@ static int orchi_kqueue_wait(orch_loop *loop, uint64_t ns) {
     struct timespec timeout = {(time_t)(ns / 1000000000u), (long)(ns % 1000000000u)};
     struct kevent *events = (struct kevent *)p->events;
     uint32_t most = p->event_capacity < p->found_capacity ? p->event_capacity : p->found_capacity;
+    orchi_look_count(loop, p->count);
     int count = kevent(p->queue, NULL, 0, events, (int)most, ns == UINT64_MAX ? NULL : &timeout);
     if (count < 0) return errno == EINTR ? 0 : -errno;
     for (int i = 0; i < count; i++) orchi_kqueue_note(p, &events[i]);
@@ -5789,8 +5854,10 @@ static void orchi_wake(orch_loop *loop) {
 
 /* How many descriptors a look would look at now. */
 static uint32_t orchi_to_look_at(orch_loop *loop) {
-    if (orchi_backlog_served(loop)) orchi_poll_unmute(&loop->poller);
-    return orchi_poll_heard(&loop->poller);
+    orchi_poller *p = &loop->poller;
+    if (p->ops != &orchi_poll_ops) return p->count;
+    if (orchi_backlog_served(loop) && !orchi_poll_passing(p)) orchi_poll_unmute(p);
+    return orchi_poll_heard(p);
 }
 
 /* The only place where the loop makes a system call. What was found is told afterwards. */
@@ -5800,8 +5867,7 @@ static int orchi_poll(orch_loop *loop, uint64_t ns) {
     uint64_t generation = loop->generation;
     bool sleeps = ns > 0, served = orchi_backlog_served(loop);
     if (sleeps) ns = orchi_doze(loop, ns);
-    loop->stats.polls++;
-    p->looked_at += orchi_to_look_at(loop);
+    orchi_to_look_at(loop);
     int error = p->ops->wait(loop, ns);
     p->came += p->found_count;
     orchi_tell_all(loop, generation, idle);
@@ -6076,6 +6142,7 @@ int orch_loop_pollfds(orch_loop *loop, struct pollfd *fds, size_t capacity) {
     struct pollfd one = {loop->poller.queue, POLLIN, 0};
     bool all = loop->poller.ops == &orchi_poll_ops;
     if (all) { // then nothing is muted
+        loop->poller.dense = false;
         orchi_poll_unmute(&loop->poller);
         orchi_poll_sweep(&loop->poller);
     }

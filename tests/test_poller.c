@@ -1401,7 +1401,7 @@ static bool is_muted(int fd) { return place_of(fd) != 0 && place_of(fd) <= array
 static uint32_t check_array(void) {
     const orchi_poller *p = array();
     uint32_t placed = 0;
-    CHECK(p->muted <= p->count);
+    CHECK(p->muted <= p->seen && p->seen <= p->pass && p->pass <= p->count);
     for (uint32_t i = 0; i < p->count; i++) {
         bool wanted = orchi_wanted(&p->watches[p->fds[i].fd]) != 0;
         CHECK_INT(p->watches[p->fds[i].fd].position, i + 1);
@@ -1453,9 +1453,10 @@ TASK_TEST_OF(an_old_backlog_mutes_nothing, by_poll()) {
     close_pair(fd);
 }
 
-enum { BACKLOG = 200, LAPS = 50 };
+enum { BACKLOG = 200, LAPS = 50, COMING = 40 };
 
 static int served[BACKLOG], least;
+static int come[COMING][2];
 
 // Serves its descriptor, which is always ready, and sees that nobody is a lap ahead.
 static orch_result serve_laps(void *arg) {
@@ -1471,30 +1472,83 @@ static orch_result serve_laps(void *arg) {
     return orch_ok(NULL, NULL);
 }
 
-// Who is told comes after all that were told before: so each is looked at once in a lap, although a
-// lap takes two rounds and a look between them.
+// Waits for a descriptor that is ready, closes it, and goes on with a new one.
+static orch_result come_and_go(void *arg) {
+    int *fd = come[(intptr_t)arg];
+    while (least < LAPS && test_shared->refused == 0) {
+        put(fd[1]);
+        CHECK_INT(join(orch_ready(fd[0], ORCH_READABLE)), ORCH_READABLE);
+        orch_close(fd[0]), close(fd[1]);
+        if (!make_pair(fd)) break;
+    }
+    return orch_ok(NULL, NULL);
+}
+
+// Who is told comes after all that were told before: so each is looked at once in a lap, in
+// portions from the second lap on. Others that come and go meanwhile do not change that.
 static orch_result serve_crowd(void *arg) {
-    (void)arg;
-    uint64_t before = array()->looked_at;
+    int coming = *(int *)arg;
+    uint64_t before = array()->looked_at, looks = stats().polls;
     for (int i = 0; i < BACKLOG; i++) {
         put(crowd[i][1]);
         orch_detach(orch_go(serve_laps, (void *)(intptr_t)i));
     }
+    for (int i = 0; i < coming; i++) orch_detach(orch_go(come_and_go, (void *)(intptr_t)i));
     while (least < LAPS && test_shared->refused == 0) orch_sleep(1);
-    CHECK(array()->looked_at - before < LAPS * (BACKLOG + BACKLOG / 2)); // and its wake-up, twice
+    if (test_shared->refused > 0) return orch_ok_int(1);
+    looks = stats().polls - looks;
+    CHECK(array()->looked_at - before < LAPS * (BACKLOG + 2 * COMING + BACKLOG / 2));
+    CHECK(array()->looked_at - before < looks * (ORCHI_PORTION + BACKLOG / 8));
     return orch_ok_int(1);
+}
+
+static void try_crowd(int coming) {
+    int made = 0;
+    orch_loop_desc desc = {.poller = ORCH_POLLER_POLL};
+    while (made < BACKLOG && make_pair(crowd[made])) made++;
+    for (int i = 0; i < coming; i++) made += make_pair(come[i]);
+    if (made < BACKLOG + coming) return;
+    orch_result r = orch_run_with(&desc, serve_crowd, &coming);
+    CHECK_INT(orch_int(&r), 1);
+    orch_result_free(&r);
+    for (int i = 0; i < BACKLOG; i++) close_pair(crowd[i]);
+    for (int i = 0; i < coming; i++) close_pair(come[i]);
 }
 
 TEST_SKIP(a_backlog_is_served_before_its_descriptors_are_looked_at_again,
           !may_open(2 * BACKLOG + 50)) {
-    int made = 0;
-    orch_loop_desc desc = {.poller = ORCH_POLLER_POLL};
+    try_crowd(0);
+}
+
+TEST_SKIP(nobody_gets_ahead_where_descriptors_come_and_go, !may_open(2 * (BACKLOG + COMING) + 50)) {
+    try_crowd(COMING);
+}
+
+// In the middle of a pass nothing is ready any more, but one that this pass has seen already.
+TASK_TEST_OF(a_loop_that_sleeps_looks_at_what_it_has_seen_as_well,
+             may_open(2 * BACKLOG + 50) && by_poll()) {
+    static orch_future *f[BACKLOG];
+    int made = 0, seen = 0;
     while (made < BACKLOG && make_pair(crowd[made])) made++;
-    if (made < BACKLOG) return;
-    orch_result r = orch_run_with(&desc, serve_crowd, NULL);
-    CHECK_INT(orch_int(&r), 1);
-    orch_result_free(&r);
-    for (int i = 0; i < BACKLOG; i++) close_pair(crowd[i]);
+    for (int i = 0; i < 2 * made && test_shared->refused == 0;
+         i++) { // a pass at once, then portions
+        int *fd = crowd[i % made];
+        if (i < made) put(fd[1]);
+        else CHECK_INT(join(f[i % made]), ORCH_READABLE);
+        f[i % made] = orch_ready(fd[0], ORCH_READABLE);
+    }
+    orch_sleep(0);
+    while (seen < made && !orch_is_settled(f[seen])) seen++;
+    for (int i = 0; i < made; i++) drain(crowd[i][0]);
+    if (test_shared->refused == 0 && CHECK(seen < made) && CHECK(orchi_poll_passing(array()))) {
+        CHECK_INT(join(f[seen]), ORCH_READABLE);
+        f[seen] = orch_ready(crowd[seen][0], ORCH_READABLE);
+        put(crowd[seen][1]);
+        CHECK(is_muted(crowd[seen][0]));
+        CHECK_INT(soon(orch_ref(f[seen])), ORCH_READABLE);
+    }
+    for (int i = 0; i < made; i++) orch_drop(f[i]);
+    for (int i = 0; i < made; i++) close_pair(crowd[i]);
 }
 
 TASK_TEST_OF(closing_takes_a_muted_entry_out, by_poll()) {
@@ -1595,6 +1649,39 @@ TASK_TEST_OF(the_array_stays_whole_whatever_comes, by_poll()) {
     }
     CHECK_INT(stats().watched, 0);
     for (int i = 0; i < made; i++) close_pair(pairs[i]);
+}
+
+// The same where many are ready, so that they are looked at in portions.
+TASK_TEST_OF(nor_do_portions_break_it, may_open(2 * BACKLOG + 50) && by_poll()) {
+    static orch_future *f[BACKLOG];
+    uint32_t state = 5, passing = 0;
+    int made = 0;
+    while (made < BACKLOG && make_pair(crowd[made])) made++;
+    for (int step = 0; step < 1000 && made == BACKLOG; step++) {
+        state = state * 1664525u + 1013904223u;
+        int at = (int)((state >> 8) % BACKLOG), *fd = crowd[at];
+        for (int i = 0; i < BACKLOG; i++) {
+            if (f[i] != NULL && orch_is_settled(f[i])) orch_drop(f[i]), f[i] = NULL;
+            if (f[i] == NULL) f[i] = orch_ready(crowd[i][0], ORCH_READABLE);
+            if (step % 50 == 0 && i % 5 != 0) put(crowd[i][1]);
+            if (step % 50 == 45) drain(crowd[i][0]);
+        }
+        if (state >> 24 & 1) orch_sleep(0);
+        check_array();
+        passing += orchi_poll_passing(array());
+        orch_drop(f[at]);
+        f[at] = NULL;
+        if (state >> 25 & 1) continue;
+        orch_close(fd[0]), close(fd[1]);
+        made = make_pair(fd) ? BACKLOG : at;
+    }
+    if (test_shared->refused == 0) CHECK(passing > 100);
+    for (int i = 0; i < BACKLOG; i++) {
+        if (f[i] != NULL && made == BACKLOG && put(crowd[i][1])) CHECK(soon(f[i]) != 0);
+        else orch_drop(f[i]);
+        f[i] = NULL;
+    }
+    for (int i = 0; i < made; i++) close_pair(crowd[i]);
 }
 
 TASK_TEST_OF(muted_entries_do_not_come_along_to_another_poller, !no_other() && by_poll()) {
