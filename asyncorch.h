@@ -5078,17 +5078,17 @@ ORCHI_COLD static void orchi_poller_renew(orch_loop *loop) {
 // busy server: epoll finds it again, so that it counts as found, and poll does not look at it, as
 // it is muted. Counted as looked at, it would send a busy loop to epoll and back.
 //
-// It is judged after looks at 65,536 descriptors in all, at least 16 and at most 1,024; after twice
-// as much with each move, and an eighth less each time it stays. A load that changes faster than
-// that is not worth following. Left out: trying both and measuring, which costs moves to find out
-// what the counts say.
+// It is judged after looks at 65,536 descriptors in all, at least 16 and at most 1,024; after four
+// times as much with each move, and a sixteenth less each time it stays. A load that changes faster
+// than that is not worth following. Left out: trying both and measuring, which costs moves to find
+// out what the counts say.
 
 // By example, with 1,000 connections:
 //
 //     one is busy          a look of poll(2) finds 1 in 1,000. After 66 looks that is judged: epoll
-//     all become busy      a look of epoll finds 300 of 1,000. Judged after twice as many: poll
-//     it goes to and fro   each move doubles what it takes for the next, up to 1,024 times as much:
-//                          so a load on the border costs few moves, however long it lasts
+//     all become busy      a look of epoll finds 300 of 1,000. After four times as much: poll
+//     it goes to and fro   each move makes the next one take four times as long, up to 1,024 times
+//                          as long as the first: a load on the border costs few moves
 //     a program of ten     below 64 descriptors it stays with poll, and never makes another
 
 enum { ORCHI_TRIAL = 1 << 16, ORCHI_TRIAL_MOST = 1 << 26, ORCHI_TRIAL_LOOKS = 16 };
@@ -5108,11 +5108,11 @@ ORCHI_COLD static void orchi_poller_judge(orch_loop *loop) {
     orchi_poller *p = &loop->poller;
     if (p->pinned || p->looks < ORCHI_TRIAL_LOOKS) return;
     const orchi_poller_ops *better = orchi_poller_better(p);
-    uint64_t less = p->trial - p->trial / 8;
+    uint64_t less = p->trial - p->trial / 16;
     if (better == p->ops) {
         p->trial = less > ORCHI_TRIAL ? less : (uint64_t)ORCHI_TRIAL;
     } else {
-        if (p->trial < ORCHI_TRIAL_MOST) p->trial *= 2;
+        if (p->trial < ORCHI_TRIAL_MOST) p->trial *= 4;
         loop->stats.moves += orchi_poller_move(loop, better) == 0;
     }
     p->looks = 0;
