@@ -3217,13 +3217,12 @@ typedef struct orchi_poller {
     int queue;                  // epoll, kqueue: the descriptor of the set
     void *events;               // epoll, kqueue: where a look puts what it finds
     uint32_t event_capacity;
-    pid_t owner;              // the process that made the set, which a child shares
-    bool woken;               // on_wake is to be called
-    bool stale;               // events come for a descriptor that is gone: see orchi_poller_renew
-    bool pinned;              // it does not move
-    uint32_t looks;           // since it was last judged
-    uint64_t looked_at, came; // descriptors in these looks, and those found ready
-    uint64_t trial;           // how many make the next judgement
+    pid_t owner;             // the process that made the set, which a child shares
+    bool woken;              // on_wake is to be called
+    bool stale;              // events come for a descriptor that is gone: see orchi_poller_renew
+    bool pinned;             // it does not move
+    uint64_t looked_at;      // so many descriptors, in all looks together
+    int64_t lost, threshold; // by not having moved yet, and how much of that makes it move
 } orchi_poller;
 
 typedef struct orchi_context { // a point of execution that was left and can be entered again
@@ -5073,50 +5072,43 @@ ORCHI_COLD static void orchi_poller_renew(orch_loop *loop) {
 // When to move. A look of poll(2) costs something for each descriptor it looks at, one of epoll for
 // each it finds, and more. So what counts is how many of those looked at are found: where they are
 // few, epoll is faster by any factor; where a busy server's looks find a good part of them ready,
-// poll is by a fifth. Between the two bounds, 1 in 32 and 1 in 8, it stays as it is, and below 64
-// descriptors it does not matter. A backlog, of what was told and has not been served yet, shows a
-// busy server: epoll finds it again, so that it counts as found, and poll does not look at it, as
-// it is muted. Counted as looked at, it would send a busy loop to epoll and back.
+// poll is by a fifth. What is lost by not having moved is added up, look by look and never below 0,
+// until it is enough: the cumulative sum of E. S. Page, Continuous inspection schemes (1954). Who
+// loses much moves soon, and who loses little late. The unit is what poll takes for a descriptor:
 //
-// It is judged after looks at 65,536 descriptors in all, at least 16 and at most 1,024; after four
-// times as much with each move, and a sixteenth less each time it stays. A load that changes faster
-// than that is not worth following. Left out: trying both and measuring, which costs moves to find
-// out what the counts say.
+//     on poll     what was looked at, less 32 for each one found; nothing below 64
+//     on epoll    8 for each one found, less what is watched; 64 where that is below 32
+//
+// Between the two, 1 in 32 and 1 in 8, nothing is lost either way. A backlog, of what was told and
+// has not been served yet, shows a busy server: epoll finds it again, so that it counts as found,
+// and poll does not look at it, as it is muted. Counted as looked at, it would send a busy loop to
+// epoll and back. Left out: trying both and measuring, which costs moves to find out what the
+// counts say.
 
 // By example, with 1,000 connections:
 //
-//     one is busy          a look of poll(2) finds 1 in 1,000. After 66 looks that is judged: epoll
-//     all become busy      a look of epoll finds 300 of 1,000. After four times as much: poll
-//     it goes to and fro   each move makes the next one take four times as long, up to 1,024 times
-//                          as long as the first: a load on the border costs few moves
+//     one is busy          each look of poll(2) loses 968. After 271 looks: epoll
+//     all become busy      a look of epoll finds 300, and loses 1,400. After 749 looks: poll
+//     it goes to and fro   each move makes the next one cost four times as much, up to 256 times as
+//                          much as the first: a load on the border makes few moves
 //     a program of ten     below 64 descriptors it stays with poll, and never makes another
 
-enum { ORCHI_TRIAL = 1 << 16, ORCHI_TRIAL_MOST = 1 << 26, ORCHI_TRIAL_LOOKS = 16 };
+static const int64_t ORCHI_THRESHOLD = 1 << 18, ORCHI_THRESHOLD_MOST = 1 << 26;
 
-/* Which poller fits what the last looks came to. */
-static const orchi_poller_ops *orchi_poller_better(const orchi_poller *p) {
-    if (p->ops != &orchi_poll_ops) {
-        bool few = p->looked_at < (uint64_t)p->looks * 32;
-        return few || p->came * 8 > p->looked_at ? &orchi_poll_ops : p->ops;
-    }
-    bool many = p->looked_at > (uint64_t)p->looks * 64;
-    return many && p->came * 32 < p->looked_at ? ORCHI_NATIVE : p->ops;
+/* What a look of so many descriptors cost more than the other poller's would have. */
+static int64_t orchi_poller_loss(const orchi_poller *p, uint64_t looked_at) {
+    int64_t all = (int64_t)looked_at, found = (int64_t)p->found_count;
+    if (p->ops == &orchi_poll_ops) return (all > 64 ? all : 0) - 32 * found;
+    return all < 32 ? 64 : 8 * found - all;
 }
 
-/* Judges, and moves. Where that fails, it is tried again later. */
-ORCHI_COLD static void orchi_poller_judge(orch_loop *loop) {
+/* Moves, if there is another one. Where that fails, it is tried again later. */
+ORCHI_COLD static void orchi_poller_change(orch_loop *loop) {
     orchi_poller *p = &loop->poller;
-    if (p->pinned || p->looks < ORCHI_TRIAL_LOOKS) return;
-    const orchi_poller_ops *better = orchi_poller_better(p);
-    uint64_t less = p->trial - p->trial / 16;
-    if (better == p->ops) {
-        p->trial = less > ORCHI_TRIAL ? less : (uint64_t)ORCHI_TRIAL;
-    } else {
-        if (p->trial < ORCHI_TRIAL_MOST) p->trial *= 4;
-        loop->stats.moves += orchi_poller_move(loop, better) == 0;
-    }
-    p->looks = 0;
-    p->looked_at = p->came = 0;
+    p->lost = 0;
+    if (p->threshold < ORCHI_THRESHOLD_MOST) p->threshold *= 4;
+    const orchi_poller_ops *to = p->ops == &orchi_poll_ops ? ORCHI_NATIVE : &orchi_poll_ops;
+    if (to != p->ops) loop->stats.moves += orchi_poller_move(loop, to) == 0;
 }
 
 // ------------------------------------------------------------------------------------------------
@@ -5865,17 +5857,17 @@ static int orchi_poll(orch_loop *loop, uint64_t ns) {
     orchi_poller *p = &loop->poller;
     bool idle = orchi_ring_empty(loop);
     uint64_t generation = loop->generation;
+    uint64_t before = p->looked_at;
     bool sleeps = ns > 0, served = orchi_backlog_served(loop);
     if (sleeps) ns = orchi_doze(loop, ns);
     orchi_to_look_at(loop);
     int error = p->ops->wait(loop, ns);
-    p->came += p->found_count;
+    p->lost += orchi_poller_loss(p, p->looked_at - before);
+    if (p->lost < 0) p->lost = 0;
     orchi_tell_all(loop, generation, idle);
     if (served) loop->told = loop->ready.tail;
     if (ORCHI_UNLIKELY(p->stale)) orchi_poller_renew(loop);
-    p->looks++;
-    if (ORCHI_UNLIKELY(p->looked_at >= p->trial || p->looks >= p->trial / 64))
-        orchi_poller_judge(loop);
+    if (ORCHI_UNLIKELY(p->lost > p->threshold) && !p->pinned) orchi_poller_change(loop);
     orchi_tell_all(loop, loop->generation, idle); // what a move found
     orchi_wake(loop);
     if (sleeps) orchi_inbox_take(loop);
@@ -11811,7 +11803,7 @@ static void orchi_loop_init(orch_loop *loop, const orch_loop_desc *desc) {
     loop->main.fiber = orchi_fiber_self();
     loop->poller.ops = orchi_poller_find(desc->poller);
     loop->poller.pinned = desc->poller != ORCH_POLLER_DEFAULT;
-    loop->poller.trial = ORCHI_TRIAL;
+    loop->poller.threshold = ORCHI_THRESHOLD;
     loop->poller.queue = -1;
     loop->none.fresh = ORCHI_PAGE_SLOTS;
     loop->page = &loop->none;

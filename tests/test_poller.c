@@ -994,7 +994,7 @@ static orch_poller now_by(void) { return stats().poller; }
 
 // Looks until the loop uses that poller, with so many of all that have something at each look.
 static long crowd_until(orch_poller wanted, int ready, long sent[CROWD]) {
-    for (long i = 0; i < 100000; i++) {
+    for (long i = 0; i < 60000; i++) {
         if (now_by() == wanted) return i;
         if (sent[0] - crowd_seen[0] > 100) break;       // nobody reads: no memory for that
         if (test_shared->refused > 0 && i > 200) break; // nor perhaps for the move
@@ -1023,6 +1023,7 @@ static orch_result move_there_and_back(void *arg) {
         if (!CHECK(!orch_is_settled(f[i]))) return orch_fail(3); // nobody would read
     }
     CHECK_INT(now_by(), ORCH_POLLER_POLL);
+    orch_loop_current()->poller.threshold /= 8;
     CHECK(crowd_until(other()->id, 1, sent) > 100); // not at once
     crowd_check(sent);
     CHECK_INT(stats().moves, 1);
