@@ -3396,9 +3396,30 @@ static void *orchi_default_resize(void *user, void *old, size_t old_size, size_t
     return NULL;
 }
 
+enum { ORCHI_HUGE = 1 << 23 }; // bytes
+
+/* What is large is asked to be in huge pages: the page faults of a million futures would take
+ * longer than all that is done with them. At most one such page is there that is not needed yet, of
+ * four or more. */
+#if ORCHI_OS_LINUX && defined(MADV_HUGEPAGE)
+ORCHI_COLD static void orchi_advise_huge(void *memory, size_t size) {
+    uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
+    uintptr_t start = ((uintptr_t)memory + page - 1) & ~(page - 1);
+    uintptr_t end = ((uintptr_t)memory + size) & ~(page - 1);
+    madvise((void *)start, end - start, MADV_HUGEPAGE);
+}
+#else
+static void orchi_advise_huge(void *memory, size_t size) {
+    (void)memory;
+    (void)size;
+}
+#endif
+
 /* All memory of a loop goes through these, so that an allocator in the desc sees it balance. */
 static void *orchi_resize(orch_loop *loop, void *old, size_t old_size, size_t size) {
-    return loop->desc.allocator.resize(loop->desc.allocator.user, old, old_size, size);
+    void *memory = loop->desc.allocator.resize(loop->desc.allocator.user, old, old_size, size);
+    if (ORCHI_UNLIKELY(size >= ORCHI_HUGE) && memory != NULL) orchi_advise_huge(memory, size);
+    return memory;
 }
 
 /* Not zeroed: whoever makes an object says what is in it. */
@@ -3535,10 +3556,13 @@ static void orchi_unpoison_range(void *p, size_t n) {
 }
 #endif
 
-/* Regions double from 16 pages to 256, so that small programs stay small. */
+enum { ORCHI_REGION_FIRST = 16, ORCHI_REGION_MOST = 4096 };
+
+/* Regions double from 16 pages to 4,096, so that small programs stay small. A page is not there
+ * before it is used. */
 static orchi_region *orchi_region_new(orch_loop *loop) {
-    size_t count = loop->regions == NULL ? 16 : loop->regions->count * 2;
-    if (count > 256) count = 256;
+    size_t count = loop->regions == NULL ? ORCHI_REGION_FIRST : loop->regions->count * 2;
+    if (count > ORCHI_REGION_MOST) count = ORCHI_REGION_MOST;
     size_t slots = loop->slots + count * ORCHI_PAGE_SLOTS;
     if (!orchi_ring_reserve(loop, slots + 1)) return NULL; // and `mail`
     size_t bytes = sizeof(orchi_region) + (count + 1) * ORCHI_PAGE;

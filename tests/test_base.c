@@ -4,8 +4,10 @@
 
 #include <limits.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
 
 static int released;
 static void *released_last;
@@ -368,6 +370,46 @@ TEST(memory_of_slots_is_used_again) {
     CHECK_INT(t.live, 0);
     CHECK_INT(t.wrong, 0);
 }
+
+#ifdef __linux__
+// Whether the mapping around an address was asked to be in huge pages.
+static bool asked_for_huge_pages(const void *at) {
+    FILE *smaps = fopen("/proc/self/smaps", "r");
+    char line[512];
+    unsigned long from, to;
+    bool inside = false, asked = false;
+    while (smaps != NULL && fgets(line, sizeof line, smaps) != NULL) {
+        if (sscanf(line, "%lx-%lx ", &from, &to) == 2)
+            inside = from <= (uintptr_t)at && (uintptr_t)at < to;
+        if (inside && strncmp(line, "VmFlags:", 8) == 0) asked = strstr(line, " hg") != NULL;
+    }
+    if (smaps != NULL) fclose(smaps);
+    return asked;
+}
+
+// Emulators and kernels without huge pages do not know the request.
+static bool can_ask_for_huge_pages(void) {
+    const size_t size = (size_t)1 << 23;
+    void *probe = mmap(NULL, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (probe == MAP_FAILED) return false;
+    bool can = madvise(probe, size, MADV_HUGEPAGE) == 0 && asked_for_huge_pages(probe);
+    munmap(probe, size);
+    return can;
+}
+
+TEST(a_million_futures_are_asked_to_be_in_huge_pages) {
+    enum { COUNT = 1000000 };
+    static orch_future *f[COUNT];
+    bool can = can_ask_for_huge_pages();
+    orch_loop *loop = orch_loop_new(NULL);
+    if (!CHECK(loop != NULL)) return;
+    for (int i = 0; i < COUNT; i++) f[i] = orch_settled(orch_ok_int(i));
+    if (test_shared->refused == 0) CHECK_INT(asked_for_huge_pages(f[COUNT - 1]), can);
+    CHECK(!asked_for_huge_pages(f[0])); // a small program has small pages
+    for (int i = 0; i < COUNT; i++) orch_drop(f[i]);
+    CHECK_INT(orch_loop_free(loop), 0);
+}
+#endif
 
 // ---- the ready ring
 
