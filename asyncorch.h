@@ -5714,7 +5714,7 @@ static bool orchi_inbox_leave(orch_loop *loop) {
 //     and otherwise after a round, unless the last look was less than ten times its own cost ago:
 //     so nothing starves, and looking costs at most a tenth where it is dear. With poll(2) whoever
 //     was found is left out until all that were found have run: each has a turn before any has its
-//     second.
+//     second; and where many are ready, a look is at the next portion of them.
 //   - The clock is read once per look, and twice when the poller was asked while work was ready.
 //   - Asleep means asleep in the poller: with nothing ready there is no turn without an event.
 //   - Everything runs on this thread's main stack, or on a task's that it switched to; only turns
