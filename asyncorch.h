@@ -3561,7 +3561,7 @@ enum { ORCHI_REGION_FIRST = 16, ORCHI_REGION_MOST = 4096 };
 /* Regions double from 16 pages to 4,096, so that small programs stay small. A page is not there
  * before it is used. */
 static orchi_region *orchi_region_new(orch_loop *loop) {
-    size_t count = loop->regions == NULL ? ORCHI_REGION_FIRST : loop->regions->count * 2;
+    size_t count = loop->regions == NULL ? (size_t)ORCHI_REGION_FIRST : loop->regions->count * 2;
     if (count > ORCHI_REGION_MOST) count = ORCHI_REGION_MOST;
     size_t slots = loop->slots + count * ORCHI_PAGE_SLOTS;
     if (!orchi_ring_reserve(loop, slots + 1)) return NULL; // and `mail`
@@ -4723,7 +4723,7 @@ static bool orchi_poll_many(int found, uint32_t looked_at) {
 static int orchi_poll_portion(orch_loop *loop) {
     orchi_poller *p = &loop->poller;
     uint32_t from = p->seen, left = p->pass - from;
-    uint32_t count = left < ORCHI_PORTION ? left : ORCHI_PORTION;
+    uint32_t count = left < ORCHI_PORTION ? left : (uint32_t)ORCHI_PORTION;
     int found = orchi_poll_look(loop, from, count, 0);
     p->seen = from + count;
     p->dense = orchi_poll_many(found, count);
