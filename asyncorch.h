@@ -294,8 +294,8 @@
 //
 // A loop begins with poll(2), which is fastest while much of what it looks at is ready. It moves to
 // epoll (Linux) or kqueue (the BSDs, macOS) when looks at more than 64 descriptors find fewer than
-// 1 in 32 of them ready, and back when they find more than 1 in 8, or look at fewer than 32. It
-// judges after 65,536 descriptors looked at, later with each move. orch_loop_desc.poller pins one;
+// 1 in 32 of them ready, and back when they find more than 1 in 8, or look at fewer than 32: sooner
+// the more is lost by not having moved, later with each move. orch_loop_desc.poller pins one;
 // orch_loop_statistics says which it is and how often it moved. What is said here holds under each,
 // but for what 19 names.
 //
@@ -3398,9 +3398,8 @@ static void *orchi_default_resize(void *user, void *old, size_t old_size, size_t
 
 enum { ORCHI_HUGE = 1 << 23 }; // bytes
 
-/* What is large is asked to be in huge pages: the page faults of a million futures would take
- * longer than all that is done with them. At most one such page is there that is not needed yet, of
- * four or more. */
+/* What is large is asked to be in huge pages: a million new futures would else be 15,000 page
+ * faults. At most one such page is there that is not needed yet, of four or more. */
 #if ORCHI_OS_LINUX && defined(MADV_HUGEPAGE)
 ORCHI_COLD static void orchi_advise_huge(void *memory, size_t size) {
     uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
@@ -3556,13 +3555,11 @@ static void orchi_unpoison_range(void *p, size_t n) {
 }
 #endif
 
-enum { ORCHI_REGION_FIRST = 16, ORCHI_REGION_MOST = 4096 };
-
-/* Regions double from 16 pages to 4,096, so that small programs stay small. A page is not there
- * before it is used. */
+/* Regions double from 16 pages to 4,096, so that small programs stay small, and large ones get huge
+ * pages. */
 static orchi_region *orchi_region_new(orch_loop *loop) {
-    size_t count = loop->regions == NULL ? (size_t)ORCHI_REGION_FIRST : loop->regions->count * 2;
-    if (count > ORCHI_REGION_MOST) count = ORCHI_REGION_MOST;
+    size_t count = loop->regions == NULL ? 16 : loop->regions->count * 2;
+    if (count > 4096) count = 4096;
     size_t slots = loop->slots + count * ORCHI_PAGE_SLOTS;
     if (!orchi_ring_reserve(loop, slots + 1)) return NULL; // and `mail`
     size_t bytes = sizeof(orchi_region) + (count + 1) * ORCHI_PAGE;
@@ -4716,10 +4713,12 @@ enum { ORCHI_PORTION = 64 };
 /* Whether there is a next portion. */
 static bool orchi_poll_passing(const orchi_poller *p) { return p->dense && p->seen < p->pass; }
 
+/* Whether it was a quarter. */
 static bool orchi_poll_many(int found, uint32_t looked_at) {
     return (int64_t)found * 4 >= (int64_t)looked_at;
 }
 
+/* The next portion, without waiting. Returns how many are ready, or an error. */
 static int orchi_poll_portion(orch_loop *loop) {
     orchi_poller *p = &loop->poller;
     uint32_t from = p->seen, left = p->pass - from;
@@ -4741,6 +4740,7 @@ static int orchi_poll_all(orch_loop *loop, uint64_t ns, bool idle) {
     return found;
 }
 
+/* Who is asleep looks at all. */
 static int orchi_poll_wait(orch_loop *loop, uint64_t ns) {
     orchi_poller *p = &loop->poller;
     bool idle = orchi_ring_empty(loop);
@@ -5100,7 +5100,7 @@ ORCHI_COLD static void orchi_poller_renew(orch_loop *loop) {
 // until it is enough: the cumulative sum of E. S. Page, Continuous inspection schemes (1954). Who
 // loses much moves soon, and who loses little late. The unit is what poll takes for a descriptor:
 //
-//     on poll     what was looked at, less 32 for each one found; nothing below 64
+//     on poll     what was looked at, less 32 for each one found; nothing up to 64, or a portion
 //     on epoll    8 for each one found, less what is watched; 64 where that is below 32
 //
 // Between the two, 1 in 32 and 1 in 8, nothing is lost either way. A backlog, of what was told and
@@ -5868,12 +5868,12 @@ static void orchi_wake(orch_loop *loop) {
     loop->on_wake(loop);
 }
 
-/* How many descriptors a look would look at now. */
-static uint32_t orchi_to_look_at(orch_loop *loop) {
+/* A new pass of poll's array begins when the last one has seen all, and all that were told have had
+ * their turn. */
+static void orchi_pass_begin(orch_loop *loop) {
     orchi_poller *p = &loop->poller;
-    if (p->ops != &orchi_poll_ops) return p->count;
-    if (orchi_backlog_served(loop) && !orchi_poll_passing(p)) orchi_poll_unmute(p);
-    return orchi_poll_heard(p);
+    if (p->ops != &orchi_poll_ops || orchi_poll_passing(p)) return;
+    if (orchi_backlog_served(loop)) orchi_poll_unmute(p);
 }
 
 /* The only place where the loop makes a system call. What was found is told afterwards. */
@@ -5884,7 +5884,7 @@ static int orchi_poll(orch_loop *loop, uint64_t ns) {
     uint64_t before = p->looked_at;
     bool sleeps = ns > 0, served = orchi_backlog_served(loop);
     if (sleeps) ns = orchi_doze(loop, ns);
-    orchi_to_look_at(loop);
+    orchi_pass_begin(loop);
     int error = p->ops->wait(loop, ns);
     p->lost += orchi_poller_loss(p, p->looked_at - before);
     if (p->lost < 0) p->lost = 0;
@@ -5923,7 +5923,9 @@ static int orchi_look_busy(orch_loop *loop) {
     uint64_t now = orchi_now(loop);
     orchi_timers_stamp(loop, now);
     int error = 0;
-    if (now - loop->looked >= 10 * loop->look_cost && orchi_to_look_at(loop) > 0) {
+    bool due = now - loop->looked >= 10 * loop->look_cost;
+    if (due) orchi_pass_begin(loop);
+    if (due && orchi_poll_heard(&loop->poller) > 0) {
         error = orchi_poll(loop, 0);
         loop->looked = orchi_now(loop);
         loop->look_cost = orchi_look_cost(loop, loop->looked - now);

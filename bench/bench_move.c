@@ -31,7 +31,7 @@ static const struct {
 } rows[ROWS] = {
     {"100", 100, 100}, {"1000", 1000, 1000}, {"10000", 10000, 10000}, {"10 of 10010", 10010, 10}};
 
-// What a server and who measures it tell each other.
+// What a server tells who measures it.
 typedef struct report {
     volatile uint64_t requests, moves;
     volatile int up, poller;

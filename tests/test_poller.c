@@ -1498,7 +1498,7 @@ static orch_result serve_crowd(void *arg) {
     while (least < LAPS && test_shared->refused == 0) orch_sleep(1);
     if (test_shared->refused > 0) return orch_ok_int(1);
     looks = stats().polls - looks;
-    CHECK(array()->looked_at - before < LAPS * (BACKLOG + 2 * COMING + BACKLOG / 2));
+    CHECK(array()->looked_at - before < (uint64_t)(LAPS * (BACKLOG + 2 * coming + BACKLOG / 2)));
     CHECK(array()->looked_at - before < looks * (ORCHI_PORTION + BACKLOG / 8));
     return orch_ok_int(1);
 }
@@ -1531,9 +1531,8 @@ TASK_TEST_OF(a_loop_that_sleeps_looks_at_what_it_has_seen_as_well,
     static orch_future *f[BACKLOG];
     int made = 0, seen = 0;
     while (made < BACKLOG && make_pair(crowd[made])) made++;
-    for (int i = 0; i < 2 * made && test_shared->refused == 0;
-         i++) { // a pass at once, then portions
-        int *fd = crowd[i % made];
+    for (int i = 0; i < 2 * made && test_shared->refused == 0; i++) {
+        int *fd = crowd[i % made]; // seen at once, and again in portions
         if (i < made) put(fd[1]);
         else CHECK_INT(join(f[i % made]), ORCH_READABLE);
         f[i % made] = orch_ready(fd[0], ORCH_READABLE);
