@@ -578,8 +578,15 @@ ORCH_NODISCARD orch_future *orch_settled(orch_result r);
  * thread) r is freed.
  * Context: the loop's own thread; never suspends or allocates, and calls nothing of the user's but
  * on_unhandled for a detached future, and the release of what nobody takes.
+ * Owns: consumes *r. */
+bool orch_settle_with(orch_promise promise, orch_result *r);
+
+/* The same with a result by value. In line, as by address it need not be copied for the call.
+ * Returns, Context: as orch_settle_with.
  * Owns: consumes r. */
-bool orch_settle(orch_promise promise, orch_result r);
+static inline bool orch_settle(orch_promise promise, orch_result r) {
+    return orch_settle_with(promise, &r);
+}
 
 /* Settles a promise as f will: locks in at once, so that later settles return false. A cycle made
  * only of follows rejects with ORCH_ECYCLE.
@@ -2918,7 +2925,6 @@ static inline orch_future *orch_adaptive_run_with(orch_adaptive *a, const orch_t
 // a second: what is inlined there costs registers to save, also when it does not run.
 #define ORCHI_LIKELY(condition) __builtin_expect(!!(condition), 1)
 #define ORCHI_UNLIKELY(condition) __builtin_expect(!!(condition), 0)
-#define ORCHI_SCALAR(variable) __asm__("" : "+r"(variable)) // keeps it in a register of its own
 #define ORCHI_COLD __attribute__((cold, noinline))
 #define ORCHI_NO_INLINE __attribute__((noinline))
 #define ORCHI_INLINE inline __attribute__((always_inline))
@@ -3620,8 +3626,9 @@ ORCHI_COLD static orch_future *orchi_slot_find(orch_loop *loop) {
 /* Makes a slot live, with one reference. The kind's part is the caller's to fill. */
 static inline void orchi_slot_begin(orch_loop *loop, orch_future *f, orchi_kind_id kind) {
     orchi_unpoison(f);
-    f->generation = loop->generation;
-    loop->generation += 2;
+    uint64_t generation = loop->generation;
+    loop->generation = generation + 2;
+    f->generation = generation;
     f->references = 1; // with the next three one store of eight bytes
     f->kind = (uint8_t)kind;
     f->mark = 0;
@@ -3752,22 +3759,28 @@ orch_result orch_failf(int error, const char *format, ...) {
     return r;
 }
 
-/* Copies a result field by field. A callback has just written it with narrow stores, and wide
- * loads, which a struct copy compiles to, cannot be forwarded from those: each would wait 12 cycles
- * for the stores. */
+// How a result is copied. A load is forwarded from a store that is still under way only when it lies
+// within that one store; else it waits for it, 12 to 18 cycles. Who wrote a result did so field by
+// field (error and index, if they are constants, as one word), and who reads it next copies it as
+// two halves, which is what a struct copy compiles to. So it is read in words here, and written in
+// halves.
+
+#if UINTPTR_MAX == UINT64_MAX
+typedef uint64_t orchi_word __attribute__((may_alias));
+typedef uint64_t orchi_half __attribute__((vector_size(16), aligned(8), may_alias));
+
+/* The words are read as what they are: of one type, gcc would join them to halves again. */
 static inline void orchi_move(orch_result *to, const orch_result *from) {
-    int error = from->error;
-    unsigned index = from->index;
-    void *value = from->value, *owner = from->owner;
-    void (*release)(void *) = from->release;
-    ORCHI_SCALAR(value);
-    ORCHI_SCALAR(error);
-    to->error = error;
-    to->index = index;
-    to->value = value;
-    to->owner = owner;
-    to->release = release;
+    uint64_t decided = *(const orchi_word *)(const void *)&from->error;
+    orchi_half first = {decided, (uintptr_t)from->value};
+    orchi_half second = {(uintptr_t)from->owner, (uintptr_t)from->release};
+    orchi_half *halves = (orchi_half *)(void *)to;
+    halves[0] = first;
+    halves[1] = second;
 }
+#else
+static inline void orchi_move(orch_result *to, const orch_result *from) { *to = *from; }
+#endif
 
 /* Only a value that is its own owner can leave its result. What shows another's memory, as a share
  * or a list does, is released as a whole. */
@@ -6844,13 +6857,12 @@ static bool orchi_may_settle(orch_promise p, const char *function) {
 /* Small, as it calls orchi_settle and does not have it in line: then compilers put it into a caller
  * that they see, and r need not be copied there. Copying it costs 25 cycles, since callers write r
  * with other widths than they copy it with, and such loads wait for the stores. */
-bool orch_settle(orch_promise p, orch_result r) {
+bool orch_settle_with(orch_promise p, orch_result *r) {
     if (!orchi_may_settle(p, "orch_settle")) {
-        orch_result_free(&r);
+        orch_result_free(r);
         return false;
     }
-    if (ORCHI_LIKELY(r.release == NULL)) orchi_settle(orchi_loop, p.future, &r);
-    else orchi_resolve_owning(orchi_loop, p.future, &r);
+    orchi_resolve(orchi_loop, p.future, r);
     return true;
 }
 
@@ -7083,8 +7095,8 @@ orch_future *orch_then(orch_future *f, orch_then_fn on_ok, orch_then_fn on_error
     orch_loop *loop = orchi_loop;
     orch_future *t = orchi_is_plain(f) ? orchi_page_take(loop->page) : NULL;
     if (ORCHI_UNLIKELY(t == NULL)) return orchi_then(f, on_ok, on_error, context, "orch_then");
-    orchi_slot_begin(loop, t, ORCHI_THEN);
     orchi_attach(f, t, 0);
+    orchi_slot_begin(loop, t, ORCHI_THEN);
     t->as.then.source = f;
     t->as.then.on_ok = on_ok;
     t->as.then.on_error = on_error;
@@ -7180,7 +7192,7 @@ ORCHI_NO_INLINE static void orchi_then_shared(orch_loop *loop, orch_future *t) {
 }
 
 /* The source has settled. The callback reads its result where it is, unless it is shared. */
-static inline void orchi_then_run(orch_future *t) {
+static ORCHI_INLINE void orchi_then_run(orch_future *t) {
     orch_loop *loop = orchi_loop_of(t);
     orch_future *source = t->as.then.source;
     if (ORCHI_UNLIKELY(source->references != 1)) {
@@ -8845,29 +8857,31 @@ static int orchi_refuse(orch_loop *loop, orch_task *task) {
 
 // ---- starting
 
-static void orchi_task_init(orch_loop *loop, orch_task *task, orch_future *f, orchi_stack *stack,
-                            const orch_task_desc *desc) {
+/* In the order of the fields: stores to one cache line in a row leave two a cycle. */
+static ORCHI_INLINE void orchi_task_init(orch_loop *loop, orch_task *task, orch_future *f,
+                                         orchi_stack *stack, const orch_task_desc *desc) {
     task->future = f;
     task->waiting = NULL;
     task->call = NULL;
+    task->reason = 0; // with the next four one store of eight bytes
+    task->nested = true;
+    task->joining = task->ended = task->canary = false;
     task->starter = loop->current;
     task->stack = stack;
-    task->scope = task->home = task->deadline = NULL;
-    task->locals = NULL;
     task->name = desc->name != NULL ? desc->name : "";
     task->fn = desc->fn;
     task->arg = desc->arg;
     task->release = desc->release;
-    task->asked = task->reason = 0;
+    task->scope = task->home = task->deadline = NULL;
+    task->locals = NULL;
+    task->asked = 0;
     task->level = task->shields = 0;
     task->refused = 0;
-    task->nested = true;
-    task->heir = false;
-    task->joining = false;
-    task->ended = false;
-    task->exposed = false;
-    task->canary = loop->stats.guard == ORCH_GUARD_CANARY;
-    if (task->canary) orchi_canary_set(stack);
+    task->heir = task->exposed = false;
+    if (ORCHI_UNLIKELY(loop->stats.guard == ORCH_GUARD_CANARY)) {
+        task->canary = true;
+        orchi_canary_set(stack);
+    }
 }
 
 /* Copies the argument to the top of the stack. Returns where the stack begins below it. */
@@ -8915,8 +8929,8 @@ ORCHI_NO_INLINE static bool orchi_task_inherit(orch_loop *loop, orch_task *task,
 }
 
 /* The slot first, then the stack: what fails gives back what it had. */
-static orch_future *orchi_go(orch_loop *loop, const orch_task_desc *desc, uint32_t size_log,
-                             orch_future *home, bool bounded) {
+static ORCHI_INLINE orch_future *orchi_go(orch_loop *loop, const orch_task_desc *desc,
+                                          uint32_t size_log, orch_future *home, bool bounded) {
     orch_future *f = orchi_slot_new(loop, ORCHI_TASK);
     if (f == NULL) return NULL;
     orchi_stack *stack = orchi_stack_take(loop, size_log);
@@ -8942,7 +8956,7 @@ static orch_future *orchi_go(orch_loop *loop, const orch_task_desc *desc, uint32
 }
 
 /* What is wrong with a desc; the exponent of its stack size when nothing is. */
-static int orchi_task_error(const orch_task_desc *desc, uint32_t *size_log) {
+static ORCHI_INLINE int orchi_task_error(const orch_task_desc *desc, uint32_t *size_log) {
     if (orchi_loop == NULL) return ORCH_ENOLOOP;
     if (desc == NULL || desc->fn == NULL) return ORCH_EINVAL;
     *size_log = desc->stack_size != 0 ? orchi_stack_log(desc->stack_size) : orchi_loop->stack_log;
@@ -8953,8 +8967,8 @@ static int orchi_task_error(const orch_task_desc *desc, uint32_t *size_log) {
 }
 
 /* Starts what a desc says, or a rejected future and the argument released. */
-static orch_future *orchi_begin(const orch_task_desc *desc, orch_future *home, bool bounded,
-                                const char *function) {
+static ORCHI_INLINE orch_future *orchi_begin_inline(const orch_task_desc *desc, orch_future *home,
+                                                    bool bounded, const char *function) {
     uint32_t size_log = 0;
     int error = orchi_task_error(desc, &size_log);
     if (error != 0) orchi_misuse(function, error);
@@ -8964,13 +8978,18 @@ static orch_future *orchi_begin(const orch_task_desc *desc, orch_future *home, b
     return orchi_rejected(error != 0 ? error : ORCH_ENOMEM);
 }
 
+ORCHI_NO_INLINE static orch_future *orchi_begin(const orch_task_desc *desc, orch_future *home,
+                                                bool bounded, const char *function) {
+    return orchi_begin_inline(desc, home, bounded, function);
+}
+
 orch_future *orch_go_with(const orch_task_desc *desc) {
     return orchi_begin(desc, NULL, true, "orch_go_with");
 }
 
 orch_future *orch_go(orch_task_fn fn, void *arg) {
     orch_task_desc desc = {NULL, fn, arg, 0, NULL, 0};
-    return orchi_begin(&desc, NULL, true, "orch_go");
+    return orchi_begin_inline(&desc, NULL, true, "orch_go"); // what it leaves out is not looked at
 }
 
 /* There is no future to carry an error, so it is returned. A detached task needs no reference while
@@ -17962,7 +17981,6 @@ orch_result orch_exit_status_check(orch_exit_status status) {
 #undef ORCHI_GNU
 #undef ORCHI_MAKES_PRIVATE
 #undef ORCHI_SAVE_FLOATS
-#undef ORCHI_SCALAR
 #undef ORCHI_SEMAPHORES
 #undef ORCHI_STATIC_FUTURE
 #undef ORCHI_SYMBOL
