@@ -35,6 +35,7 @@ libraries_for = $(if $(shell grep -lE 'HAVE_CURL|curl\.h|client\.h' $(1)),$(CURL
 # Those with an implementation of their own first, as they take longest to build.
 TESTS := $(patsubst tests/%.c,%,$(shell grep -l '^.define ASYNCORCH_IMPL' tests/test_*.c))
 TESTS += $(filter-out test_harness $(TESTS),$(patsubst tests/%.c,%,$(wildcard tests/test_*.c)))
+SWITCHED := test_context test_task test_misuse # sanitizers have an orch_yield of their own
 POLLED := $(patsubst tests/%.c,%,$(shell grep -lE 'TEST_POLLER|pollers\.h' tests/test_*.c))
 POLLERS := poll $(if $(filter Linux,$(shell uname -s)),epoll,kqueue)
 # Whose refused allocations `make test` tries; those of the others wait for real events as well.
@@ -134,9 +135,10 @@ demo: # the user profile over real sockets: timeline, parallel against sequentia
 examples: $(EXAMPLES:%=$(B)/examples/%) # build the examples into .build/examples
 
 test: # the core complete, the rest but for its sweeps: sanitizers, allocation failures, compilers
-	@$(call build,tests,examples)
+	@$(call build,tests,examples $(SWITCHED:%=$(B)/plain/%))
 	@{ echo 'harness sh tests/run_harness.sh $(B)/tests/test_harness$(harness_without)'; \
 	$(call lines,tests,,,TEST_SEEDS=$(SEEDS)) \
+	$(foreach t,$(SWITCHED),echo '$(t)/plain $(B)/plain/$(t)';) \
 	$(foreach p,$(POLLERS),$(foreach t,$(POLLED), \
 		echo '$(t)/$(p) TEST_POLLER=$(p) TEST_SEEDS=1 $(B)/tests/$(t)';)) \
 	$(foreach s,$(SCRIPTS),echo '$(s) sh tests/$(s).sh $(B)/examples';) \

@@ -160,6 +160,7 @@
 //     the same future twice in a list                 aborts   ORCH_ECONSUMED for the second
 //     NULL for a callback, hook or task function      aborts   ORCH_EINVAL; futures are dropped
 //     NULL for a list that is not empty               aborts   ORCH_EINVAL
+//     NULL for the result of orch_settle_with         aborts   false; the promise stays pending
 //     a count above 2^31 - 16                         aborts   ORCH_EINVAL; the list is not read
 //     await, wait, sleep, yield, shield outside task  aborts   ORCH_ENOTASK; await drops its future
 //     no loop on this thread                          aborts   ORCH_ENOLOOP
@@ -3511,12 +3512,16 @@ static inline bool orchi_ring_empty(const orch_loop *loop) {
     return loop->ready.head == loop->ready.tail;
 }
 
+/* Queues what is not queued. */
+static inline void orchi_enqueue(orch_loop *loop, orch_future *f) {
+    orchi_ring *ring = &loop->ready;
+    f->flags |= ORCHI_QUEUED;
+    ring->items[ring->tail++ & ring->mask] = f;
+}
+
 /* Queues what has something to run. Once is enough: what it then does is the same. */
 static inline void orchi_push(orch_loop *loop, orch_future *f) {
-    if (f->flags & ORCHI_QUEUED) return;
-    f->flags |= ORCHI_QUEUED;
-    orchi_ring *ring = &loop->ready;
-    ring->items[ring->tail++ & ring->mask] = f;
+    if (!(f->flags & ORCHI_QUEUED)) orchi_enqueue(loop, f);
 }
 
 /* Only when the ring is not empty. */
@@ -3760,10 +3765,9 @@ orch_result orch_failf(int error, const char *format, ...) {
 }
 
 // How a result is copied. A load is forwarded from a store that is still under way only when it lies
-// within that one store; else it waits for it, 12 to 18 cycles. Who wrote a result did so field by
-// field (error and index, if they are constants, as one word), and who reads it next copies it as
-// two halves, which is what a struct copy compiles to. So it is read in words here, and written in
-// halves.
+// within that store; else it waits for it, for 12 to 18 cycles. Who wrote a result did so field by
+// field (error and index, if they are constants, as one word), and who reads it next copies it in
+// two halves, as struct copies are compiled. So it is read in words here, and written in halves.
 
 #if UINTPTR_MAX == UINT64_MAX
 typedef uint64_t orchi_word __attribute__((may_alias));
@@ -3880,11 +3884,17 @@ typedef struct orchi_stack_map {
 #define ORCHI_FUNCTION_END(name) ".size " name ", .-" name "\n"
 #endif
 
-typedef void *(*orchi_context_fn)(void *arg); // returns what to enter when it has ended
+typedef struct orchi_entry { // where to go on
+    void *sp;                // what to load
+    intptr_t returns;        // what the call that was left there returns, if that was orch_yield
+} orchi_entry;
+
+typedef orchi_entry (*orchi_context_fn)(void *arg); // returns what to enter when it has ended
 
 #if ORCHI_ASSEMBLY
-/* Saves this point of execution in *save and enters `load`. */
-extern void orchi_switch(void **save, void *load);
+/* Saves this point of execution in *save and enters `load`, which on x86-64 may have been left in
+ * orch_yield: that returns `returns`. */
+extern void orchi_switch(void **save, void *load, intptr_t returns);
 /* Saves this point of execution in *save, calls fn(arg) on a new stack, and enters what it returns.
  * That is a call and a return to the processor too, which predicts both. The call frame information
  * says that there is nothing above, so a backtrace ends here. */
@@ -3903,12 +3913,13 @@ __asm__(
     "    stmxcsr (%rsp)\n"
     "    fnstcw 4(%rsp)\n"
     "    movq %rsp, (%rdi)\n"
-    "    movzwl 4(%rsp), %edx\n"
+    "    movzwl 4(%rsp), %ecx\n"
     "    movq %rsi, %rsp\n"
     "    ldmxcsr (%rsp)\n"                // cheaper than reading back what stmxcsr stored
-    "    cmpw 4(%rsp), %dx\n"             // here it is the other way round
+    "    cmpw 4(%rsp), %cx\n"             // here it is the other way round
     "    jne 1f\n"
-    "2:  addq $8, %rsp\n"
+    "2:  movl %edx, %eax\n"
+    "    addq $8, %rsp\n"
     "    popq %r15\n    popq %r14\n    popq %r13\n    popq %r12\n    popq %rbx\n    popq %rbp\n"
     "    ret\n"
     "1:  fldcw 4(%rsp)\n"
@@ -4060,7 +4071,7 @@ static ucontext_t *orchi_ucontext_load(void *load) {
 
 /* The first function of a stack. What its function returns is the next context to enter. */
 static void orchi_ucontext_entry(void) {
-    setcontext(orchi_ucontext_load(orchi_starting->fn(orchi_starting->arg)));
+    setcontext(orchi_ucontext_load(orchi_starting->fn(orchi_starting->arg).sp));
 }
 
 /* The start record lies on the new stack. */
@@ -4106,9 +4117,9 @@ static ORCHI_INLINE void orchi_start_raw(void **save, void *bottom, void *top, o
     if (orchi_shadow_stack()) orchi_ucontext_start(save, bottom, top, fn, arg);
     else orchi_switch_start(save, top, fn, arg);
 }
-static ORCHI_INLINE void orchi_switch_raw(void **save, void *load) {
+static ORCHI_INLINE void orchi_switch_raw(void **save, void *load, intptr_t returns) {
     if (orchi_shadow_stack()) orchi_ucontext_switch(save, load);
-    else orchi_switch(save, load);
+    else orchi_switch(save, load, returns);
 }
 #elif ORCHI_ASSEMBLY
 static ORCHI_INLINE void orchi_start_raw(void **save, void *bottom, void *top, orchi_context_fn fn,
@@ -4116,13 +4127,16 @@ static ORCHI_INLINE void orchi_start_raw(void **save, void *bottom, void *top, o
     (void)bottom;
     orchi_switch_start(save, top, fn, arg);
 }
-static ORCHI_INLINE void orchi_switch_raw(void **save, void *load) { orchi_switch(save, load); }
+static ORCHI_INLINE void orchi_switch_raw(void **save, void *load, intptr_t returns) {
+    orchi_switch(save, load, returns);
+}
 #else
 static ORCHI_INLINE void orchi_start_raw(void **save, void *bottom, void *top, orchi_context_fn fn,
                                          void *arg) {
     orchi_ucontext_start(save, bottom, top, fn, arg);
 }
-static ORCHI_INLINE void orchi_switch_raw(void **save, void *load) {
+static ORCHI_INLINE void orchi_switch_raw(void **save, void *load, intptr_t returns) {
+    (void)returns;
     orchi_ucontext_switch(save, load);
 }
 #endif
@@ -4233,23 +4247,27 @@ static void orchi_valgrind_stack(char *bottom, char *top) {
 }
 
 /* Leaves `from` and enters `to`. Returns when somebody enters `from`. */
-static ORCHI_INLINE void orchi_context_switch(orchi_context *from, orchi_context *to) {
+static ORCHI_INLINE void orchi_context_switch(orchi_context *from, orchi_context *to,
+                                              intptr_t returns) {
     orchi_tool_leave(from, to, false);
-    orchi_switch_raw(&from->sp, to->sp);
+    orchi_switch_raw(&from->sp, to->sp, returns);
     orchi_tool_enter(from);
 }
 
 #if ORCHI_TSAN
 /* Leaves for good at once: TSan counts returns, and they must not be the next fiber's. */
-static void *orchi_context_end(orchi_context *from, orchi_context *to) {
-    orchi_context_switch(from, to);
-    return NULL;
+static orchi_entry orchi_context_end(orchi_context *from, orchi_context *to, intptr_t returns) {
+    orchi_entry nowhere = {NULL, 0};
+    orchi_context_switch(from, to, returns);
+    return nowhere;
 }
 #else
 /* Leaves `from` for good: its first function returns what this returns. */
-static inline void *orchi_context_end(orchi_context *from, orchi_context *to) {
+static inline orchi_entry orchi_context_end(orchi_context *from, orchi_context *to,
+                                            intptr_t returns) {
+    orchi_entry entry = {to->sp, returns};
     orchi_tool_leave(from, to, true);
-    return to->sp;
+    return entry;
 }
 #endif
 
@@ -6858,6 +6876,8 @@ static bool orchi_may_settle(orch_promise p, const char *function) {
  * that they see, and r need not be copied there. Copying it costs 25 cycles, since callers write r
  * with other widths than they copy it with, and such loads wait for the stores. */
 bool orch_settle_with(orch_promise p, orch_result *r) {
+    if (r == NULL) orchi_misuse("orch_settle_with", ORCH_EINVAL);
+    if (r == NULL) return false;
     if (!orchi_may_settle(p, "orch_settle")) {
         orch_result_free(r);
         return false;
@@ -8036,8 +8056,8 @@ void orch_completion_free(orch_completion *c) {
 //   - Joining is waiting for an end that was asked for (a drop, a refused wait): it cannot be
 //     refused.
 //   - A task that ends settles its future last, gives its stack back and is left for good.
-// Suspending functions end in orchi_switch, which no compiler sees into: statics are read again
-// after it.
+// Suspending functions end in orchi_switch, or are assembly (orch_yield): no compiler sees into
+// that, so statics are read again after it.
 
 // The life of a task:
 //
@@ -8077,6 +8097,10 @@ struct orch_task { // first what every wait touches: one cache line
 };
 
 typedef char orchi_task_fits[sizeof(struct orch_task) <= ORCHI_STACK_HEAD ? 1 : -1];
+typedef char
+    orchi_bits_fit[offsetof(struct orch_task, canary) == offsetof(struct orch_task, reason) + 7
+                       ? 1
+                       : -1]; // orchi_leaves_simply
 
 // Two fields say what a request does to a task. `asked` is the task's own, for ever. `reason` is
 // what counts for the next wait: orchi_task_judge works it out from the open scopes and `asked`, so
@@ -8091,6 +8115,16 @@ enum { ORCHI_PATIENCE = 1000 }; // refused waits until a task is reported
 // after, as by then another stack runs. A task that leaves switches to the next one directly, which
 // is one switch where going by the loop would be two.
 
+/* Whether a wait is to be refused now. */
+static bool orchi_must_end(const orch_task *task) {
+    return ORCHI_UNLIKELY(task->reason != 0) && (task->shields <= task->level || task->exposed);
+}
+
+/* What orch_yield returns in a task that is entered after it. */
+static inline int orchi_answer(const orch_task *task) {
+    return task != NULL && orchi_must_end(task) ? ORCH_ECANCELED : 0;
+}
+
 /* On the main stack, when a task has left to it: it may have left a call to be made here. */
 static inline void orchi_serve(orch_loop *loop) {
     while (ORCHI_UNLIKELY(loop->call.fn != NULL)) {
@@ -8103,14 +8137,14 @@ static inline void orchi_serve(orch_loop *loop) {
         loop->running = outer;
         loop->call.arg = result;
         loop->current = caller;
-        orchi_context_switch(&loop->main, &caller->context);
+        orchi_context_switch(&loop->main, &caller->context, 0);
     }
 }
 
 /* Enters a task from the main stack. */
 static void orchi_enter(orch_loop *loop, orch_task *task) {
     loop->current = task;
-    orchi_context_switch(&loop->main, &task->context);
+    orchi_context_switch(&loop->main, &task->context, orchi_answer(task));
     orchi_serve(loop);
 }
 
@@ -8149,7 +8183,7 @@ static inline void orchi_leave(orch_loop *loop, orch_task *task) {
     orch_task *next = orchi_next_task(loop, task);
     if (next == task) return;
     loop->current = next;
-    orchi_context_switch(&task->context, orchi_context_of(loop, next));
+    orchi_context_switch(&task->context, orchi_context_of(loop, next), orchi_answer(next));
 }
 
 // loop->trash is a list on the stack of whoever is freeing results. It must not be left in place
@@ -8244,11 +8278,6 @@ typedef struct orchi_scope { // in an extra slot
 typedef char orchi_scope_fits[sizeof(orchi_scope) <= 48 ? 1 : -1]; // an extra slot
 
 enum { ORCHI_KEEP_GOING = 1, ORCHI_EXPIRED = 2, ORCHI_CLOSING = 4, ORCHI_ASKED_ALL = 8 };
-
-/* Whether a wait is to be refused now. */
-static bool orchi_must_end(const orch_task *task) {
-    return ORCHI_UNLIKELY(task->reason != 0) && (task->shields <= task->level || task->exposed);
-}
 
 /* What counts for a task: the request to the innermost scope that has one, else its own. */
 static void orchi_task_judge(orch_task *task) {
@@ -8761,7 +8790,7 @@ ORCHI_COLD static void orchi_scopes_left(orch_loop *loop, orch_task *task) {
 /* The end of a task. Nothing may wait in here any more: releases and hooks are refused as outside a
  * task. The stack is given back first of all that comes after it, and nobody can take it before it
  * is left. */
-static inline void *orchi_task_end(orch_loop *loop, orch_task *task, orch_result *r) {
+static inline orchi_entry orchi_task_end(orch_loop *loop, orch_task *task, orch_result *r) {
     task->ended = true;
     if (task->release != NULL) task->release(task->arg);
     if (ORCHI_UNLIKELY(task->heir)) orchi_task_disown(loop, task);
@@ -8770,11 +8799,11 @@ static inline void *orchi_task_end(orch_loop *loop, orch_task *task, orch_result
     orch_task *next = orchi_next_task(loop, task);
     orchi_stack_give(loop, task->stack);
     loop->current = next;
-    return orchi_context_end(&task->context, orchi_context_of(loop, next));
+    return orchi_context_end(&task->context, orchi_context_of(loop, next), orchi_answer(next));
 }
 
 /* The first and last function on a task's stack. */
-static void *orchi_task_main(void *argument) {
+static orchi_entry orchi_task_main(void *argument) {
     orch_task *task = (orch_task *)argument;
     orch_loop *loop = orchi_loop_of(task->future);
     orchi_tool_begin(&loop->main);
@@ -9078,46 +9107,102 @@ orch_result orch_wait(orch_future *f) {
     return orchi_settled(f) ? orchi_lend(f) : orch_fail(error);
 }
 
-/* orch_yield is often called from another place than by the task that it switches to, and its
- * return would then be mispredicted: 18 ns instead of 7. So on x86-64 it is left by a jump, which
- * is predicted by its history. The price: one later return of the caller's is mispredicted.
- * orch_await keeps to the return, as tasks that wait mostly run the same code. */
-#if ORCHI_ASSEMBLY && !ORCHI_CET && defined(__x86_64__)
-#define ORCHI_YIELD orchi_yield
-#define ORCHI_YIELD_LINKAGE __attribute__((used, visibility("hidden")))
-extern int orchi_yield(void);
-// clang-format off
-__asm__(
-    ".text\n"
-    ORCHI_FUNCTION_PUBLIC("orch_yield")
-    ".cfi_startproc\n"
-    "    subq $8, %rsp\n"
-    ".cfi_adjust_cfa_offset 8\n"
-    "    callq " ORCHI_SYMBOL("orchi_yield") "\n"
-    "    addq $8, %rsp\n"
-    ".cfi_adjust_cfa_offset -8\n"
-    "    popq %rcx\n"
-    ".cfi_adjust_cfa_offset -8\n"
-    ".cfi_register rip, rcx\n"
-    "    jmp *%rcx\n"
-    ".cfi_endproc\n"
-    ORCHI_FUNCTION_END("orch_yield")
-);
-// clang-format on
-#else
-#define ORCHI_YIELD orch_yield
-#define ORCHI_YIELD_LINKAGE
-#endif
-
-ORCHI_YIELD_LINKAGE int ORCHI_YIELD(void) {
+/* orch_yield, whatever else there is to be done. */
+static int orchi_yield(void) {
     int error;
     orch_task *task = orchi_here_task("orch_yield", &error);
     if (task == NULL) return error;
     orch_loop *loop = orchi_loop;
     if (orchi_must_end(task)) return orchi_refuse(loop, task);
     orchi_take_turn(loop, task);
-    return orchi_must_end(task) ? ORCH_ECANCELED : 0;
+    return orchi_answer(task);
 }
+
+// A yield mostly goes from one ready task to the next, and nothing else is to be done. On x86-64
+// that is a path of its own, for what the processor makes of it:
+//
+//   - Loads first. A load waits for the stores before it whose addresses are not known yet, and
+//     below a stack pointer that has just been loaded no push's is. So orchi_hand_over decides and
+//     reads all it needs, then queues the task, and only then its registers are pushed.
+//   - It is left by a jump. orch_yield is often called from another place than by the task that it
+//     switches to, and its return would be mispredicted; a jump is predicted by its history. The
+//     price: one later return of the caller's is mispredicted. orch_await keeps to the return, as
+//     tasks that wait mostly run the same code.
+//
+// The frame is that of orchi_switch, so each enters what the other has left.
+
+#if ORCHI_ASSEMBLY && !ORCHI_CET && !ORCHI_ASAN && !ORCHI_TSAN && defined(__x86_64__)
+/* Which task orch_yield enters, and that this one will have been left at sp: itself when there is
+ * more to it than that, and then that is done here. */
+extern orchi_entry orchi_hand_over(void *sp);
+// clang-format off
+__asm__(
+    ".text\n"
+    ORCHI_FUNCTION_PUBLIC("orch_yield")
+    ".cfi_startproc\n"
+    "    pushq %rbp\n"
+    ".cfi_adjust_cfa_offset 8\n"
+    "    leaq -48(%rsp), %rdi\n"
+    "    callq " ORCHI_SYMBOL("orchi_hand_over") "\n"
+    "    pushq %rbx\n    pushq %r12\n"
+    "    pushq %r13\n    pushq %r14\n    pushq %r15\n"
+    "    subq $8, %rsp\n"
+    ".cfi_adjust_cfa_offset 48\n"
+    "    stmxcsr (%rsp)\n"
+    "    fnstcw 4(%rsp)\n"
+    "    movzwl 4(%rsp), %ecx\n"
+    "    movq %rax, %rsp\n"
+    "    ldmxcsr (%rsp)\n"
+    "    cmpw 4(%rsp), %cx\n"
+    "    jne 1f\n"
+    "2:  movl %edx, %eax\n"
+    "    addq $8, %rsp\n"
+    "    popq %r15\n    popq %r14\n    popq %r13\n    popq %r12\n    popq %rbx\n    popq %rbp\n"
+    "    popq %rcx\n"
+    ".cfi_adjust_cfa_offset -64\n"
+    ".cfi_register rip, rcx\n"
+    "    jmp *%rcx\n"
+    "1:  fldcw 4(%rsp)\n"
+    "    jmp 2b\n"
+    ".cfi_endproc\n"
+    ORCHI_FUNCTION_END("orch_yield")
+);
+// clang-format on
+
+ORCHI_NO_INLINE static orchi_entry orchi_yield_here(void *sp) {
+    orchi_entry here = {sp, orchi_yield()};
+    return here;
+}
+
+/* Whether leaving a task is a switch and no more: nobody has asked it to end, it has waited before,
+ * and its guard needs no look. Eight bytes, read as one. */
+static inline bool orchi_leaves_simply(const orch_task *task) {
+    uint64_t bits;
+    memcpy(&bits, (const char *)task + offsetof(struct orch_task, reason), sizeof bits);
+    return bits == 0 && !(task->future->flags & ORCHI_QUEUED);
+}
+
+__attribute__((used, visibility("hidden"))) orchi_entry orchi_hand_over(void *sp) {
+    orch_loop *loop = orchi_loop;
+    orch_task *task = loop != NULL ? loop->current : NULL;
+    if (ORCHI_UNLIKELY(task == NULL || loop->trash != NULL)) return orchi_yield_here(sp);
+    if (ORCHI_UNLIKELY(!orchi_round_goes_on(loop))) return orchi_yield_here(sp);
+    const orch_future *front = orchi_front(loop);
+    if (ORCHI_UNLIKELY(front->kind != ORCHI_TASK)) return orchi_yield_here(sp);
+    orch_task *next = front->as.task.task;
+    bool simple = orchi_leaves_simply(task) && next->reason == 0;
+    if (ORCHI_UNLIKELY(!simple)) return orchi_yield_here(sp);
+    orchi_entry entry = {next->context.sp, 0};
+    task->context.sp = sp;
+    loop->streak = 0;
+    loop->current = next;
+    orchi_pop(loop);
+    orchi_enqueue(loop, task->future);
+    return entry;
+}
+#else
+int orch_yield(void) { return orchi_yield(); }
+#endif
 
 /* Refused before a timer is made, so a cancelled task in a loop of sleeps needs none. */
 int orch_sleep(uint64_t ms) {
@@ -9235,7 +9320,7 @@ void *orch_on_main_stack(void *(*fn)(void *arg), void *arg) {
     loop->current = NULL;
     orchi_trash *trash = loop->trash;
     loop->trash = NULL;
-    orchi_context_switch(&task->context, &loop->main);
+    orchi_context_switch(&task->context, &loop->main, 0);
     loop->trash = trash;
     return loop->call.arg;
 }
@@ -17987,8 +18072,6 @@ orch_result orch_exit_status_check(orch_exit_status status) {
 #undef ORCHI_TSAN
 #undef ORCHI_UCONTEXT
 #undef ORCHI_UNLIKELY
-#undef ORCHI_YIELD
-#undef ORCHI_YIELD_LINKAGE
 
 #endif // ASYNCORCH_IMPLEMENTATION
 

@@ -486,6 +486,12 @@ TEST_DIES(under_an_older_kernel_an_overflow_is_named, "deep-diver") {
     overflow(dive_too_deep, NULL);
 }
 
+static orch_result yield_often(void *arg) {
+    (void)arg;
+    for (int i = 0; i < 10; i++) orch_yield();
+    return orch_ok_int(1);
+}
+
 // Overflows by a little, then waits. Below may be another stack, marked by the sanitizer.
 UNCHECKED static orch_result overflow_then_wait(void *arg) {
     size_t size = orch_task_stack_size(orch_self()); // of it some is used above this frame
@@ -498,6 +504,18 @@ UNCHECKED static orch_result overflow_then_wait(void *arg) {
 TEST_DIES(with_a_canary_an_overflow_is_named_at_the_next_wait, "deep-diver") {
     if (!pretend_old_kernel(true)) return;
     overflow(overflow_then_wait, NULL);
+}
+
+// The first wait goes back to who started the task; a later one may go to the next ready task.
+static orch_result overflow_then_yield(void *arg) {
+    orch_yield();
+    orch_detach(orch_go(yield_often, NULL));
+    return overflow_then_wait(arg);
+}
+
+TEST_DIES(with_a_canary_an_overflow_is_named_at_a_later_wait, "deep-diver") {
+    if (!pretend_old_kernel(true)) return;
+    overflow(overflow_then_yield, NULL);
 }
 #endif
 

@@ -887,6 +887,16 @@ IN_TASK(settling_from_a_thread_with_a_loop, "orch_settle" DO_THREAD) {
     check_foreign_settle(settle_there_with_a_loop);
 }
 
+IN_TASK(settling_with_no_result, "orch_settle_with") {
+    orch_promise ticket;
+    orch_future *f = orch_future_new(&ticket);
+    CHECK(!orch_settle_with(ticket, NULL));
+    orch_result r = orch_ok_int(3);
+    CHECK(orch_settle_with(ticket, &r));
+    r = orch_await(f);
+    CHECK_INT(orch_int(&r), 3);
+}
+
 static orch_result await_there_main(void *arg) {
     foreign *f = arg;
     f->error = result_error(orch_await(f->future));
@@ -1085,6 +1095,24 @@ IN_TASK(a_scope_closed_by_a_callback, "orch_scope_close" DO_TASK) {
     orch_yield();
     CHECK_INT(called, ORCH_ENOTASK);
     CHECK_INT(result_error(orch_scope_close(&s)), 0);
+}
+
+static void yield_at_the_end(void *arg) { *(int *)arg = orch_yield(); }
+
+static orch_result yield_twice(void *arg) {
+    (void)arg;
+    orch_yield();
+    orch_yield();
+    return orch_ok_int(2);
+}
+
+IN_TASK(a_yield_when_the_task_has_ended, "orch_yield" DO_TASK) {
+    int said = 0;
+    orch_task_desc desc = {.fn = yield_twice, .arg = &said, .release = yield_at_the_end};
+    orch_future *f = orch_go_with(&desc), *next = orch_go(yield_twice, NULL);
+    CHECK_INT(result_error(orch_await(f)), 0);
+    CHECK_INT(said, ORCH_ENOTASK);
+    CHECK_INT(result_error(orch_await(next)), 0);
 }
 
 IN_TASK(a_scope_closed_before_what_is_open_in_it, "orch_scope_close") {

@@ -778,6 +778,129 @@ TASK_TEST(a_task_that_is_ready_can_be_cancelled) {
     CHECK_INT(v.rc, ORCH_ECANCELED); // of the yield it is in
 }
 
+// Who enters a task has to tell the yield that it stands in what to return, wherever it comes from.
+// The first yield goes back to who started the task, the second to the next ready one.
+
+static orch_result second_yield(void *arg) {
+    victim *v = arg;
+    orch_yield();
+    if (v->gate != NULL) orch_settle(v->ticket, orch_ok_int(1));
+    v->rc = orch_yield();
+    return orch_ok_int(4);
+}
+
+static orch_result two_yields(void *arg) {
+    (void)arg;
+    orch_yield();
+    orch_yield();
+    return orch_ok_int(2);
+}
+
+static void count_one(orch_result *in, void *context) {
+    (void)in;
+    (*(int *)context)++;
+}
+
+TASK_TEST(a_yield_is_told_of_a_request_by_a_task_that_waits) {
+    victim v = {.rc = 1};
+    orch_future *f = orch_go(second_yield, &v);
+    orch_yield();
+    orch_cancel(f, 0);
+    CHECK_INT(join(f), 4);
+    CHECK_INT(v.rc, ORCH_ECANCELED);
+}
+
+TASK_TEST(a_yield_is_told_of_a_request_by_a_task_that_yields) {
+    victim v = {.rc = 1};
+    orch_future *f = orch_go(second_yield, &v);
+    orch_yield();
+    orch_cancel(f, 0);
+    orch_yield();
+    CHECK_INT(v.rc, ORCH_ECANCELED);
+    CHECK_INT(join(f), 4);
+}
+
+TASK_TEST(a_yield_is_told_of_a_request_by_a_task_that_ends) {
+    victim v = {.rc = 1};
+    orch_future *ends = orch_go(two_yields, NULL);
+    orch_future *f = orch_go(second_yield, &v);
+    orch_yield();
+    orch_cancel(f, 0);
+    CHECK_INT(join(f), 4); // the one that ends comes first
+    CHECK_INT(v.rc, ORCH_ECANCELED);
+    CHECK_INT(join(ends), 2);
+}
+
+TASK_TEST(a_yield_is_told_of_a_request_by_the_loop) {
+    int called = 0;
+    victim v = {.rc = 1};
+    v.gate = orch_future_new(&v.ticket);
+    orch_on(v.gate, count_one, &called);
+    orch_future *f = orch_go(second_yield, &v);
+    orch_yield(); // now the callback is ready, and the task behind it
+    orch_cancel(f, 0);
+    CHECK_INT(called, 0);
+    CHECK_INT(join(f), 4);
+    CHECK_INT(called, 1);
+    CHECK_INT(v.rc, ORCH_ECANCELED);
+}
+
+static int turns;
+
+static orch_result take_turns(void *arg) {
+    (void)arg;
+    for (int i = 0; i < 20; i++, turns++) orch_yield();
+    return orch_ok_int(20);
+}
+
+static orch_result yield_when_cancelled(void *arg) {
+    victim *v = arg;
+    orch_yield();
+    orch_yield();
+    int before = turns;
+    v->rc = orch_yield();
+    v->reason = turns - before;
+    return orch_ok_int(4);
+}
+
+TASK_TEST(a_yield_that_is_refused_lets_nobody_run) {
+    victim v = {.rc = 1};
+    orch_future *f = orch_go(yield_when_cancelled, &v), *others = orch_go(take_turns, NULL);
+    orch_yield();
+    orch_cancel(f, 0);
+    CHECK_INT(join(f), 4);
+    CHECK_INT(v.rc, ORCH_ECANCELED);
+    CHECK_INT(v.reason, 0);
+    CHECK_INT(join(others), 20);
+}
+
+static void yield_in_release(void *value) {
+    (void)value;
+    orch_yield();
+}
+
+static orch_result drop_one(void *arg) {
+    orch_future *f = orch_settled(orch_ok(arg, count_release));
+    orch_yield();
+    orch_yield();
+    int before = released;
+    orch_drop(f);
+    return orch_ok_int(released - before);
+}
+
+// What is freed while another task waits in a release is not left to that task.
+TASK_TEST(a_release_that_yields_holds_up_no_other) {
+    int value = 0;
+    orch_future *one = orch_settled(orch_ok(&value, yield_in_release));
+    orch_result list = orch_await(orch_all(one, orch_settled(orch_ok_int(1))));
+    orch_future *f = orch_go(drop_one, &value);
+    orch_yield();
+    bool real = list.error == 0;
+    orch_result_free(&list);
+    int dropped = join(f);
+    if (real) CHECK_INT(dropped, 1);
+}
+
 TASK_TEST(cancelling_what_has_ended_changes_nothing) {
     int five = 5;
     orch_future *f = orch_go(at_once, &five);
