@@ -888,11 +888,11 @@ IN_TASK(settling_from_a_thread_with_a_loop, "orch_settle" DO_THREAD) {
 }
 
 IN_TASK(settling_with_no_result, "orch_settle_with") {
-    orch_promise ticket;
-    orch_future *f = orch_future_new(&ticket);
-    CHECK(!orch_settle_with(ticket, NULL));
+    orch_promise promise;
+    orch_future *f = orch_future_new(&promise);
+    CHECK(!orch_settle_with(promise, NULL));
     orch_result r = orch_ok_int(3);
-    CHECK(orch_settle_with(ticket, &r));
+    CHECK(orch_settle_with(promise, &r));
     r = orch_await(f);
     CHECK_INT(orch_int(&r), 3);
 }

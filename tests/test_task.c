@@ -897,7 +897,7 @@ TASK_TEST(a_release_that_yields_holds_up_no_other) {
     orch_yield();
     bool real = list.error == 0;
     orch_result_free(&list);
-    int dropped = join(f);
+    intptr_t dropped = join(f);
     if (real) CHECK_INT(dropped, 1);
 }
 
