@@ -12,7 +12,11 @@
 #include <string.h>
 #include <time.h>
 
-#define BENCH_REPEATS 7 // odd, so that the median is one of them
+#define BENCH_ENOUGH 201 // repetitions that count
+#define BENCH_FEWEST 7   // odd, so that the median is one of them
+#define BENCH_MOST 4000  // repetitions
+#define BENCH_SECONDS 2  // for all of them
+#define BENCH_BRANCHES 20000
 
 // Nanoseconds of the monotonic clock. Only ever called outside a measured loop.
 static inline double bench_now(void) {
@@ -31,12 +35,63 @@ static inline double bench_median(double *values, size_t count) {
     return values[count / 2];
 }
 
+// The other thread of the core may be somebody else's. While it is busy, everything here takes up to
+// twice as long, and nothing shows it as well as taken branches: two cycles each instead of one. So
+// a repetition counts when a loop of them was as fast right before and after it as it ever was.
+// Repetitions should be short, about a millisecond: of long ones none may count, and then all do.
+
+typedef struct bench_sample {
+    double value;
+    double branch; // ns, the slower of before and after
+} bench_sample;
+
+static size_t bench_made, bench_counted; // repetitions, of all measures
+
+static inline double bench_branch(void) {
+    double start = bench_now();
+    for (size_t i = BENCH_BRANCHES; i > 0; i--) __asm__ volatile("" : "+r"(i));
+    return (bench_now() - start) / BENCH_BRANCHES;
+}
+
+// Moves the samples that count to the front, by their values alone.
+static inline size_t bench_alone(const bench_sample *samples, size_t count, double *values) {
+    double fastest = samples[0].branch;
+    size_t alone = 0;
+    for (size_t i = 0; i < count; i++) {
+        if (samples[i].branch < fastest) fastest = samples[i].branch;
+    }
+    for (size_t i = 0; i < count; i++) {
+        if (samples[i].branch <= 1.15 * fastest) values[alone++] = samples[i].value;
+    }
+    return alone;
+}
+
+static inline bench_sample bench_sample_of(double (*once)(void)) {
+    bench_sample sample;
+    double before = bench_branch();
+    sample.value = once();
+    sample.branch = bench_branch();
+    if (before > sample.branch) sample.branch = before;
+    return sample;
+}
+
 // once() measures one repetition and says what it cost. The first warms up and is not counted.
 static inline double bench_measure(double (*once)(void)) {
-    double values[BENCH_REPEATS];
+    static bench_sample samples[BENCH_MOST];
+    static double values[BENCH_MOST];
+    double end = bench_now() + BENCH_SECONDS * 1e9;
+    size_t count = 0, alone = 0;
     once();
-    for (size_t i = 0; i < BENCH_REPEATS; i++) values[i] = once();
-    return bench_median(values, BENCH_REPEATS);
+    while (count < BENCH_MOST && alone < BENCH_ENOUGH) {
+        if (count >= BENCH_FEWEST && bench_now() > end) break;
+        samples[count++] = bench_sample_of(once);
+        if (count % BENCH_FEWEST == 0) alone = bench_alone(samples, count, values);
+    }
+    alone = bench_alone(samples, count, values);
+    bench_made += count;
+    bench_counted += alone >= BENCH_FEWEST ? alone : count;
+    for (size_t i = 0; alone < BENCH_FEWEST && i < count; i++) values[i] = samples[i].value;
+    return bench_median(values, alone < BENCH_FEWEST ? count : alone);
 }
 
 // A benchmark of something that fails measures nothing: say so and stop.
@@ -63,7 +118,13 @@ static inline void bench_figure(const char *what, double value, const char *unit
 }
 
 static inline void bench_and(void) { printf(";"); }
-static inline void bench_end(void) { printf("\n"); }
+
+// Says last which part of the repetitions counted.
+static inline void bench_end(void) {
+    double share = bench_made > 0 ? 100.0 * (double)bench_counted / (double)bench_made : 0;
+    if (bench_made > 0) printf("; counted %.1f %%", share);
+    printf("\n");
+}
 
 // ---- memory, counted through the loop's allocator
 

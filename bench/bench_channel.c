@@ -5,7 +5,7 @@
 #include "../asyncorch.h"
 #include "bench.h"
 
-#define ITEMS 2000000
+#define ITEMS 20000
 
 static orch_channel *channel;
 static size_t capacity;

@@ -5,7 +5,7 @@
 #include "../asyncorch.h"
 #include "bench.h"
 
-#define OPERATIONS 5000000
+#define OPERATIONS 20000
 #define BATCH 100
 
 static size_t calls; // of a callback, so that a missing one is noticed

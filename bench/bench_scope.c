@@ -5,7 +5,7 @@
 #include "../asyncorch.h"
 #include "bench.h"
 
-#define SCOPES 2000000
+#define SCOPES 20000
 #define TASKS 100 // in one scope
 
 static size_t ran;

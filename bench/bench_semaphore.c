@@ -5,8 +5,8 @@
 #include "../asyncorch.h"
 #include "bench.h"
 
-#define TIMES 10000000
-#define HANDS 2000000
+#define TIMES 50000
+#define HANDS 20000
 
 static orch_semaphore *permits;
 

@@ -5,7 +5,7 @@
 #include "../asyncorch.h"
 #include "bench.h"
 
-#define OPERATIONS 2000000
+#define OPERATIONS 20000
 #define BATCH 100
 #define DUE 100000
 #define A_MINUTE 60000
