@@ -3941,7 +3941,11 @@ __asm__(
     "    callq *%rdx\n"
     "    movq %rax, %rsp\n"               // what they were here does not matter any more
     "    ldmxcsr (%rsp)\n"
-    "    jmp 1b\n"
+    "    fldcw 4(%rsp)\n"
+    "    movl %edx, %eax\n"
+    "    addq $8, %rsp\n"
+    "    popq %r15\n    popq %r14\n    popq %r13\n    popq %r12\n    popq %rbx\n    popq %rbp\n"
+    "    ret\n"
     ".cfi_endproc\n"
     ORCHI_FUNCTION_END("orchi_switch_start")
 );
