@@ -6527,7 +6527,7 @@ static ORCHI_INLINE void orchi_settle_inline(orch_loop *loop, orch_future *f,
                                              const orch_result *r) {
     orchi_move(&f->as.result, r);
     f->kind = ORCHI_DONE;
-    if (f->flags & ORCHI_CONSUMED) orchi_deliver(loop, f, r->error == 0);
+    if (ORCHI_LIKELY(f->flags & ORCHI_CONSUMED)) orchi_deliver(loop, f, r->error == 0);
     else if (f->flags & ORCHI_LISTED) orchi_settle_proxies(loop, f);
     else if (f->references == 0) orchi_abandon(loop, f);
 }
@@ -6876,13 +6876,12 @@ static bool orchi_may_settle(orch_promise p, const char *function) {
     return false;
 }
 
-/* Small, as it calls orchi_settle and does not have it in line: then compilers put it into a caller
- * that they see, and r need not be copied there. Copying it costs 25 cycles, since callers write r
- * with other widths than they copy it with, and such loads wait for the stores. */
 bool orch_settle_with(orch_promise p, orch_result *r) {
-    if (r == NULL) orchi_misuse("orch_settle_with", ORCH_EINVAL);
-    if (r == NULL) return false;
-    if (!orchi_may_settle(p, "orch_settle")) {
+    if (ORCHI_UNLIKELY(r == NULL)) {
+        orchi_misuse("orch_settle_with", ORCH_EINVAL);
+        return false;
+    }
+    if (ORCHI_UNLIKELY(!orchi_may_settle(p, "orch_settle"))) {
         orch_result_free(r);
         return false;
     }
