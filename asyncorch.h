@@ -3851,7 +3851,8 @@ struct orchi_stack {
     char *bottom; // lowest usable byte
     char *top;    // coloured
     void *fiber;  // TSan
-    uint32_t size_log;
+    uint32_t valgrind;
+    uint8_t size_log;
     bool used;
 };
 
@@ -4219,34 +4220,61 @@ static void orchi_fiber_free(void *fiber) { (void)fiber; }
 
 /* Valgrind is told of a stack by a client request: an instruction sequence that does nothing
  * outside it, with the arguments' address in a register (its manual, "The client request
- * mechanism"). Written out here, since its header is seldom installed. The registration ends with
- * the mapping. */
+ * mechanism"). Written out here, since its header is seldom installed. Returns what Valgrind says,
+ * 0 outside it. */
 // clang-format off
 #if defined(__x86_64__)
-static void orchi_valgrind_request(const uintptr_t *arguments) {
+static uintptr_t orchi_valgrind_request(const uintptr_t *arguments) {
     uintptr_t answer = 0;
     __asm__ volatile("rolq $3, %%rdi\n rolq $13, %%rdi\n rolq $61, %%rdi\n rolq $51, %%rdi\n"
                      "xchgq %%rbx, %%rbx"
                      : "+d"(answer) : "a"(arguments) : "cc", "memory");
+    return answer;
 }
 #elif defined(__aarch64__)
-static void orchi_valgrind_request(const uintptr_t *arguments) {
-    __asm__ volatile("mov x3, #0\n mov x4, %0\n"
+static uintptr_t orchi_valgrind_request(const uintptr_t *arguments) {
+    uintptr_t answer;
+    __asm__ volatile("mov x3, #0\n mov x4, %1\n"
                      "ror x12, x12, #3\n ror x12, x12, #13\n"
                      "ror x12, x12, #51\n ror x12, x12, #61\n"
-                     "orr x10, x10, x10"
-                     : : "r"(arguments) : "cc", "memory", "x3", "x4");
+                     "orr x10, x10, x10\n mov %0, x3"
+                     : "=r"(answer) : "r"(arguments) : "cc", "memory", "x3", "x4");
+    return answer;
 }
 #else
-static void orchi_valgrind_request(const uintptr_t *arguments) { (void)arguments; }
+static uintptr_t orchi_valgrind_request(const uintptr_t *arguments) {
+    (void)arguments;
+    return 0;
+}
 #endif
 // clang-format on
 
-enum { ORCHI_VALGRIND_STACK_REGISTER = 0x1501 };
+enum { ORCHI_VALGRIND_REGISTER = 0x1501, ORCHI_VALGRIND_DEREGISTER = 0x1502 };
 
-static void orchi_valgrind_stack(char *bottom, char *top) {
-    uintptr_t arguments[6] = {
-        ORCHI_VALGRIND_STACK_REGISTER, (uintptr_t)bottom, (uintptr_t)top, 0, 0, 0};
+/* Returns the number by which it is taken back. That has to be done: of two registrations of the
+ * same memory, the one of a stack that is gone may be the one that Valgrind goes by. */
+static uint32_t orchi_valgrind_stack(char *bottom, char *top) {
+    uintptr_t arguments[6] = {ORCHI_VALGRIND_REGISTER, (uintptr_t)bottom, (uintptr_t)top, 0, 0, 0};
+    return (uint32_t)orchi_valgrind_request(arguments);
+}
+
+static void orchi_valgrind_stack_gone(uint32_t id) {
+    uintptr_t arguments[6] = {ORCHI_VALGRIND_DEREGISTER, id, 0, 0, 0, 0};
+    orchi_valgrind_request(arguments);
+}
+
+/* What lies below the stack pointer of the last task here, but for 128 bytes, is out of bounds for
+ * memcheck, and it sees a switch to a lower one as no push. So what is to be above the new one, and
+ * 128 bytes below it, are opened (MAKE_MEM_UNDEFINED). */
+enum { ORCHI_MEMCHECK_UNDEFINED = 0x4d430001, ORCHI_MEMCHECK_BELOW = 128 };
+
+static void orchi_valgrind_lower(const char *sp, size_t above) {
+    uintptr_t arguments[6] = {ORCHI_MEMCHECK_UNDEFINED,
+                              (uintptr_t)sp - ORCHI_MEMCHECK_BELOW,
+                              above + ORCHI_MEMCHECK_BELOW,
+                              0,
+                              0,
+                              0};
     orchi_valgrind_request(arguments);
 }
 
@@ -4372,7 +4400,7 @@ static void orchi_map_cut(orch_loop *loop, orchi_stack_map *map, orchi_stack_poo
         size_t colour = (size_t)(i % 16) * 128;
         stack->bottom = start + ORCHI_GUARD_BYTES;
         stack->top = start + stride - ORCHI_STACK_HEAD - colour;
-        stack->size_log = map->size_log;
+        stack->size_log = (uint8_t)map->size_log;
         stack->used = false;
         stack->fiber = NULL;
         stack->next = pool->clean;
@@ -4380,7 +4408,7 @@ static void orchi_map_cut(orch_loop *loop, orchi_stack_map *map, orchi_stack_poo
         orch_guard level = orchi_guard_install(loop, start, i + 1 == map->count);
         orchi_guard_note(loop, level);
         map->canary = map->canary || level == ORCH_GUARD_CANARY;
-        orchi_valgrind_stack(stack->bottom, start + stride);
+        stack->valgrind = orchi_valgrind_stack(stack->bottom, start + stride);
     }
 }
 
@@ -4413,7 +4441,10 @@ static void orchi_maps_free(orch_loop *loop) {
     while (loop->maps != NULL) {
         orchi_stack_map *map = loop->maps;
         loop->maps = map->next;
-        for (uint32_t i = 0; i < map->count; i++) orchi_fiber_free(orchi_map_stacks(map)[i].fiber);
+        for (uint32_t i = 0; i < map->count; i++) {
+            orchi_fiber_free(orchi_map_stacks(map)[i].fiber);
+            orchi_valgrind_stack_gone(orchi_map_stacks(map)[i].valgrind);
+        }
         munmap(map->base, map->bytes);
         orchi_free(loop, map, orchi_map_record(map->count));
     }
@@ -8918,7 +8949,9 @@ static ORCHI_INLINE void orchi_task_init(orch_loop *loop, orch_task *task, orch_
 
 /* Copies the argument to the top of the stack. Returns where the stack begins below it. */
 static char *orchi_task_copy(orch_task *task, char *top, const orch_task_desc *desc) {
-    top -= (desc->arg_size + 63) / 64 * 64;
+    size_t bytes = (desc->arg_size + 63) / 64 * 64;
+    top -= bytes;
+    orchi_valgrind_lower(top, bytes);
     memcpy(top, desc->arg, desc->arg_size);
     task->arg = top;
     return top;

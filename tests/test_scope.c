@@ -3069,7 +3069,7 @@ static orch_result opens_and_closes(void *arg) {
     turns_taken = 0;
     orch_spawn(takes_turns, NULL);
     uint64_t start = orch_now();
-    while (turns_taken == 0 && orch_now() - start < 300) {
+    while (turns_taken == 0 && orch_now() - start < 3000) {
         orch_scope s;
         member m = {.ms = 0};
         CHECK_INT(orch_scope_open(&s, NULL), 0);

@@ -387,6 +387,27 @@ TASK_TEST(an_argument_is_released_once_when_its_task_has_ended) {
     CHECK(released_last == &o);
 }
 
+typedef struct big_argument {
+    unsigned char bytes[1000];
+} big_argument;
+
+static orch_result sum_bytes(void *arg) {
+    const big_argument *big = arg;
+    int sum = 0;
+    for (size_t i = 0; i < sizeof big->bytes; i++) sum += big->bytes[i];
+    return orch_ok_int(sum);
+}
+
+// Valgrind has to be told that the stack begins lower than the last time.
+TASK_TEST(a_big_argument_is_copied_to_a_stack_that_was_used) {
+    int five = 5;
+    big_argument big;
+    memset(&big, 1, sizeof big);
+    orch_task_desc desc = {.fn = sum_bytes, .arg = &big, .arg_size = sizeof big};
+    CHECK_INT(join(orch_go(at_once, &five)), 5);
+    CHECK_INT(join(orch_go_with(&desc)), 1000);
+}
+
 static int released_number;
 
 static void release_order(void *arg) {
