@@ -3765,9 +3765,10 @@ orch_result orch_failf(int error, const char *format, ...) {
 }
 
 // How a result is copied. A load is forwarded from a store that is still under way only when it lies
-// within that store; else it waits for it, for 12 to 18 cycles. Who wrote a result did so field by
-// field (error and index, if they are constants, as one word), and who reads it next copies it in
-// two halves, as struct copies are compiled. So it is read in words here, and written in halves.
+// within that store; else it waits until the store has reached the cache. Who wrote a result did so
+// field by field (error and index, if they are constants, as one word), and who reads it next copies
+// it in two halves, as struct copies are compiled. So it is read in words here, and written in
+// halves.
 
 #if UINTPTR_MAX == UINT64_MAX
 typedef uint64_t orchi_word __attribute__((may_alias));
@@ -4269,12 +4270,9 @@ static void orchi_valgrind_stack_gone(uint32_t id) {
 enum { ORCHI_MEMCHECK_UNDEFINED = 0x4d430001, ORCHI_MEMCHECK_BELOW = 128 };
 
 static void orchi_valgrind_lower(const char *sp, size_t above) {
-    uintptr_t arguments[6] = {ORCHI_MEMCHECK_UNDEFINED,
-                              (uintptr_t)sp - ORCHI_MEMCHECK_BELOW,
-                              above + ORCHI_MEMCHECK_BELOW,
-                              0,
-                              0,
-                              0};
+    uintptr_t from = (uintptr_t)sp - ORCHI_MEMCHECK_BELOW;
+    uintptr_t arguments[6] = {
+        ORCHI_MEMCHECK_UNDEFINED, from, above + ORCHI_MEMCHECK_BELOW, 0, 0, 0};
     orchi_valgrind_request(arguments);
 }
 
@@ -8131,10 +8129,8 @@ struct orch_task { // first what every wait touches: one cache line
 };
 
 typedef char orchi_task_fits[sizeof(struct orch_task) <= ORCHI_STACK_HEAD ? 1 : -1];
-typedef char
-    orchi_bits_fit[offsetof(struct orch_task, canary) == offsetof(struct orch_task, reason) + 7
-                       ? 1
-                       : -1]; // orchi_leaves_simply
+enum { ORCHI_ODD = offsetof(struct orch_task, canary) - offsetof(struct orch_task, reason) + 1 };
+typedef char orchi_odd_fits[ORCHI_ODD == sizeof(uint64_t) ? 1 : -1]; // orchi_leaves_simply
 
 // Two fields say what a request does to a task. `asked` is the task's own, for ever. `reason` is
 // what counts for the next wait: orchi_task_judge works it out from the open scopes and `asked`, so
@@ -9195,9 +9191,11 @@ __asm__(
     "    addq $8, %rsp\n"
     "    popq %r15\n    popq %r14\n    popq %r13\n    popq %r12\n    popq %rbx\n    popq %rbp\n"
     "    popq %rcx\n"
+    ".cfi_remember_state\n"
     ".cfi_adjust_cfa_offset -64\n"
     ".cfi_register rip, rcx\n"
     "    jmp *%rcx\n"
+    ".cfi_restore_state\n"
     "1:  fldcw 4(%rsp)\n"
     "    jmp 2b\n"
     ".cfi_endproc\n"
@@ -9211,11 +9209,11 @@ ORCHI_NO_INLINE static orchi_entry orchi_yield_here(void *sp) {
 }
 
 /* Whether leaving a task is a switch and no more: nobody has asked it to end, it has waited before,
- * and its guard needs no look. Eight bytes, read as one. */
+ * and its guard needs no look. From reason to canary, read as one. */
 static inline bool orchi_leaves_simply(const orch_task *task) {
-    uint64_t bits;
-    memcpy(&bits, (const char *)task + offsetof(struct orch_task, reason), sizeof bits);
-    return bits == 0 && !(task->future->flags & ORCHI_QUEUED);
+    uint64_t odd;
+    memcpy(&odd, (const char *)task + offsetof(struct orch_task, reason), sizeof odd);
+    return odd == 0 && !(task->future->flags & ORCHI_QUEUED);
 }
 
 __attribute__((used, visibility("hidden"))) orchi_entry orchi_hand_over(void *sp) {

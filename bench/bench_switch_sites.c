@@ -1,7 +1,7 @@
 // What does a switch cost when tasks yield from different places, as in a real program? Two tasks
-// in alternation, 10^7 yields (201 times 50,000) from 18 call sites (8 and 10, so that every pair of
-// them meets), while one descriptor is waited for. The processor predicts a return by the call last
-// made; after a switch that call was another task's.
+// in alternation, 10^7 yields (201 times 50,000) from 18 call sites (8 and 10, so that every pair
+// of them meets), while one descriptor is waited for. The processor predicts a return by the call
+// last made; after a switch that call was another task's.
 // Run: make bench, or .build/bench/bench_switch_sites
 #define ASYNCORCH_IMPLEMENTATION
 #include "../asyncorch.h"
