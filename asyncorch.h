@@ -3764,11 +3764,11 @@ orch_result orch_failf(int error, const char *format, ...) {
     return r;
 }
 
-// How a result is copied. A load is forwarded from a store that is still under way only when it lies
-// within that store; else it waits until the store has reached the cache. Who wrote a result did so
-// field by field (error and index, if they are constants, as one word), and who reads it next copies
-// it in two halves, as struct copies are compiled. So it is read in words here, and written in
-// halves.
+// How a result is copied. A load is forwarded from a store that is still under way only when it
+// lies within that store; else it waits until the store has reached the cache. Who wrote a result
+// did so field by field (error and index, if they are constants, as one word), and who reads it
+// next copies it in two halves, as struct copies are compiled. So it is read in words here, and
+// written in halves.
 
 #if UINTPTR_MAX == UINT64_MAX
 typedef uint64_t orchi_word __attribute__((may_alias));

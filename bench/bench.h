@@ -35,9 +35,9 @@ static inline double bench_median(double *values, size_t count) {
     return values[count / 2];
 }
 
-// The other thread of the core may be somebody else's. While it is busy, everything here takes up to
-// twice as long, and nothing shows it as well as taken branches: two cycles each instead of one. So
-// a repetition counts when a loop of them was as fast right before and after it as it ever was.
+// The other thread of the core may be somebody else's. While it is busy, everything here takes up
+// to twice as long, and nothing shows it as well as taken branches: two cycles each instead of one.
+// So a repetition counts when a loop of them was as fast right before and after it as it ever was.
 // Repetitions should be short, about a millisecond: of long ones none may count, and then all do.
 
 typedef struct bench_sample {
