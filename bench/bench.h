@@ -6,6 +6,7 @@
 #ifndef BENCH_H
 #define BENCH_H
 
+#include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -16,7 +17,7 @@
 #define BENCH_FEWEST 7   // odd, so that the median is one of them
 #define BENCH_MOST 4000  // repetitions
 #define BENCH_SECONDS 2  // for all of them
-#define BENCH_BRANCHES 20000
+#define BENCH_STEPS 20000
 
 // Nanoseconds of the monotonic clock. Only ever called outside a measured loop.
 static inline double bench_now(void) {
@@ -37,42 +38,52 @@ static inline double bench_median(double *values, size_t count) {
 
 // The other thread of the core may be somebody else's. While it is busy, everything here takes up
 // to twice as long, and nothing shows it as well as taken branches: two cycles each instead of one.
-// So a repetition counts when a loop of them was as fast right before and after it as it ever was.
-// Repetitions should be short, about a millisecond: of long ones none may count, and then all do.
+// A chain of products takes three each all the same. So a repetition counts when, right before and
+// after it, a taken branch took a third of a product. Repetitions should be short, about a
+// millisecond: of long ones none may count, and then all do.
 
 typedef struct bench_sample {
     double value;
-    double branch; // ns, the slower of before and after
+    bool alone;
 } bench_sample;
 
-static size_t bench_made, bench_counted; // repetitions, of all measures
+static size_t bench_made, bench_counted; // repetitions, and those alone, of all measures
 
-static inline double bench_branch(void) {
+static inline double bench_branches(void) {
     double start = bench_now();
-    for (size_t i = BENCH_BRANCHES; i > 0; i--) __asm__ volatile("" : "+r"(i));
-    return (bench_now() - start) / BENCH_BRANCHES;
+    for (size_t i = BENCH_STEPS; i > 0; i--) __asm__ volatile("" : "+r"(i));
+    return bench_now() - start;
 }
 
-// Moves the samples that count to the front, by their values alone.
-static inline size_t bench_alone(const bench_sample *samples, size_t count, double *values) {
-    double fastest = samples[0].branch;
-    size_t alone = 0;
-    for (size_t i = 0; i < count; i++) {
-        if (samples[i].branch < fastest) fastest = samples[i].branch;
+static inline double bench_products(void) {
+    size_t product = 1;
+    double start = bench_now();
+    for (size_t i = BENCH_STEPS; i > 0; i--) {
+        product *= i;
+        __asm__ volatile("" : "+r"(product));
     }
-    for (size_t i = 0; i < count; i++) {
-        if (samples[i].branch <= 1.15 * fastest) values[alone++] = samples[i].value;
-    }
-    return alone;
+    return bench_now() - start;
 }
+
+static inline bool bench_alone(void) { return bench_branches() <= 1.15 / 3 * bench_products(); }
 
 static inline bench_sample bench_sample_of(double (*once)(void)) {
     bench_sample sample;
-    double before = bench_branch();
+    bool before = bench_alone();
     sample.value = once();
-    sample.branch = bench_branch();
-    if (before > sample.branch) sample.branch = before;
+    sample.alone = bench_alone() && before;
     return sample;
+}
+
+// Copies the values of those that count; of all, if these are too few.
+static inline size_t bench_count(const bench_sample *samples, size_t count, double *values) {
+    size_t counted = 0;
+    for (size_t i = 0; i < count; i++) {
+        if (samples[i].alone) values[counted++] = samples[i].value;
+    }
+    if (counted >= BENCH_FEWEST) return counted;
+    for (size_t i = 0; i < count; i++) values[i] = samples[i].value;
+    return count;
 }
 
 // once() measures one repetition and says what it cost. The first warms up and is not counted.
@@ -84,14 +95,12 @@ static inline double bench_measure(double (*once)(void)) {
     once();
     while (count < BENCH_MOST && alone < BENCH_ENOUGH) {
         if (count >= BENCH_FEWEST && bench_now() > end) break;
-        samples[count++] = bench_sample_of(once);
-        if (count % BENCH_FEWEST == 0) alone = bench_alone(samples, count, values);
+        samples[count] = bench_sample_of(once);
+        alone += samples[count++].alone;
     }
-    alone = bench_alone(samples, count, values);
     bench_made += count;
-    bench_counted += alone >= BENCH_FEWEST ? alone : count;
-    for (size_t i = 0; alone < BENCH_FEWEST && i < count; i++) values[i] = samples[i].value;
-    return bench_median(values, alone < BENCH_FEWEST ? count : alone);
+    bench_counted += alone;
+    return bench_median(values, bench_count(samples, count, values));
 }
 
 // A benchmark of something that fails measures nothing: say so and stop.
