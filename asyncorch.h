@@ -3815,15 +3815,15 @@ void orch_result_free(orch_result *r) {
 //     inline assembly, even with a memory clobber, never to change a non-escaping static; a task's
 //     change to one was then read stale. It keeps callee-saved registers, MXCSR and x87 control
 //     word (FPCR, fcsr).
-//   - Of the two control words, MXCSR is the dear one: storing it takes 10 to 15 cycles on AMD's
-//     Zen 3 and loading it 2, so it is stored only where a task is left that will go on. A bare
-//     switch is 2.6 ns there without them and 6.0 with them; 8.2 when a compare saves the load.
-//     What a task has set cannot be known otherwise, and the ABI says that it keeps it.
+//   - Of the two control words, MXCSR is the dear one: on AMD's Zen 3 storing it is slow and
+//     loading it is not, so it is stored only where a task is left that will go on, and loaded
+//     always: a compare that saves the load costs more. What a task has set cannot be known
+//     otherwise, and the ABI says that it keeps it.
 //   - It is left by `ret`. That is predicted when the other task waits at the same place, as tasks
 //     that run the same code do, and a new task is a call and a return to the processor too
 //     (orchi_switch_start). A register jump is faster between two bare switches, but leaves the
 //     call behind on the processor's return stack, and then every return up to the user's loop is
-//     mispredicted: 18 ns a yield against 7.
+//     mispredicted. orch_yield, which returns straight to the user, jumps: see >>task.
 //   - Built for shadow stacks (CET) the assembly is used only while they are off; else ucontext,
 //     which glibc makes right. So an object marked SHSTK never lies.
 //   - Stacks are cut from maps. Under each lies a guard of 16 KiB or more: one page is jumped over
@@ -9075,7 +9075,7 @@ static orch_task *orchi_here_task(const char *function, int *error) {
 }
 
 /* In line, as every return between the switch and the user's code that is not one of the task left
- * is mispredicted: 26 cycles less an await. */
+ * is mispredicted. */
 static ORCHI_INLINE orch_result orchi_await_pending(orch_loop *loop, orch_task *task,
                                                     orch_future *f) {
     if (orchi_must_end(task) && !(f->flags & ORCHI_DECIDED)) {
