@@ -1194,7 +1194,7 @@ orch_loop *orch_loop_current(void);
  * Owns nothing; lives as long as the loop. */
 const orch_loop_desc *orch_loop_settings(const orch_loop *loop);
 
-/* Counters. `futures` is counted now, which visits every slot.
+/* Counters. `futures` and `tasks` are counted now, which visits every slot.
  * Returns them; zeros for NULL.
  * Context: loop thread.
  * Owns nothing. */
@@ -2959,7 +2959,7 @@ static void orchi_print_backtrace(void) {}
 //   - A slot's first word is its generation, odd while it is live; else a free-list link, which is
 //     even. So a ticket or a consumed handle can be checked against a freed slot; slabs live as
 //     long as the loop.
-//   - A slot is 64 bytes in a 4 KiB page, whose head names the loop; frees go back to their own
+//   - A slot is 64 bytes in a 16 KiB page, whose head names the loop; frees go back to their own
 //     page, because one list over all pages, scrambled by random frees, costs a cache miss per
 //     allocation.
 //   - The ring holds pointers to futures that have something to run, each at most once (QUEUED). It
@@ -3132,14 +3132,15 @@ extern const orchi_kind orchi_kinds[ORCHI_KINDS];
 // reference. orchi_retire_owning turns this recursion into a loop.
 static void orchi_release(orch_future *f);
 
-// A region is one allocation; its pages are cut to 4 KiB borders:
+// A region is one allocation; its pages are cut to 16 KiB borders:
 //
-//     region | page: head, 63 slots | page: head, 63 slots | ...
+//     region | page: head, 255 slots | page: head, 255 slots | ...
 //
 // The head has the size of a slot. Small pages keep the cost of an alignment border low, and let a
-// program with ten futures live in 64 KiB.
+// program with ten futures live in 64 KiB; with smaller ones, some hundred futures that come and go
+// together would go from page to page all the time.
 
-struct orchi_page { // 4 KiB, aligned to 4 KiB
+struct orchi_page { // 16 KiB, aligned to 16 KiB
     orch_loop *loop;
     orchi_page *next;  // in the list of pages with free slots
     orch_future *free; // slots given back
@@ -3147,7 +3148,7 @@ struct orchi_page { // 4 KiB, aligned to 4 KiB
     bool listed;
 };
 
-enum { ORCHI_PAGE = 4096, ORCHI_SLOT = 64, ORCHI_PAGE_SLOTS = ORCHI_PAGE / ORCHI_SLOT - 1 };
+enum { ORCHI_PAGE = 16384, ORCHI_SLOT = 64, ORCHI_PAGE_SLOTS = ORCHI_PAGE / ORCHI_SLOT - 1 };
 
 // How a slot is found and how it goes:
 //
@@ -3155,7 +3156,7 @@ enum { ORCHI_PAGE = 4096, ORCHI_SLOT = 64, ORCHI_PAGE_SLOTS = ORCHI_PAGE / ORCHI
 //               has one, else a page of a region, else a new region: four instructions, then rarer
 //               and rarer
 //     free      to its own page's list, which makes the page known as one with room
-//     its loop  is named in the head of its page: the address with its low 12 bits cleared
+//     its loop  is named in the head of its page: the address with its low 14 bits cleared
 
 typedef struct orchi_region { // memory for pages, from the allocator
     struct orchi_region *next;
@@ -3566,11 +3567,11 @@ static void orchi_unpoison_range(void *p, size_t n) {
 }
 #endif
 
-/* Regions double from 16 pages to 4,096, so that small programs stay small, and large ones get huge
+/* Regions double from 4 pages to 1,024, so that small programs stay small, and large ones get huge
  * pages. */
 static orchi_region *orchi_region_new(orch_loop *loop) {
-    size_t count = loop->regions == NULL ? 16 : loop->regions->count * 2;
-    if (count > 4096) count = 4096;
+    size_t count = loop->regions == NULL ? 4 : loop->regions->count * 2;
+    if (count > 1024) count = 1024;
     size_t slots = loop->slots + count * ORCHI_PAGE_SLOTS;
     if (!orchi_ring_reserve(loop, slots + 1)) return NULL; // and `mail`
     size_t bytes = sizeof(orchi_region) + (count + 1) * ORCHI_PAGE;
@@ -3854,7 +3855,6 @@ struct orchi_stack {
     void *fiber;  // TSan
     uint32_t valgrind;
     uint8_t size_log;
-    bool used;
 };
 
 // A map holds stacks one after the other, each with the guard that it grows towards:
@@ -4399,7 +4399,6 @@ static void orchi_map_cut(orch_loop *loop, orchi_stack_map *map, orchi_stack_poo
         stack->bottom = start + ORCHI_GUARD_BYTES;
         stack->top = start + stride - ORCHI_STACK_HEAD - colour;
         stack->size_log = (uint8_t)map->size_log;
-        stack->used = false;
         stack->fiber = NULL;
         stack->next = pool->clean;
         pool->clean = stack;
@@ -4476,7 +4475,6 @@ static inline orchi_stack *orchi_stack_take(orch_loop *loop, uint32_t size_log) 
     } else if ((stack = orchi_stack_take_clean(loop, size_log)) == NULL) {
         return NULL;
     }
-    stack->used = true;
     stack->fiber = orchi_fiber_renew(stack->fiber);
     orchi_unpoison_range(stack->bottom, (size_t)1 << size_log);
     return stack;
@@ -4486,7 +4484,6 @@ static inline orchi_stack *orchi_stack_take(orch_loop *loop, uint32_t size_log) 
  * takes it before that has been left. */
 static void orchi_stack_give(orch_loop *loop, orchi_stack *stack) {
     orchi_stack_pool *pool = &loop->pools[stack->size_log - ORCHI_STACK_MIN_LOG];
-    stack->used = false;
     stack->next = pool->hot;
     pool->hot = stack;
     pool->hot_count++;
@@ -6297,6 +6294,12 @@ const orch_loop_desc *orch_loop_settings(const orch_loop *loop) {
     return loop != NULL ? &loop->desc : NULL;
 }
 
+static void orchi_count_visit(orch_future *f, void *context) {
+    orch_loop_stats *stats = (orch_loop_stats *)context;
+    stats->futures++;
+    stats->tasks += f->kind == ORCHI_TASK;
+}
+
 orch_loop_stats orch_loop_statistics(const orch_loop *loop) {
     orch_loop_stats stats;
     memset(&stats, 0, sizeof stats);
@@ -6304,7 +6307,7 @@ orch_loop_stats orch_loop_statistics(const orch_loop *loop) {
     stats = loop->stats;
     stats.timers = loop->timers.count;
     stats.poller = loop->poller.ops->id;
-    stats.futures = orchi_live((orch_loop *)(uintptr_t)loop); // visits slots, changes none
+    orchi_each_slot((orch_loop *)(uintptr_t)loop, orchi_count_visit, &stats); // changes none
     stats.resumes = orchi_resumes(loop);
     stats.wakes = orchi_inbox_wakes(loop);
     return stats;
@@ -6458,6 +6461,13 @@ ORCHI_NO_INLINE static void orchi_abandon(orch_loop *loop, orch_future *f) {
     orchi_retire(loop, f);
 }
 
+/* The same, where mostly nothing is to be reported or released. */
+static inline void orchi_leave_behind(orch_loop *loop, orch_future *f) {
+    bool light = f->as.result.error == 0 && f->as.result.release == NULL;
+    if (ORCHI_LIKELY(light)) orchi_slot_free(loop, f);
+    else orchi_abandon(loop, f);
+}
+
 // ---- decisions
 
 /* Follows a decision upwards until somebody is not decided by it. What is shared on the way goes on
@@ -6558,7 +6568,7 @@ static ORCHI_INLINE void orchi_settle_inline(orch_loop *loop, orch_future *f,
     f->kind = ORCHI_DONE;
     if (ORCHI_LIKELY(f->flags & ORCHI_CONSUMED)) orchi_deliver(loop, f, r->error == 0);
     else if (f->flags & ORCHI_LISTED) orchi_settle_proxies(loop, f);
-    else if (f->references == 0) orchi_abandon(loop, f);
+    else if (f->references == 0) orchi_leave_behind(loop, f);
 }
 
 ORCHI_NO_INLINE static void orchi_settle(orch_loop *loop, orch_future *f, const orch_result *r) {
@@ -7083,8 +7093,13 @@ void orch_drop(orch_future *f) {
 // Detaching and dropping both give up a handle. Detached work goes on, and frees itself when it has
 // settled; its rejection is reported, unless somebody has looked. Dropped work is asked to end.
 
+/* Whether there is a handle to be given up. */
+static bool orchi_may_detach(const orch_future *f) {
+    return f != NULL && orchi_check(f, "orch_detach") == 0 && !(f->flags & ORCHI_IMMORTAL);
+}
+
 void orch_detach(orch_future *f) {
-    if (f == NULL || orchi_check(f, "orch_detach") != 0 || (f->flags & ORCHI_IMMORTAL)) return;
+    if (ORCHI_UNLIKELY(!orchi_is_exclusive(f)) && !orchi_may_detach(f)) return;
     f->flags |= ORCHI_DETACHED;
     if (--f->references == 0 && orchi_settled(f)) orchi_abandon(orchi_loop, f);
 }
@@ -8824,7 +8839,6 @@ static inline orchi_entry orchi_task_end(orch_loop *loop, orch_task *task, orch_
     task->ended = true;
     if (task->release != NULL) task->release(task->arg);
     if (ORCHI_UNLIKELY(task->heir)) orchi_task_disown(loop, task);
-    loop->stats.tasks--;
     orchi_resolve(loop, task->future, r);
     orch_task *next = orchi_next_task(loop, task);
     orchi_stack_give(loop, task->stack);
@@ -9011,7 +9025,6 @@ static ORCHI_INLINE orch_future *orchi_go(orch_loop *loop, const orch_task_desc 
         return NULL;
     }
     if (desc->arg_size > 0) top = orchi_task_copy(task, top, desc);
-    loop->stats.tasks++;
     orchi_task_start(loop, task, top);
     return f;
 }
@@ -9361,9 +9374,9 @@ void *orch_on_main_stack(void *(*fn)(void *arg), void *arg) {
 
 // ---- stack overflow
 //
-// A handler for the whole process, installed with the first loop: it names the task whose guard was
-// hit and puts back what was installed before, which then sees the same fault. It runs on an
-// alternate stack.
+// A handler for the whole process, installed with the first loop: when a guard was hit, it names the
+// task that runs, and puts back what was installed before, which then sees the same fault. It runs
+// on an alternate stack. The guard need not be the task's own: a large frame may jump over that.
 
 static struct {
     int installed;
@@ -9372,15 +9385,13 @@ static struct {
 
 enum { ORCHI_SIGNAL_STACK = 65536 };
 
-/* The stack whose guard an address lies in, or NULL. */
-static orchi_stack *orchi_stack_at(const orch_loop *loop, const char *address) {
+/* Whether an address lies in the guard of a stack. */
+static bool orchi_is_guard(const orch_loop *loop, const char *address) {
     for (orchi_stack_map *map = loop->maps; map != NULL; map = map->next) {
         if (address < map->base || address >= map->base + map->bytes) continue;
-        size_t i = (size_t)(address - map->base) / orchi_map_stride(map);
-        orchi_stack *stack = orchi_map_stacks(map) + i;
-        return address < stack->bottom && stack->used ? stack : NULL;
+        return (size_t)(address - map->base) % orchi_map_stride(map) < ORCHI_GUARD_BYTES;
     }
-    return NULL;
+    return false;
 }
 
 /* write and not stdio, which a signal handler must not call. */
@@ -9401,9 +9412,8 @@ static void orchi_fault_number(uint64_t number) {
 static void orchi_fault_handler(int signal, siginfo_t *info, void *context) {
     (void)context;
     const char *address = (const char *)info->si_addr;
-    orchi_stack *stack = orchi_loop != NULL ? orchi_stack_at(orchi_loop, address) : NULL;
-    if (stack != NULL) {
-        const orch_task *task = (const orch_task *)(const void *)stack->top;
+    const orch_task *task = orchi_loop != NULL ? orchi_loop->current : NULL;
+    if (task != NULL && orchi_is_guard(orchi_loop, address)) {
         orchi_fault_write("asyncorch: stack overflow in task '");
         orchi_fault_write(task->name);
         orchi_fault_write("'#");

@@ -11,6 +11,7 @@
 #include <stdint.h>
 #include <stdio.h>
 #include <string.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
 #if defined(__linux__)
@@ -406,6 +407,60 @@ TEST_DIES(a_large_frame_is_named_too, "deep-diver") { overflow(large_frame, NULL
 TEST_DIES(a_large_frame_of_variable_size_is_named_too, "deep-diver") {
     size_t size = 150 * KIB;
     overflow(variable_frame, &size);
+}
+
+/* Over its own guard and others' stacks, into a guard: that of the second stack below, where guards
+ * have 16 KiB; that of the first, where they have 64. */
+static orch_result jump_far(void *arg) {
+    volatile char here = 0;
+    (void)arg;
+    *(&here - 230 * KIB) = 1;
+    return orch_ok_int(here);
+}
+
+static orch_result above_another(void *arg) {
+    orch_task_desc other = {.name = "bystander", .fn = rest};
+    orch_task_desc jumper = {.name = "deep-diver", .fn = jump_far};
+    (void)arg;
+    for (int i = 0; i < 3; i++) orch_detach(orch_go_with(&other)); // the first lie lowest
+    orch_result r = orch_await(orch_go_with(&jumper));
+    return r;
+}
+
+TEST_DIES(a_jump_into_anothers_guard_names_who_jumped, "deep-diver") {
+    orch_result r = orch_run(above_another, NULL);
+    orch_result_free(&r);
+}
+
+static orch_result fault_elsewhere(void *arg) {
+    *(volatile char *)arg = 1;
+    return orch_ok_int(1);
+}
+
+/* What a child says that dies of a fault in a task. */
+static size_t last_words(char *text, size_t size) {
+    int ends[2];
+    size_t length = 0;
+    if (pipe(ends) != 0) return 0;
+    pid_t child = fork();
+    if (child == 0) {
+        dup2(ends[1], 2);
+        overflow(fault_elsewhere, (void *)8);
+        _exit(0);
+    }
+    close(ends[1]);
+    for (ssize_t n = 1; n > 0 && length + 1 < size; length += n > 0 ? (size_t)n : 0) {
+        n = read(ends[0], text + length, size - 1 - length);
+    }
+    text[length] = '\0';
+    close(ends[0]);
+    return waitpid(child, NULL, 0) == child ? length : 0;
+}
+
+TEST(a_fault_that_hits_no_guard_is_no_overflow) {
+    static char text[65536];
+    last_words(text, sizeof text);
+    CHECK(strstr(text, "stack overflow") == NULL);
 }
 
 static orch_result overflow_small(void *arg) {
