@@ -3244,8 +3244,8 @@ typedef struct orchi_context { // a point of execution that was left and can be 
 enum { ORCHI_STACK_MIN_LOG = 14, ORCHI_STACK_MAX_LOG = 30, ORCHI_STACK_POOLS = 17 };
 
 typedef struct orchi_stack_pool {
-    orchi_stack *hot;   // last in, first out
-    orchi_stack *clean; // without memory behind them
+    struct orchi_stack_top *hot; // last in, first out
+    orchi_stack *clean;          // without memory behind them
     uint32_t hot_count;
     uint32_t low; // the lowest hot_count since the last trim
     uint32_t made;
@@ -3857,6 +3857,13 @@ struct orchi_stack {
     uint8_t size_log;
 };
 
+// With this the control block begins, from the first task of a stack on. The hot ones are linked
+// here and not in their records: a new task is then where the list says, without another load.
+typedef struct orchi_stack_top {
+    orchi_stack *stack;
+    struct orchi_stack_top *colder; // used before this one
+} orchi_stack_top;
+
 // A map holds stacks one after the other, each with the guard that it grows towards:
 //
 //     | guard | bottom ... frames <- top | control block | colour | guard | bottom ...
@@ -4457,35 +4464,38 @@ static uint32_t orchi_stack_log(size_t size) {
 }
 
 /* One that was not used yet, or has given its memory back. */
-ORCHI_COLD static orchi_stack *orchi_stack_take_clean(orch_loop *loop, uint32_t size_log) {
+ORCHI_COLD static orchi_stack_top *orchi_stack_take_clean(orch_loop *loop, uint32_t size_log) {
     orchi_stack_pool *pool = &loop->pools[size_log - ORCHI_STACK_MIN_LOG];
     if (pool->clean == NULL && !orchi_map_new(loop, pool, size_log)) return NULL;
     orchi_stack *stack = pool->clean;
+    orchi_stack_top *top = (orchi_stack_top *)(void *)stack->top;
     pool->clean = stack->next;
-    return stack;
+    orchi_unpoison_range(top, sizeof *top);
+    top->stack = stack;
+    return top;
 }
 
 /* A stack of 2^size_log bytes, the hottest first; NULL when out of memory. */
-static inline orchi_stack *orchi_stack_take(orch_loop *loop, uint32_t size_log) {
+static inline orchi_stack_top *orchi_stack_take(orch_loop *loop, uint32_t size_log) {
     orchi_stack_pool *pool = &loop->pools[size_log - ORCHI_STACK_MIN_LOG];
-    orchi_stack *stack = pool->hot;
-    if (ORCHI_LIKELY(stack != NULL)) {
-        pool->hot = stack->next;
+    orchi_stack_top *top = pool->hot;
+    if (ORCHI_LIKELY(top != NULL)) {
+        pool->hot = top->colder;
         if (--pool->hot_count < pool->low) pool->low = pool->hot_count;
-    } else if ((stack = orchi_stack_take_clean(loop, size_log)) == NULL) {
+    } else if ((top = orchi_stack_take_clean(loop, size_log)) == NULL) {
         return NULL;
     }
-    stack->fiber = orchi_fiber_renew(stack->fiber);
-    orchi_unpoison_range(stack->bottom, (size_t)1 << size_log);
-    return stack;
+    top->stack->fiber = orchi_fiber_renew(top->stack->fiber);
+    orchi_unpoison_range(top->stack->bottom, (size_t)1 << size_log);
+    return top;
 }
 
 /* The stack goes on top of the hot ones. The task that gives it may still be running on it: nobody
  * takes it before that has been left. */
-static void orchi_stack_give(orch_loop *loop, orchi_stack *stack) {
-    orchi_stack_pool *pool = &loop->pools[stack->size_log - ORCHI_STACK_MIN_LOG];
-    stack->next = pool->hot;
-    pool->hot = stack;
+static void orchi_stack_give(orch_loop *loop, orchi_stack_top *top) {
+    orchi_stack_pool *pool = &loop->pools[top->stack->size_log - ORCHI_STACK_MIN_LOG];
+    top->colder = pool->hot;
+    pool->hot = top;
     pool->hot_count++;
 }
 
@@ -4494,17 +4504,17 @@ static const uint64_t ORCHI_TRIM_NS = 1000000000u;
 
 /* Gives `count` stacks' memory back to the system. The coldest are at the list's end. */
 static void orchi_pool_trim(orchi_stack_pool *pool, uint32_t count) {
-    orchi_stack **place = &pool->hot;
-    for (uint32_t keep = pool->hot_count - count; keep > 0; keep--) place = &(*place)->next;
-    orchi_stack *stack = *place;
+    orchi_stack_top **place = &pool->hot;
+    for (uint32_t keep = pool->hot_count - count; keep > 0; keep--) place = &(*place)->colder;
+    orchi_stack_top *top = *place;
     *place = NULL;
     pool->hot_count -= count;
-    while (stack != NULL) {
-        orchi_stack *next = stack->next;
+    while (top != NULL) {
+        orchi_stack *stack = top->stack;
+        top = top->colder; // while it is still there
         madvise(stack->bottom, (size_t)1 << stack->size_log, MADV_DONTNEED);
         stack->next = pool->clean;
         pool->clean = stack;
-        stack = next;
     }
 }
 
@@ -8116,6 +8126,7 @@ void orch_completion_free(orch_completion *c) {
 //                  function returns the context to go on with
 
 struct orch_task { // first what every wait touches: one cache line
+    orchi_stack_top top;
     orch_future *future;
     orch_future *waiting;       // NULL: it runs, is ready, or has not waited yet
     struct orchi_io_call *call; // what it waits to make on a descriptor, see >>io
@@ -8124,14 +8135,13 @@ struct orch_task { // first what every wait touches: one cache line
     bool joining;
     bool ended;
     bool canary;
-    orch_task *starter; // nested: where to return at the first wait; NULL is the main stack
-    orchi_stack *stack;
+    orch_task *starter;    // nested: where to return at the first wait; NULL is the main stack
     orchi_context context; // begins with the stack pointer; what follows is for tools
     const char *name;
     orch_task_fn fn;
     void *arg;
     void (*release)(void *arg);
-    orch_future *scope;    // the innermost one that it has open
+    orch_future *scope;    // the innermost one that it has open. From here on 0 at first
     orch_future *home;     // the scope it was started in
     orch_future *deadline; // copied by orch_go
     struct orchi_locals *locals;
@@ -8222,7 +8232,7 @@ static inline orchi_context *orchi_context_of(orch_loop *loop, orch_task *task) 
 
 /* Leaves a task until somebody enters it again. */
 static inline void orchi_leave(orch_loop *loop, orch_task *task) {
-    if (ORCHI_UNLIKELY(task->canary) && !orchi_canary_lives(task->stack)) {
+    if (ORCHI_UNLIKELY(task->canary) && !orchi_canary_lives(task->top.stack)) {
         orchi_overflowed(loop, task);
     }
     orch_task *next = orchi_next_task(loop, task);
@@ -8841,7 +8851,7 @@ static inline orchi_entry orchi_task_end(orch_loop *loop, orch_task *task, orch_
     if (ORCHI_UNLIKELY(task->heir)) orchi_task_disown(loop, task);
     orchi_resolve(loop, task->future, r);
     orch_task *next = orchi_next_task(loop, task);
-    orchi_stack_give(loop, task->stack);
+    orchi_stack_give(loop, &task->top);
     loop->current = next;
     return orchi_context_end(&task->context, orchi_context_of(loop, next), orchi_answer(next));
 }
@@ -8932,7 +8942,7 @@ static int orchi_refuse(orch_loop *loop, orch_task *task) {
 
 /* In the order of the fields: stores to one cache line in a row leave two a cycle. */
 static ORCHI_INLINE void orchi_task_init(orch_loop *loop, orch_task *task, orch_future *f,
-                                         orchi_stack *stack, const orch_task_desc *desc) {
+                                         const orch_task_desc *desc) {
     task->future = f;
     task->waiting = NULL;
     task->call = NULL;
@@ -8940,20 +8950,14 @@ static ORCHI_INLINE void orchi_task_init(orch_loop *loop, orch_task *task, orch_
     task->nested = true;
     task->joining = task->ended = task->canary = false;
     task->starter = loop->current;
-    task->stack = stack;
     task->name = desc->name != NULL ? desc->name : "";
     task->fn = desc->fn;
     task->arg = desc->arg;
     task->release = desc->release;
-    task->scope = task->home = task->deadline = NULL;
-    task->locals = NULL;
-    task->asked = 0;
-    task->level = task->shields = 0;
-    task->refused = 0;
-    task->heir = task->exposed = false;
+    memset(&task->scope, 0, sizeof *task - offsetof(struct orch_task, scope));
     if (ORCHI_UNLIKELY(loop->stats.guard == ORCH_GUARD_CANARY)) {
         task->canary = true;
-        orchi_canary_set(stack);
+        orchi_canary_set(task->top.stack);
     }
 }
 
@@ -8973,7 +8977,7 @@ static inline void orchi_task_start(orch_loop *loop, orch_task *task, char *top)
     orchi_trash *trash = loop->trash;
     loop->trash = NULL;
     loop->current = task;
-    orchi_context_start(orchi_context_of(loop, self), &task->context, task->stack, top,
+    orchi_context_start(orchi_context_of(loop, self), &task->context, task->top.stack, top,
                         orchi_task_main, task);
     if (self == NULL) orchi_serve(loop);
     loop->trash = trash;
@@ -9008,19 +9012,19 @@ static ORCHI_INLINE orch_future *orchi_go(orch_loop *loop, const orch_task_desc 
                                           uint32_t size_log, orch_future *home, bool bounded) {
     orch_future *f = orchi_slot_new(loop, ORCHI_TASK);
     if (f == NULL) return NULL;
-    orchi_stack *stack = orchi_stack_take(loop, size_log);
-    if (stack == NULL) {
+    orchi_stack_top *block = orchi_stack_take(loop, size_log);
+    if (block == NULL) {
         orchi_slot_free(loop, f);
         return NULL;
     }
-    char *top = stack->top;
-    orch_task *task = (orch_task *)(void *)top;
-    orchi_task_init(loop, task, f, stack, desc);
+    orch_task *task = (orch_task *)(void *)block;
+    char *top = (char *)block;
+    orchi_task_init(loop, task, f, desc);
     f->as.task.task = task;
     f->as.task.events = 0;
     bool heir = home != NULL || (task->starter != NULL && task->starter->heir);
     if (ORCHI_UNLIKELY(heir) && !orchi_task_inherit(loop, task, home, bounded)) {
-        orchi_stack_give(loop, stack);
+        orchi_stack_give(loop, block);
         orchi_slot_free(loop, f);
         return NULL;
     }
@@ -9344,11 +9348,11 @@ int orch_cancel_reason(void) {
 const char *orch_task_name(const orch_task *task) { return task != NULL ? task->name : ""; }
 
 size_t orch_task_stack_size(const orch_task *task) {
-    return task != NULL ? (size_t)1 << task->stack->size_log : 0;
+    return task != NULL ? (size_t)1 << task->top.stack->size_log : 0;
 }
 
 size_t orch_task_stack_peak(const orch_task *task) {
-    return task != NULL ? orchi_stack_touched(task->stack) : 0;
+    return task != NULL ? orchi_stack_touched(task->top.stack) : 0;
 }
 
 // The call is left in the loop and made by orchi_serve when the main stack is back: fn gets its
