@@ -9378,9 +9378,9 @@ void *orch_on_main_stack(void *(*fn)(void *arg), void *arg) {
 
 // ---- stack overflow
 //
-// A handler for the whole process, installed with the first loop: when a guard was hit, it names the
-// task that runs, and puts back what was installed before, which then sees the same fault. It runs
-// on an alternate stack. The guard need not be the task's own: a large frame may jump over that.
+// A handler for the whole process, installed with the first loop: when a guard was hit, it names
+// the task that runs, and puts back what was installed before, which then sees the same fault. It
+// runs on an alternate stack. The guard need not be the task's own: a large frame may jump over it.
 
 static struct {
     int installed;
