@@ -252,14 +252,14 @@ static orch_result start(void *arg) {
     if (listener < 0)
         return orch_failf(listener, "server: cannot listen on %s:%ld: %s", settings.address,
                           settings.port, orch_error_text(listener));
-    orch_socket_address(listener, &address);
-    printf("listening on http://%s\n", orch_address_text(&address, where, sizeof where));
-    fflush(stdout);
     (void)arg;
     ends[0] = orch_go(accept_and_serve, &listener);
     ends[1] = orch_signal(SIGINT);
     ends[2] = orch_signal(SIGTERM);
     if (settings.until_eof) ends[count++] = orch_go(wait_for_eof, NULL);
+    orch_socket_address(listener, &address);
+    printf("listening on http://%s\n", orch_address_text(&address, where, sizeof where));
+    fflush(stdout); // who reads it may end this process with a signal: by now that is waited for
     return orch_await(orch_race_n(count, ends)); // which ends the connections that are open
 }
 
