@@ -3136,8 +3136,8 @@ static void orchi_release(orch_future *f);
 //
 //     region | page: head, 255 slots | page: head, 255 slots | ...
 //
-// The head has the size of a slot. Small pages keep the cost of an alignment border low, and let a
-// program with ten futures live in 64 KiB; with smaller ones, some hundred futures that come and go
+// The head has the size of a slot. Small pages keep the cost of an alignment border low: a program
+// with ten futures asks for 80 KiB. With smaller ones, some hundred futures that come and go
 // together would go from page to page all the time.
 
 struct orchi_page { // 16 KiB, aligned to 16 KiB
@@ -3715,19 +3715,6 @@ static void orchi_each_slot(orch_loop *loop, void (*visit)(orch_future *f, void 
             }
         }
     }
-}
-
-static void orchi_live_visit(orch_future *f, void *context) {
-    (void)f;
-    ++*(size_t *)context;
-}
-
-/* How many slots are in use. Counted when asked: a counter would be written four times for each
- * callback. */
-static size_t orchi_live(orch_loop *loop) {
-    size_t count = 0;
-    orchi_each_slot(loop, orchi_live_visit, &count);
-    return count;
 }
 
 /* Settled once is settled for ever: no kind from DONE on goes back. */
@@ -4470,7 +4457,7 @@ ORCHI_COLD static orchi_stack_top *orchi_stack_take_clean(orch_loop *loop, uint3
     orchi_stack *stack = pool->clean;
     orchi_stack_top *top = (orchi_stack_top *)(void *)stack->top;
     pool->clean = stack->next;
-    orchi_unpoison_range(top, sizeof *top);
+    orchi_unpoison_range(top, sizeof *top); // frames of a map that lay here before
     top->stack = stack;
     return top;
 }
@@ -6304,6 +6291,8 @@ const orch_loop_desc *orch_loop_settings(const orch_loop *loop) {
     return loop != NULL ? &loop->desc : NULL;
 }
 
+/* Counted when asked: counters would be written four times for each callback, and twice for each
+ * task. */
 static void orchi_count_visit(orch_future *f, void *context) {
     orch_loop_stats *stats = (orch_loop_stats *)context;
     stats->futures++;
@@ -12209,11 +12198,11 @@ int orch_loop_free(orch_loop *loop) {
     if (error != 0) return error;
     orchi_inbox_ending(loop, true);
     orchi_end_all(loop);
-    if (orchi_live(loop) == 0) { // what is left may get an answer yet
+    if (orch_loop_statistics(loop).futures == 0) { // what is left may get an answer yet
         orchi_inbox_close(loop);
         orchi_end_all(loop);
     }
-    if (orchi_live(loop) > 0) {
+    if (orch_loop_statistics(loop).futures > 0) {
         orchi_inbox_ending(loop, false);
         return ORCH_EBUSY;
     }
