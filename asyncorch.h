@@ -5770,7 +5770,9 @@ static bool orchi_inbox_leave(orch_loop *loop) {
 // Invariants:
 //   - A round runs at most 128 things. Descriptors and timers are looked at when nothing is ready,
 //     and otherwise after a round, unless the last look was less than ten times its own cost ago:
-//     so nothing starves, and looking costs at most a tenth where it is dear. With poll(2) whoever
+//     so nothing starves, and looking costs at most a tenth where it is dear. When that is known to
+//     be all that a turn would find, the round goes on at once: the way over the main stack and
+//     back costs as much as ten switches. With poll(2) whoever
 //     was found is left out until all that were found have run: each has a turn before any has its
 //     second; and where many are ready, a look is at the next portion of them.
 //   - The clock is read once per look, and twice when the poller was asked while work was ready.
@@ -5789,9 +5791,46 @@ static void orchi_round_set(orch_loop *loop, uint32_t budget) {
     loop->limit = loop->ready.head + budget;
 }
 
-/* Whether the round goes on: neither is the ring empty nor the budget spent. */
-static inline bool orchi_round_goes_on(const orch_loop *loop) {
+/* Whether something is ready and the budget not spent. */
+static inline bool orchi_round_has_next(const orch_loop *loop) {
     return loop->ready.head != loop->ready.tail && loop->ready.head != loop->limit;
+}
+
+/* Whether the turn is to be the last one for now. */
+static bool orchi_leaves(const orch_loop *loop) {
+    return loop->stopping || (loop->until != NULL && orchi_settled(loop->until));
+}
+
+/* Stamps what was armed, and says how long the next timer is off. */
+static uint64_t orchi_until_timer(orch_loop *loop, uint64_t now) {
+    orchi_timers_stamp(loop, now);
+    uint64_t next = loop->timers.count > 0 ? loop->timers.entries[0].deadline : UINT64_MAX;
+    return next == UINT64_MAX ? UINT64_MAX : next > now ? next - now : 0;
+}
+
+/* Looking while work is ready: not sooner than ten times its cost after the last one. */
+static bool orchi_look_is_due(const orch_loop *loop, uint64_t now) {
+    return now - loop->looked >= 10 * loop->look_cost;
+}
+
+enum { ORCHI_BUDGETS = 32 * ORCHI_BUDGET }; // a round ends, even if its clock stands still
+
+/* The budget is spent. The round gets another one when all that this turn would find is that it is
+ * too early for a look. */
+ORCHI_NO_INLINE static bool orchi_round_prolong(orch_loop *loop) {
+    bool ends = orchi_leaves(loop) || orchi_inbox_posted(loop) || loop->desc.seed != 0;
+    if (ends || loop->stats.watched == 0 || loop->round >= ORCHI_BUDGETS) return false;
+    uint64_t now = orchi_now(loop);
+    if (orchi_look_is_due(loop, now) || orchi_until_timer(loop, now) == 0) return false;
+    loop->round += ORCHI_BUDGET;
+    loop->limit += ORCHI_BUDGET;
+    return true;
+}
+
+/* Whether the round goes on. */
+static inline bool orchi_round_goes_on(orch_loop *loop) {
+    if (ORCHI_LIKELY(orchi_round_has_next(loop))) return true;
+    return !orchi_ring_empty(loop) && orchi_round_prolong(loop);
 }
 
 /* Whether all that the last look at everything found have had their turn. When `told` is old, and
@@ -5974,14 +6013,14 @@ static void orchi_tick(orch_loop *loop) {
     if (loop->now < UINT64_MAX - ORCHI_TICK_NS) loop->now += ORCHI_TICK_NS;
 }
 
-/* A look while work is ready: not sooner than ten times its cost after the last one. */
+/* A look while work is ready. */
 static int orchi_look_busy(orch_loop *loop) {
     orchi_tick(loop);
     if (loop->timers.count == 0 && loop->stats.watched == 0) return 0;
     uint64_t now = orchi_now(loop);
     orchi_timers_stamp(loop, now);
     int error = 0;
-    bool due = now - loop->looked >= 10 * loop->look_cost;
+    bool due = orchi_look_is_due(loop, now);
     if (due) orchi_pass_begin(loop);
     if (due && orchi_poll_heard(&loop->poller) > 0) {
         error = orchi_poll(loop, 0);
@@ -6014,13 +6053,6 @@ static int orchi_jump(orch_loop *loop, uint64_t ns, uint64_t limit) {
     return 0;
 }
 
-/* Stamps what was armed, and says how long the next timer is off. */
-static uint64_t orchi_until_timer(orch_loop *loop, uint64_t now) {
-    orchi_timers_stamp(loop, now);
-    uint64_t next = loop->timers.count > 0 ? loop->timers.entries[0].deadline : UINT64_MAX;
-    return next == UINT64_MAX ? UINT64_MAX : next > now ? next - now : 0;
-}
-
 /* A look with nothing ready: sleeps until an event, the next deadline, or the limit. */
 static int orchi_look_idle(orch_loop *loop, uint64_t limit) {
     uint64_t now = orchi_now(loop), sleep = orchi_until_timer(loop, now);
@@ -6046,8 +6078,7 @@ static int orchi_turn(orch_loop *loop, uint64_t limit) {
     orchi_round(loop);
     if (ORCHI_UNLIKELY(orchi_inbox_posted(loop))) orchi_inbox_take(loop);
     int error = 0;
-    bool leave = loop->stopping || (loop->until != NULL && orchi_settled(loop->until));
-    if (leave) limit = 0;
+    if (orchi_leaves(loop)) limit = 0;
     if (!orchi_ring_empty(loop)) error = orchi_look_busy(loop);
     else if (orchi_can_wake(loop)) error = orchi_look_idle(loop, limit);
     loop->running = false;
@@ -9226,7 +9257,7 @@ __attribute__((used, visibility("hidden"))) orchi_entry orchi_hand_over(void *sp
     orch_loop *loop = orchi_loop;
     orch_task *task = loop != NULL ? loop->current : NULL;
     if (ORCHI_UNLIKELY(task == NULL || loop->trash != NULL)) return orchi_yield_here(sp);
-    if (ORCHI_UNLIKELY(!orchi_round_goes_on(loop))) return orchi_yield_here(sp);
+    if (ORCHI_UNLIKELY(!orchi_round_has_next(loop))) return orchi_yield_here(sp);
     const orch_future *front = orchi_front(loop);
     if (ORCHI_UNLIKELY(front->kind != ORCHI_TASK)) return orchi_yield_here(sp);
     orch_task *next = front->as.task.task;

@@ -531,6 +531,123 @@ TEST(own_clock_and_a_running_loop) {
     orch_result_free(&r);
 }
 
+// ---- looks that are dear
+
+// Once a look has cost 1 ms by this clock, the next is due 10 ms later: rounds go on meanwhile.
+static uint64_t dear_hand, dear_tick; // ns
+
+static uint64_t dear_clock(void *context) {
+    (void)context;
+    return dear_hand += dear_tick;
+}
+
+enum { BUDGET = 128, ROUND = 32 * BUDGET };
+
+typedef void yield_fn(void);
+
+static int dear_yields, dear_fd[2];
+static yield_fn *dear_midway; // called in the 50th yield of a step
+static orch_future *dear_watched;
+
+static orch_result yield_dearly(void *arg) {
+    while (orch_yield() == 0)
+        if (++dear_yields == 50 && dear_midway) dear_midway();
+    return orch_ok_int(arg != NULL);
+}
+
+static int dear_step(orch_loop *loop) {
+    dear_yields = 0;
+    CHECK_INT(orch_loop_step(loop, 0), 1);
+    return dear_yields;
+}
+
+static orch_loop *dear_loop(uint64_t seed_) {
+    orch_loop_desc desc = {.now = dear_clock, .seed = seed_};
+    orch_loop *loop = orch_loop_new(&desc);
+    if (!CHECK(loop != NULL) || !CHECK(pipe(dear_fd) == 0)) return NULL;
+    dear_midway = NULL;
+    dear_watched = orch_ready(dear_fd[0], ORCH_READABLE);
+    for (int i = 0; i < 2; i++) orch_detach(orch_go(yield_dearly, NULL));
+    dear_tick = 1000000;
+    for (int i = 0; i < 20; i++) dear_step(loop);
+    dear_tick = 0;
+    return loop;
+}
+
+static void dear_end(orch_loop *loop) {
+    orch_drop(dear_watched);
+    must(orch_loop_free(loop) == 0, "the loop cannot end");
+    close(dear_fd[0]), close(dear_fd[1]);
+}
+
+TEST(a_round_goes_on_while_it_is_too_early_for_a_look) {
+    orch_loop *loop = dear_loop(0);
+    if (loop == NULL) return;
+    uint64_t polls = stats().polls;
+    CHECK_INT(dear_step(loop), ROUND); // ends all the same, as the clock may stand still
+    CHECK_INT(dear_step(loop), ROUND);
+    CHECK_INT(stats().polls, polls);
+    uint64_t resumes = stats().resumes;
+    dear_hand += 10000000;
+    CHECK_INT(dear_step(loop), BUDGET);
+    CHECK_INT(stats().polls, polls + 1);
+    CHECK_INT(stats().resumes, resumes + BUDGET);
+    dear_end(loop);
+}
+
+TEST(a_round_ends_for_a_timer_that_is_due) {
+    orch_loop *loop = dear_loop(0);
+    if (loop == NULL) return;
+    orch_future *f = orch_after(1);
+    CHECK_INT(dear_step(loop), ROUND); // it counts from the first look at the clock
+    CHECK(!orch_is_settled(f));
+    dear_hand += 1000000;
+    CHECK_INT(dear_step(loop), BUDGET);
+    CHECK(orch_is_settled(f));
+    orch_drop(f);
+    dear_end(loop);
+}
+
+static void stop_midway(void) { orch_loop_stop(orch_loop_current()); }
+static void letter(void *arg) { (void)arg; }
+static void post_midway(void) { CHECK_INT(orch_post(orch_loop_current(), letter, NULL), 0); }
+static void drop_midway(void) { orch_drop(dear_watched), dear_watched = NULL; }
+
+TEST(a_round_ends_for_what_only_a_turn_does) {
+    static yield_fn *const midway[] = {stop_midway, post_midway, drop_midway};
+    for (int i = 0; i < 3; i++) {
+        orch_loop *loop = dear_loop(0);
+        if (loop == NULL) return;
+        dear_midway = midway[i];
+        CHECK_INT(dear_step(loop), BUDGET);
+        dear_end(loop);
+    }
+    orch_loop *loop = dear_loop(7);
+    if (loop == NULL) return;
+    CHECK(dear_step(loop) <= 8); // a seed draws the order anew
+    dear_end(loop);
+}
+
+static orch_result end_among_others(void *arg) {
+    for (int i = 0; i < 2; i++) orch_detach(orch_go(yield_dearly, NULL));
+    dear_watched = orch_ready(dear_fd[0], ORCH_READABLE);
+    dear_tick = 1000000;
+    for (int i = 0; i < 20 * BUDGET; i++) orch_yield();
+    dear_tick = 0, dear_yields = 0;
+    return orch_ok_int(arg != NULL);
+}
+
+TEST(a_round_ends_when_the_main_task_has) {
+    orch_loop_desc desc = {.now = dear_clock};
+    if (!CHECK(pipe(dear_fd) == 0)) return;
+    dear_midway = NULL;
+    orch_result r = orch_run_with(&desc, end_among_others, NULL);
+    CHECK_INT(r.error, 0);
+    CHECK(dear_yields <= ROUND); // one of those that are let end by themselves
+    orch_result_free(&r);
+    close(dear_fd[0]), close(dear_fd[1]);
+}
+
 // ---- seeds
 
 static orch_result yield_and_note(void *arg) {
