@@ -3404,10 +3404,10 @@ static void *orchi_default_resize(void *user, void *old, size_t old_size, size_t
     return NULL;
 }
 
-enum { ORCHI_HUGE = 1 << 23 }; // bytes
+enum { ORCHI_HUGE = 1 << 22 }; // bytes
 
 /* What is large is asked to be in huge pages: a million new futures would else be 15,000 page
- * faults. At most one such page is there that is not needed yet, of four or more. */
+ * faults. At most one such page is there that is not needed yet, of 2 MiB where 4 and more are. */
 #if ORCHI_OS_LINUX && defined(MADV_HUGEPAGE)
 ORCHI_COLD static void orchi_advise_huge(void *memory, size_t size) {
     uintptr_t page = (uintptr_t)sysconf(_SC_PAGESIZE);
@@ -3530,12 +3530,18 @@ static inline orch_future *orchi_front(const orch_loop *loop) {
     return loop->ready.items[loop->ready.head & loop->ready.mask];
 }
 
+/* Pops the front, which somebody has looked at. */
+static inline void orchi_pop_front(orch_loop *loop, orch_future *front) {
+    loop->ready.head++;
+    front->flags &= (uint16_t)~ORCHI_QUEUED;
+}
+
 /* Pops the front. One further back is fetched, as a million ready futures are not in the cache. */
 static inline orch_future *orchi_pop(orch_loop *loop) {
-    orchi_ring *ring = &loop->ready;
-    orch_future *f = ring->items[ring->head++ & ring->mask];
+    const orchi_ring *ring = &loop->ready;
+    orch_future *f = orchi_front(loop);
+    orchi_pop_front(loop, f);
     __builtin_prefetch(ring->items[(ring->head + 3) & ring->mask], 1);
-    f->flags &= (uint16_t)~ORCHI_QUEUED;
     return f;
 }
 
@@ -3811,7 +3817,7 @@ void orch_result_free(orch_result *r) {
 //     that run the same code do, and a new task is a call and a return to the processor too
 //     (orchi_switch_start). A register jump is faster between two bare switches, but leaves the
 //     call behind on the processor's return stack, and then every return up to the user's loop is
-//     mispredicted. orch_yield, which returns straight to the user, jumps: see >>task.
+//     mispredicted. orchi_hop, for orch_yield, which returns straight to the user, jumps.
 //   - Built for shadow stacks (CET) the assembly is used only while they are off; else ucontext,
 //     which glibc makes right. So an object marked SHSTK never lies.
 //   - Stacks are cut from maps. Under each lies a guard of 16 KiB or more: one page is jumped over
@@ -3869,14 +3875,11 @@ typedef struct orchi_stack_map {
 #if ORCHI_OS_MACOS
 #define ORCHI_SYMBOL(name) "_" name
 #define ORCHI_FUNCTION(name) ".globl _" name "\n.private_extern _" name "\n.p2align 4\n_" name ":\n"
-#define ORCHI_FUNCTION_PUBLIC(name) ".globl _" name "\n.p2align 4\n_" name ":\n"
 #define ORCHI_FUNCTION_END(name) ""
 #else
 #define ORCHI_SYMBOL(name) name
 #define ORCHI_FUNCTION(name)                                                                       \
     ".globl " name "\n.hidden " name "\n.type " name ", %function\n.p2align 4\n" name ":\n"
-#define ORCHI_FUNCTION_PUBLIC(name)                                                                \
-    ".globl " name "\n.type " name ", %function\n.p2align 4\n" name ":\n"
 #define ORCHI_FUNCTION_END(name) ".size " name ", .-" name "\n"
 #endif
 
@@ -3895,52 +3898,73 @@ extern void orchi_switch(void **save, void *load, intptr_t returns);
  * That is a call and a return to the processor too, which predicts both. The call frame information
  * says that there is nothing above, so a backtrace ends here. */
 extern void orchi_switch_start(void **save, void *top, orchi_context_fn fn, void *arg);
+#if defined(__x86_64__)
+/* As orchi_switch with 0, from and to the same frames, but left by a jump. Returns what whoever
+ * enters this point again says: `returns`. */
+extern int orchi_hop(void **save, void *load);
+#endif
 #endif
 
 // clang-format off
 #if ORCHI_ASSEMBLY && defined(__x86_64__)
+#define ORCHI_X64_SAVE \
+    "    subq $56, %rsp\n" \
+    "    stmxcsr (%rsp)\n" \
+    "    fnstcw 4(%rsp)\n" \
+    "    movq %r15, 8(%rsp)\n    movq %r14, 16(%rsp)\n    movq %r13, 24(%rsp)\n" \
+    "    movq %r12, 32(%rsp)\n    movq %rbx, 40(%rsp)\n    movq %rbp, 48(%rsp)\n" \
+    "    movq %rsp, (%rdi)\n"
+#define ORCHI_X64_LOAD \
+    "    movq 8(%rsi), %r15\n    movq 16(%rsi), %r14\n    movq 24(%rsi), %r13\n" \
+    "    movq 32(%rsi), %r12\n    movq 40(%rsi), %rbx\n    movq 48(%rsi), %rbp\n" \
+    "    leaq 56(%rsi), %rsp\n"
+// Loading MXCSR is cheaper than reading back what stmxcsr stored; for fnstcw it is the other way
+// round.
+#define ORCHI_X64_CONTROL \
+    "    movzwl 4(%rsp), %ecx\n" \
+    "    ldmxcsr (%rsi)\n" \
+    "    cmpw 4(%rsi), %cx\n" \
+    "    jne 1f\n" \
+    "2:\n"
+#define ORCHI_X64_CONTROL_OTHER \
+    "1:  fldcw 4(%rsi)\n" \
+    "    jmp 2b\n"
 __asm__(
     ".text\n"
     ORCHI_FUNCTION("orchi_switch")
     ".cfi_startproc\n"
-    "    pushq %rbp\n    pushq %rbx\n    pushq %r12\n"
-    "    pushq %r13\n    pushq %r14\n    pushq %r15\n"
-    "    subq $8, %rsp\n"
-    "    stmxcsr (%rsp)\n"
-    "    fnstcw 4(%rsp)\n"
-    "    movq %rsp, (%rdi)\n"
-    "    movzwl 4(%rsp), %ecx\n"
-    "    movq %rsi, %rsp\n"
-    "    ldmxcsr (%rsp)\n"                // cheaper than reading back what stmxcsr stored
-    "    cmpw 4(%rsp), %cx\n"             // here it is the other way round
-    "    jne 1f\n"
-    "2:  movl %edx, %eax\n"
-    "    addq $8, %rsp\n"
-    "    popq %r15\n    popq %r14\n    popq %r13\n    popq %r12\n    popq %rbx\n    popq %rbp\n"
+    ORCHI_X64_SAVE
+    ORCHI_X64_CONTROL
+    "    movl %edx, %eax\n"
+    ORCHI_X64_LOAD
     "    ret\n"
-    "1:  fldcw 4(%rsp)\n"
-    "    jmp 2b\n"
+    ORCHI_X64_CONTROL_OTHER
     ".cfi_endproc\n"
     ORCHI_FUNCTION_END("orchi_switch")
+    ORCHI_FUNCTION("orchi_hop")
+    ".cfi_startproc\n"
+    ORCHI_X64_SAVE
+    ORCHI_X64_CONTROL
+    "    xorl %eax, %eax\n"
+    ORCHI_X64_LOAD
+    "    popq %rcx\n"
+    "    jmp *%rcx\n"
+    ORCHI_X64_CONTROL_OTHER
+    ".cfi_endproc\n"
+    ORCHI_FUNCTION_END("orchi_hop")
     ORCHI_FUNCTION("orchi_switch_start")
     ".cfi_startproc\n"
-    "    pushq %rbp\n    pushq %rbx\n    pushq %r12\n"
-    "    pushq %r13\n    pushq %r14\n    pushq %r15\n"
-    "    subq $8, %rsp\n"
-    "    stmxcsr (%rsp)\n"
-    "    fnstcw 4(%rsp)\n"
-    "    movq %rsp, (%rdi)\n"
+    ORCHI_X64_SAVE
     "    movq %rsi, %rsp\n"
     "    movq %rcx, %rdi\n"
     "    xorl %ebp, %ebp\n"
     ".cfi_undefined rip\n"
     "    callq *%rdx\n"
-    "    movq %rax, %rsp\n"               // what they were here does not matter any more
-    "    ldmxcsr (%rsp)\n"
-    "    fldcw 4(%rsp)\n"
+    "    movq %rax, %rsi\n"
+    "    ldmxcsr (%rsi)\n"               // what they were here does not matter any more
+    "    fldcw 4(%rsi)\n"
     "    movl %edx, %eax\n"
-    "    addq $8, %rsp\n"
-    "    popq %r15\n    popq %r14\n    popq %r13\n    popq %r12\n    popq %rbx\n    popq %rbp\n"
+    ORCHI_X64_LOAD
     "    ret\n"
     ".cfi_endproc\n"
     ORCHI_FUNCTION_END("orchi_switch_start")
@@ -8133,8 +8157,8 @@ void orch_completion_free(orch_completion *c) {
 //   - Joining is waiting for an end that was asked for (a drop, a refused wait): it cannot be
 //     refused.
 //   - A task that ends settles its future last, gives its stack back and is left for good.
-// Suspending functions end in orchi_switch, or are assembly (orch_yield): no compiler sees into
-// that, so statics are read again after it.
+// Suspending functions end in orchi_switch or orchi_hop: no compiler sees into those, so statics
+// are read again after them.
 
 // The life of a task:
 //
@@ -9177,7 +9201,7 @@ orch_result orch_wait(orch_future *f) {
 }
 
 /* orch_yield, whatever else there is to be done. */
-static int orchi_yield(void) {
+ORCHI_NO_INLINE static int orchi_yield(void) {
     int error;
     orch_task *task = orchi_here_task("orch_yield", &error);
     if (task == NULL) return error;
@@ -9190,61 +9214,16 @@ static int orchi_yield(void) {
 // A yield mostly goes from one ready task to the next, and nothing else is to be done. On x86-64
 // that is a path of its own, for what the processor makes of it:
 //
+//   - It ends in orchi_hop, which becomes a jump: so nothing stands between the user's frame and
+//     the other task's, and no register is saved but in the switch.
 //   - Loads first. A load waits for the stores before it whose addresses are not known yet, and
-//     below a stack pointer that has just been loaded no push's is. So orchi_hand_over decides and
-//     reads all it needs, then queues the task, and only then its registers are pushed.
+//     below a stack pointer that has just been loaded no save's is.
 //   - It is left by a jump. orch_yield is often called from another place than by the task that it
 //     switches to, and its return would be mispredicted; a jump is predicted by its history. The
 //     price: one later return of the caller's is mispredicted. orch_await keeps to the return, as
 //     tasks that wait mostly run the same code.
-//
-// The frame is that of orchi_switch, so each enters what the other has left.
 
 #if ORCHI_ASSEMBLY && !ORCHI_CET && !ORCHI_ASAN && !ORCHI_TSAN && defined(__x86_64__)
-/* Which task orch_yield enters, and that this one will have been left at sp: itself when there is
- * more to it than that, and then that is done here. */
-extern orchi_entry orchi_hand_over(void *sp);
-// clang-format off
-__asm__(
-    ".text\n"
-    ORCHI_FUNCTION_PUBLIC("orch_yield")
-    ".cfi_startproc\n"
-    "    pushq %rbp\n"
-    ".cfi_adjust_cfa_offset 8\n"
-    "    leaq -48(%rsp), %rdi\n"
-    "    callq " ORCHI_SYMBOL("orchi_hand_over") "\n"
-    "    pushq %rbx\n    pushq %r12\n"
-    "    pushq %r13\n    pushq %r14\n    pushq %r15\n"
-    "    subq $8, %rsp\n"
-    ".cfi_adjust_cfa_offset 48\n"
-    "    stmxcsr (%rsp)\n"
-    "    fnstcw 4(%rsp)\n"
-    "    movzwl 4(%rsp), %ecx\n"
-    "    movq %rax, %rsp\n"
-    "    ldmxcsr (%rsp)\n"
-    "    cmpw 4(%rsp), %cx\n"
-    "    jne 1f\n"
-    "2:  movl %edx, %eax\n"
-    "    addq $8, %rsp\n"
-    "    popq %r15\n    popq %r14\n    popq %r13\n    popq %r12\n    popq %rbx\n    popq %rbp\n"
-    "    popq %rcx\n"
-    ".cfi_remember_state\n"
-    ".cfi_adjust_cfa_offset -64\n"
-    ".cfi_register rip, rcx\n"
-    "    jmp *%rcx\n"
-    ".cfi_restore_state\n"
-    "1:  fldcw 4(%rsp)\n"
-    "    jmp 2b\n"
-    ".cfi_endproc\n"
-    ORCHI_FUNCTION_END("orch_yield")
-);
-// clang-format on
-
-ORCHI_NO_INLINE static orchi_entry orchi_yield_here(void *sp) {
-    orchi_entry here = {sp, orchi_yield()};
-    return here;
-}
-
 /* Whether leaving a task is a switch and no more: nobody has asked it to end, it has waited before,
  * and its guard needs no look. From reason to canary, read as one. */
 static inline bool orchi_leaves_simply(const orch_task *task) {
@@ -9253,23 +9232,21 @@ static inline bool orchi_leaves_simply(const orch_task *task) {
     return odd == 0 && !(task->future->flags & ORCHI_QUEUED);
 }
 
-__attribute__((used, visibility("hidden"))) orchi_entry orchi_hand_over(void *sp) {
+int orch_yield(void) {
     orch_loop *loop = orchi_loop;
     orch_task *task = loop != NULL ? loop->current : NULL;
-    if (ORCHI_UNLIKELY(task == NULL || loop->trash != NULL)) return orchi_yield_here(sp);
-    if (ORCHI_UNLIKELY(!orchi_round_has_next(loop))) return orchi_yield_here(sp);
-    const orch_future *front = orchi_front(loop);
-    if (ORCHI_UNLIKELY(front->kind != ORCHI_TASK)) return orchi_yield_here(sp);
+    if (ORCHI_UNLIKELY(task == NULL || loop->trash != NULL)) return orchi_yield();
+    if (ORCHI_UNLIKELY(!orchi_round_has_next(loop))) return orchi_yield();
+    orch_future *front = orchi_front(loop);
+    if (ORCHI_UNLIKELY(front->kind != ORCHI_TASK)) return orchi_yield();
     orch_task *next = front->as.task.task;
     bool simple = orchi_leaves_simply(task) && next->reason == 0;
-    if (ORCHI_UNLIKELY(!simple)) return orchi_yield_here(sp);
-    orchi_entry entry = {next->context.sp, 0};
-    task->context.sp = sp;
+    if (ORCHI_UNLIKELY(!simple)) return orchi_yield();
     loop->streak = 0;
     loop->current = next;
-    orchi_pop(loop);
+    orchi_pop_front(loop, front);
     orchi_enqueue(loop, task->future);
-    return entry;
+    return orchi_hop(&task->context.sp, next->context.sp);
 }
 #else
 int orch_yield(void) { return orchi_yield(); }
@@ -18098,6 +18075,10 @@ orch_result orch_exit_status_check(orch_exit_status status) {
 // >>end
 
 #undef ORCHI_A64_SAVE
+#undef ORCHI_X64_CONTROL
+#undef ORCHI_X64_CONTROL_OTHER
+#undef ORCHI_X64_LOAD
+#undef ORCHI_X64_SAVE
 #undef ORCHI_ASAN
 #undef ORCHI_ASSEMBLY
 #undef ORCHI_BACKTRACE
@@ -18111,7 +18092,6 @@ orch_result orch_exit_status_check(orch_exit_status status) {
 #undef ORCHI_FORK
 #undef ORCHI_FUNCTION
 #undef ORCHI_FUNCTION_END
-#undef ORCHI_FUNCTION_PUBLIC
 #undef ORCHI_GUARD_BYTES
 #undef ORCHI_HAS_ASSEMBLY
 #undef ORCHI_HAS_FEATURE
