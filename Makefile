@@ -137,7 +137,7 @@ examples: $(EXAMPLES:%=$(B)/examples/%) # build the examples into .build/example
 test: # the core complete, the rest but for its sweeps: sanitizers, allocation failures, compilers
 	@$(call build,tests,examples $(SWITCHED:%=$(B)/plain/%))
 	@{ echo 'harness sh tests/run_harness.sh $(B)/tests/test_harness$(harness_without)'; \
-	$(call lines,tests,,,TEST_SEEDS=$(SEEDS)) \
+	$(call lines,tests,,,TEST_TIME=3 TEST_SEEDS=$(SEEDS)) \
 	$(foreach t,$(SWITCHED),echo '$(t)/plain $(B)/plain/$(t)';) \
 	$(foreach p,$(POLLERS),$(foreach t,$(POLLED), \
 		echo '$(t)/$(p) TEST_POLLER=$(p) TEST_SEEDS=1 $(B)/tests/$(t)';)) \
