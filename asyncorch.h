@@ -3262,7 +3262,7 @@ struct orch_loop {
     orch_task *current; // NULL: the thread's main stack
     orchi_ring ready;
     uint32_t limit;         // the round ends when the ring's head is here
-    uint32_t round;         // resumptions that this round began with
+    uint32_t round;         // resumptions that this round was given
     uint32_t streak;        // calls in a row that needed no wait
     orchi_page none;        // a page that is full
     orchi_page *page;       // slots come from here; `none` at first
@@ -3809,7 +3809,7 @@ void orch_result_free(orch_result *r) {
 //     inline assembly, even with a memory clobber, never to change a non-escaping static; a task's
 //     change to one was then read stale. It keeps callee-saved registers, MXCSR and x87 control
 //     word (FPCR, fcsr).
-//   - Of the two control words, MXCSR is the dear one: on AMD's Zen 3 storing it is slow and
+//   - Of the two control words, MXCSR is the dear one: on AMD's processors storing it is slow and
 //     loading it is not, so it is stored only where a task is left that will go on, and loaded
 //     always: a compare that saves the load costs more. What a task has set cannot be known
 //     otherwise, and the ABI says that it keeps it.
