@@ -5794,11 +5794,11 @@ static bool orchi_inbox_leave(orch_loop *loop) {
 // Invariants:
 //   - A round runs at most 128 things. Descriptors and timers are looked at when nothing is ready,
 //     and otherwise after a round, unless the last look was less than ten times its own cost ago:
-//     so nothing starves, and looking costs at most a tenth where it is dear. When that is known to
-//     be all that a turn would find, the round goes on at once: the way over the main stack and
-//     back costs as much as ten switches. With poll(2) whoever
-//     was found is left out until all that were found have run: each has a turn before any has its
-//     second; and where many are ready, a look is at the next portion of them.
+//     so nothing starves, and looking costs at most a tenth where it is dear. When that is all that
+//     a turn would find, the round goes on at once, and saves the way over the main stack and back.
+//     With poll(2) whoever was found is left out until all that were found have run: each has a
+//     turn before any has its second; and where many are ready, a look is at the next portion of
+//     them.
 //   - The clock is read once per look, and twice when the poller was asked while work was ready.
 //   - Asleep means asleep in the poller: with nothing ready there is no turn without an event.
 //   - Everything runs on this thread's main stack, or on a task's that it switched to; only turns
