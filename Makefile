@@ -116,7 +116,7 @@ build = $(MAKE) -k --no-print-directory -j$(JOBS) \
 # Lines for tests/run.sh: way, label, arguments, what goes before.
 lines = $(foreach t,$(TESTS),echo '$(t)$(if $(2),/$(2)) $(4) $(B)/$(strip $(1))/$(t) $(3)';)
 sweeps = $(if $(WRAP),$(foreach t,$(1),echo \
-	'$(t)/sweep TEST_SEEDS=1 $(B)/tests/$(t) --sweep';),echo \
+	'$(t)/sweep TEST_TIME=3 TEST_SEEDS=1 $(B)/tests/$(t) --sweep';),echo \
 	'sweep echo "skipped the sweep (no ld --wrap)"; echo "0 passed, 0 failed, 1 skipped"';)
 matrix = $(foreach g,options-gcc options-clang threads c cxx cross units,echo \
 	'matrix/$(g) $(1) sh tests/run_matrix.sh $(g)';)
@@ -138,9 +138,9 @@ test: # the core complete, the rest but for its sweeps: sanitizers, allocation f
 	@$(call build,tests,examples $(SWITCHED:%=$(B)/plain/%))
 	@{ echo 'harness sh tests/run_harness.sh $(B)/tests/test_harness$(harness_without)'; \
 	$(call lines,tests,,,TEST_TIME=3 TEST_SEEDS=$(SEEDS)) \
-	$(foreach t,$(SWITCHED),echo '$(t)/plain $(B)/plain/$(t)';) \
+	$(foreach t,$(SWITCHED),echo '$(t)/plain TEST_TIME=3 $(B)/plain/$(t)';) \
 	$(foreach p,$(POLLERS),$(foreach t,$(POLLED), \
-		echo '$(t)/$(p) TEST_POLLER=$(p) TEST_SEEDS=1 $(B)/tests/$(t)';)) \
+		echo '$(t)/$(p) TEST_POLLER=$(p) TEST_TIME=3 TEST_SEEDS=1 $(B)/tests/$(t)';)) \
 	$(foreach s,$(SCRIPTS),echo '$(s) sh tests/$(s).sh $(B)/examples';) \
 	$(matrix) $(call sweeps,$(CORE)) } | JOBS=$(JOBS) $(RUN)
 
