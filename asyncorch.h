@@ -132,12 +132,13 @@
 //
 // 7. Time
 //
-// Milliseconds, never early. The clock is monotonic and read once per round of ready work: a timer
-// that is armed in a round counts from the round's end. For tests orch_loop_desc.clock can be
-// ORCH_CLOCK_VIRTUAL: whenever everything is blocked, time jumps to the next timer, so that a day
-// of back-off runs in milliseconds and always in the same way. orch_loop_desc.seed draws the order
-// of equally ready tasks and equal deadlines from a number: the same seed gives the same run, other
-// seeds find what depends on the order. Reports of a failure name the seed.
+// Milliseconds, never early. The clock is monotonic and read once for 128 pieces of ready work, or
+// all if there are fewer: a timer that is armed meanwhile counts from then. For tests
+// orch_loop_desc.clock can be ORCH_CLOCK_VIRTUAL: whenever everything is blocked, time jumps to the
+// next timer, so that a day of back-off runs in milliseconds and always in the same way.
+// orch_loop_desc.seed draws the order of equally ready tasks and equal deadlines from a number: the
+// same seed gives the same run, other seeds find what depends on the order. Reports of a failure
+// name the seed.
 //
 // 8. Errors
 //
@@ -5222,8 +5223,8 @@ ORCHI_COLD static void orchi_poller_change(orch_loop *loop) {
 //
 // A 4-ary heap of deadlines, ordered by (deadline, sequence), so that equal ones fire in the order
 // set. A timer armed in a round has no deadline yet, only a duration: it waits behind the heap, in
-// the same array, and is stamped at the round's end with the one clock read of that round. So
-// arming costs no clock read, a timer is never early, and late by at most the round. Arming and
+// the same array, and is stamped with the next clock read, after at most 128 resumptions. So
+// arming costs no clock read, a timer is never early, and late by at most those. Arming and
 // cancelling within a round never touches the heap. A future knows its position
 // (as.timed.position). Left out: a timer wheel. It fires a million timers faster, but needs
 // cascades and per-level state; for the common case, equal time-outs that are cancelled, the heap's
@@ -5792,14 +5793,15 @@ static bool orchi_inbox_leave(orch_loop *loop) {
 //
 // A turn is a round of ready work, then a look: stamp new timers, ask the poller, fire what is due.
 // Invariants:
-//   - A round runs at most 128 things. Descriptors and timers are looked at when nothing is ready,
+//   - A round runs 128 things or fewer. Descriptors and timers are looked at when nothing is ready,
 //     and otherwise after a round, unless the last look was less than ten times its own cost ago:
 //     so nothing starves, and looking costs at most a tenth where it is dear. When that is all that
 //     a turn would find, the round goes on at once, and saves the way over the main stack and back.
 //     With poll(2) whoever was found is left out until all that were found have run: each has a
 //     turn before any has its second; and where many are ready, a look is at the next portion of
 //     them.
-//   - The clock is read once per look, and twice when the poller was asked while work was ready.
+//   - The clock is read once for 128 things or fewer, and up to three times when the poller was
+//     asked while work was ready.
 //   - Asleep means asleep in the poller: with nothing ready there is no turn without an event.
 //   - Everything runs on this thread's main stack, or on a task's that it switched to; only turns
 //     run it.
@@ -5821,7 +5823,7 @@ static inline bool orchi_round_has_next(const orch_loop *loop) {
 }
 
 /* Whether the turn is to be the last one for now. */
-static bool orchi_leaves(const orch_loop *loop) {
+static bool orchi_is_stopping(const orch_loop *loop) {
     return loop->stopping || (loop->until != NULL && orchi_settled(loop->until));
 }
 
@@ -5842,7 +5844,7 @@ enum { ORCHI_BUDGETS = 32 * ORCHI_BUDGET }; // a round ends, even if its clock s
 /* The budget is spent. The round gets another one when all that this turn would find is that it is
  * too early for a look. */
 ORCHI_NO_INLINE static bool orchi_round_prolong(orch_loop *loop) {
-    bool ends = orchi_leaves(loop) || orchi_inbox_posted(loop) || loop->desc.seed != 0;
+    bool ends = orchi_is_stopping(loop) || orchi_inbox_posted(loop) || loop->desc.seed != 0;
     if (ends || loop->stats.watched == 0 || loop->round >= ORCHI_BUDGETS) return false;
     uint64_t now = orchi_now(loop);
     if (orchi_look_is_due(loop, now) || orchi_until_timer(loop, now) == 0) return false;
@@ -5867,7 +5869,7 @@ static bool orchi_backlog_served(const orch_loop *loop) {
 
 // A turn, as a list of phases:
 //
-//     1  round   up to 128 from the ready ring: callbacks here, tasks on their stacks
+//     1  round   128 at a time from the ready ring: callbacks here, tasks on their stacks
 //     2  stamp   timers armed in the round get their deadline from the one clock read
 //     3  poll    with a limit of 0 when work is ready, else until the next deadline
 //     4  fire    what is due is settled, which fills the ring for the next round
@@ -6102,7 +6104,7 @@ static int orchi_turn(orch_loop *loop, uint64_t limit) {
     orchi_round(loop);
     if (ORCHI_UNLIKELY(orchi_inbox_posted(loop))) orchi_inbox_take(loop);
     int error = 0;
-    if (orchi_leaves(loop)) limit = 0;
+    if (orchi_is_stopping(loop)) limit = 0;
     if (!orchi_ring_empty(loop)) error = orchi_look_busy(loop);
     else if (orchi_can_wake(loop)) error = orchi_look_idle(loop, limit);
     loop->running = false;
