@@ -4,30 +4,38 @@
 // from the Nth on refused (unless it asked for none after the Nth: that would be the same run). A
 // failed CHECK is no failure then; a crash, a sanitizer's report, a leak or a hang is. Cases of
 // more than 10,000 allocations are swept at N = 1..200 and 200 points spread over the rest;
-// TEST_SWEEP=50 makes that 50 and 50 for cases of more than 100.
+// TEST_SWEEP=50 makes that 50 and 50 for cases of more than 100. A case that calls test_start() is
+// swept from there: what the upper layers' cases ask for to have a loop and its main task is refused
+// in all cases of the core already.
 //
 // It needs a linker with --wrap: build with -DTEST_WRAP and
 // -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=mmap; without them every case just runs.
 // Only calls of the test program itself are counted, not those inside the C library.
 
+#include <limits.h>
+
 static inline bool test_run(const test_case *c, long fail_at, bool and_later);
 
 static long test_left; // on the heap after the case's first run, in bytes: what the library keeps
+
+static inline void test_start(void) {
+    if (test_shared->start == 0) test_shared->start = test_shared->count;
+}
 
 static inline bool test_sweep(const test_case *c) {
     static bool asked[20000]; // for more, after the refused one, at this step
     long points = getenv("TEST_SWEEP") ? atol(getenv("TEST_SWEEP")) : 0;
     long most = points > 0 ? 2 * points : 10000, head = points > 0 ? points : 200;
-    if (!test_run(c, 0, false)) return false;
+    if (!test_run(c, LONG_MAX, false)) return false; // none is refused, but it knows of the sweep
     test_left = test_shared->heap;
-    long total = test_shared->count, far = total > most ? 1 + (total - head) / head : 1;
-    long steps = 0, refused = 1;
-    for (long n = 1; refused && steps < 20000; n += n < head ? 1 : far) {
+    const long start = test_shared->start + 1, total = test_shared->count - test_shared->start;
+    long far = total > most ? 1 + (total - head) / head : 1, steps = 0, refused = 1;
+    for (long n = start; refused && steps < 20000; n += n - start < head - 1 ? 1 : far) {
         if (!test_run(c, n, false)) return false;
         refused = test_shared->refused;
         asked[steps++] = test_shared->count > n;
     }
-    for (long n = 1, step = 0; step < steps; n += n < head ? 1 : far)
+    for (long n = start, step = 0; step < steps; n += n - start < head - 1 ? 1 : far)
         if (asked[step++] && !test_run(c, n, true)) return false;
     return true;
 }
@@ -41,12 +49,23 @@ static inline long test_heap(void) {
                : (long)__sanitizer_get_current_allocated_bytes();
 }
 
+int __lsan_do_recoverable_leak_check(void) __attribute__((weak));
+
+// A leak check reads 12 MB of the run time's own tables. It does so here once, and the children
+// inherit the pages instead of asking the kernel for 3,000 each, which is half of what they take.
+static inline pid_t test_fork(void) {
+    static bool warm;
+    if (!warm && __lsan_do_recoverable_leak_check != NULL) __lsan_do_recoverable_leak_check();
+    warm = true;
+    return fork();
+}
+
 // The end of a child. The leak check takes 20 ms and the rest of a swept case 3; so the check is
 // left out where the heap is as it was before the case, or as the first run left it, which was
 // checked: nothing can have leaked then.
 static inline int test_end(int code) {
     long left = test_heap() - test_shared->heap;
-    bool first = test_shared->fail_at == 0;
+    bool first = test_shared->fail_at == 0 || test_shared->fail_at == LONG_MAX;
     test_shared->heap = left;
     if (first || test_heap() == 0 || (left != 0 && left != test_left)) return code;
     fflush(NULL);

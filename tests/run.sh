@@ -16,7 +16,7 @@ one() { # folder, line number
     label=${line%% *}
     log=$1/$(printf '%s' "$label" | tr '/' '-').log
     start=$(date +%s)
-    sh -c "${line#* }" >"$log" 2>&1 </dev/null
+    LD_BIND_NOW=1 sh -c "${line#* }" >"$log" 2>&1 </dev/null # for all forked cases together
     status=$?
     sum=$(tail -n 1 "$log" | grep "$closing")
     case $status,$sum in

@@ -24,7 +24,7 @@ typedef struct test_case {
     struct test_case *next;
 } test_case;
 static volatile struct test_page { // shared with the child; armed: while the case runs
-    long armed, count, fail_at, and_later, refused, heap;
+    long armed, count, fail_at, and_later, refused, heap, start;
 } * test_shared;
 static test_case *test_first, **test_tail = &test_first;
 static volatile int test_failures; // volatile: tasks change it behind the compiler's back
@@ -68,7 +68,7 @@ static __attribute__((noinline)) void test_scrub(void) { // what dead frames hol
     for (volatile char space[8192], *p = space; p < space + sizeof space; p++) *p = 0;
 }
 static inline int test_body(const test_case *c, long fail_at, bool and_later) {
-    *test_shared = (struct test_page){1, 0, fail_at, and_later, 0, test_heap()};
+    *test_shared = (struct test_page){1, 0, fail_at, and_later, 0, test_heap(), 0};
     c->fn(), test_scrub();
     test_shared->armed = 0;
     return test_failures ? 10 : 0; // 10: nothing worse than a failed CHECK
@@ -78,7 +78,7 @@ static inline bool test_run(const test_case *c, long fail_at, bool and_later) {
     long seconds = 5 * (getenv("TEST_TIME") ? atol(getenv("TEST_TIME")) : 1);
     FILE *out = tmpfile();
     int status = 0;
-    pid_t pid = out && !fflush(NULL) ? fork() : -1;
+    pid_t pid = out && !fflush(NULL) ? test_fork() : -1;
     if (pid == 0) {
         setpgid(0, 0);
         setrlimit(RLIMIT_FSIZE, &(struct rlimit){1 << 26, 1 << 26}); // an endless loop may print

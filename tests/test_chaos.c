@@ -135,6 +135,7 @@ static orch_result run_seeds(void *arg) {
     orch_scope s; // where memory is refused, what it waits for may never come
     orch_scope_desc desc = {"test", test_shared->fail_at ? 300 : 60000, false};
     if (orch_scope_open(&s, &desc) != 0) return orch_fail(ORCH_ENOMEM);
+    test_start();
     for (int seed = 1; seed <= seeds && orch_now() - start < 3000; seed++) {
         run_seed((uint64_t)seed, chaos_modes);
     }

@@ -74,6 +74,7 @@ static void pass_time(uint64_t ms) {
 }
 
 static orch_result run_body(void *arg) {
+    test_start();
     (*(body_fn **)arg)();
     for (int i = 0; i < 100 && stats().futures > 1; i++) pass_time(1); // what ends later
     orch_loop_stats left = stats();
@@ -104,7 +105,7 @@ static void check_once(body_fn *body) {
 static int over_seeds(body_fn *body) {
     static struct trace plain;
     int different = 0, failures = test_failures;
-    for (seed = 0; seed <= test_seeds() && failures == test_failures; seed++) {
+    for (seed = sweeping; seed <= test_seeds() && failures == test_failures; seed++) {
         check_once(body);
         first_trace = trace;
         if (seed == 0) plain = trace;

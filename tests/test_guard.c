@@ -100,6 +100,7 @@ static void turns(int n) {
 }
 
 static orch_result run_main(void *arg) {
+    test_start();
     void (*body)(void) = *(void (**)(void))arg;
     size_t before = orch_loop_statistics(orch_loop_current()).futures;
     body();

@@ -79,6 +79,7 @@ static orch_result run_within(void (*body)(void)) {
     bool jumps = orch_loop_settings(orch_loop_current())->clock == ORCH_CLOCK_VIRTUAL;
     if (jumps) desc.timeout_ms = 3600000;
     if (orch_scope_open(&s, &desc) != 0) return orch_ok_int(1);
+    test_start();
     body();
     orch_result r = orch_scope_close(&s);
     CHECK_INT(r.error, 0);

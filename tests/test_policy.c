@@ -123,6 +123,7 @@ static void reset(void) {
 static orch_task_fn body_of_main;
 
 static orch_result main_task(void *arg) {
+    test_start();
     orch_result r = body_of_main(arg);
     orch_loop_stats stats = orch_loop_statistics(orch_loop_current());
     if (stats.futures != 1 || stats.timers != 0 || stats.tasks != 1) {
@@ -153,7 +154,7 @@ static void run_seed(uint64_t seed, orch_task_fn body, void *arg) {
 
 static uint64_t test_seeds(void) {
     const char *seeds = getenv("TEST_SEEDS");
-    if (test_shared->fail_at != 0) return 1; // a sweep repeats each case often enough
+    if (test_shared->fail_at != 0) return 0; // a sweep repeats each case often enough
     return seeds != NULL ? (uint64_t)atol(seeds) : 20;
 }
 

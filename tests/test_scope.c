@@ -106,6 +106,7 @@ static void check_value(const void *value) {
 static orch_loop_stats stats(void) { return orch_loop_statistics(orch_loop_current()); }
 
 static orch_result run_body(void *arg) {
+    test_start();
     (*(body_fn **)arg)();
     for (int i = 0; i < 100 && stats().futures > 1; i++) orch_yield(); // what ends later
     orch_loop_stats left = stats();
@@ -3539,11 +3540,12 @@ LOCAL_TEST(local_values_outside_of_tasks, UINT64_MAX) {
 LOCAL_TEST(local_values_many, 2) {
     static char keys[200];
     void *values[200];
-    for (int i = 0; i < 200; i++) {
+    const int many = sweeping ? 20 : 200;
+    for (int i = 0; i < many; i++) {
         values[i] = token();
         orch_local_set(&keys[i], values[i], give_back);
     }
-    for (int i = 0; i < 200; i++)
+    for (int i = 0; i < many; i++)
         CHECK(orch_local(&keys[i]) == values[i] || is_given_back(values[i]));
 }
 
@@ -3603,7 +3605,7 @@ static orch_result a_request(void *arg) {
 // A server: a trace id for each request, which its handler inherits.
 LOCAL_TEST(local_value_replaced_often_beside_children_stays_flat, 2) {
     size_t before = 0;
-    for (int i = 0; i < 200; i++) {
+    for (int i = 0; i < (sweeping ? 40 : 200); i++) {
         orch_local_set(&key_a, token(), give_back);
         orch_spawn(a_request, (void *)(uintptr_t)2);
         orch_sleep(1);

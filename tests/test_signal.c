@@ -19,6 +19,7 @@
     static void name##_body(void);                                                                 \
     static orch_result name##_main(void *arg) {                                                    \
         (void)arg;                                                                                 \
+        test_start();                                                                              \
         name##_body();                                                                             \
         return orch_ok_int(1);                                                                     \
     }                                                                                              \
@@ -57,7 +58,10 @@ static intptr_t join(orch_future *f) {
 }
 
 // The same within two seconds.
-static intptr_t soon(orch_future *f) { return join(orch_timeout(f, 2000)); }
+// After a refusal it may never come.
+static intptr_t soon(orch_future *f) {
+    return join(orch_timeout(f, test_shared->refused ? 100 : 2000));
+}
 
 // Sends a signal to this process, unless it would end it: where memory is refused nobody may wait.
 static void hit(int number) {
@@ -341,7 +345,8 @@ static int storm_over;
 
 static orch_result come_and_go(void *arg) {
     (void)arg;
-    for (int i = 0; i < 300; i++) {
+    int rounds = test_shared->fail_at ? 6 : 300;
+    for (int i = 0; i < rounds; i++) {
         orch_signals *s = orch_signals_new(both, 2);
         orch_future *f = orch_signals_next(s);
         if (i % 3 == 0) join(orch_timeout(f, 1));

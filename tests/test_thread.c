@@ -98,6 +98,7 @@ static void count_wait(count *c, int n) {
     static void name##_body(void);                                                                 \
     static orch_result name##_main(void *arg) {                                                    \
         (void)arg;                                                                                 \
+        test_start();                                                                              \
         name##_body();                                                                             \
         return orch_ok_int(1);                                                                     \
     }                                                                                              \
