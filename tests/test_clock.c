@@ -2,7 +2,7 @@
 // deadlock says; promises that know whether they are wanted.
 //
 // The cases of tasks run without a seed and then with each of test_seeds() seeds (TEST_SEEDS=200,
-// default 20), each twice: both runs of a seed must leave the same trace.
+// default 20), the first 20 twice: both runs of a seed must leave the same trace.
 //
 //     adopted behaviour                                 known from                    case
 //     time jumps to the next timer when all is blocked  Trio MockClock, Tokio pause   a_sleep_takes
@@ -101,6 +101,8 @@ static void check_once(body_fn *body) {
     if (failures != test_failures) fprintf(stderr, "seed %llu\n", (unsigned long long)seed);
 }
 
+enum { TWICE = 20 }; // so many seeds are run twice
+
 // Returns how many seeds gave another order than no seed gives.
 static int over_seeds(body_fn *body) {
     static struct trace plain;
@@ -110,7 +112,7 @@ static int over_seeds(body_fn *body) {
         first_trace = trace;
         if (seed == 0) plain = trace;
         different += !same_trace(&plain, &trace);
-        if (sweeping) continue;
+        if (sweeping || seed > TWICE) continue;
         check_once(body);
         CHECK(same_trace(&first_trace, &trace));
     }
