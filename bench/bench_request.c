@@ -12,6 +12,7 @@
 #include <netinet/in.h>
 #include <poll.h>
 #include <sys/socket.h>
+#include <unistd.h>
 
 enum { MOST = 2000, SIZE = 64, ROUNDS = 101 };
 

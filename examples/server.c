@@ -20,6 +20,7 @@
 #include <signal.h>
 #include <stdarg.h>
 #include <stdlib.h>
+#include <unistd.h>
 
 enum { BODY_MAX = 8192, RULES_MAX = 64, ID_MAX = 1000000, POSTS_MAX = 100, DELAY_MAX = 600000 };
 enum service { USER, POSTS, COMMENTS, LIKES, SERVICES };

@@ -5,8 +5,8 @@
 // failed CHECK is no failure then; a crash, a sanitizer's report, a leak or a hang is. Cases of
 // more than 10,000 allocations are swept at N = 1..200 and 200 points spread over the rest;
 // TEST_SWEEP=50 makes that 50 and 50 for cases of more than 100. A case that calls test_start() is
-// swept from there: what the upper layers' cases ask for to have a loop and its main task is refused
-// in all cases of the core already.
+// swept from there: what cases of the upper layers ask for to have a loop and its main task is
+// refused in all cases of the core.
 //
 // It needs a linker with --wrap: build with -DTEST_WRAP and
 // -Wl,--wrap=malloc,--wrap=calloc,--wrap=realloc,--wrap=mmap; without them every case just runs.

@@ -23,7 +23,7 @@ fi
 logs=.build/check
 mkdir -p $logs
 rm -f $logs/*.log $logs/*.verdict
-for name in ${*:-$(cd tests/check && ls ./*.sh)}; do
+for name in ${*:-$(cd tests/check && ls -r ./*.sh)}; do # backwards: warnings takes longest
     name=$(basename "$name" .sh)
     [ "$name" = run ] || echo "$name"
 done | xargs -P "${JOBS:-2}" -n 1 sh tests/check/run.sh --one $logs
