@@ -83,6 +83,8 @@ $(B)/$(strip $(1))/%: tests/%.c $(B)/$(strip $(1))/asyncorch.o asyncorch.h \
 		$(wildcard tests/*.h examples/*.h) Makefile
 	@rm -f $$@ # what does not build any more must not run either
 	@$(2) $$(TEST_BUILD) $(3) $$< $$(call own,$$<,$$(@D)/asyncorch.o) -o $$@ $$(call libraries_for,$$<)
+
+$(B)/$(strip $(1))/test_process_sigchld: tests/test_process.c # which it includes
 endef
 $(eval $(call way,tests,     $$(CC),-O1 $$(SANITIZE)))
 $(eval $(call way,coverage,  $$(CC),-O0 --coverage))
