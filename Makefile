@@ -38,9 +38,9 @@ TESTS += $(filter-out test_harness $(TESTS),$(patsubst tests/%.c,%,$(wildcard te
 SWITCHED := test_context test_task test_misuse # sanitizers have an orch_yield of their own
 POLLED := $(patsubst tests/%.c,%,$(shell grep -lE 'TEST_POLLER|pollers\.h' tests/test_*.c))
 POLLERS := poll $(if $(filter Linux,$(shell uname -s)),epoll,kqueue)
-# Whose refused allocations `make test` tries; those of the others wait for real events as well.
+# Whose refused allocations `make test` tries: of the layers up to tasks.
 CORE := $(filter $(addprefix test_,aplus base combinator context future loop misuse platform \
-	stress task timer),$(TESTS))
+	poller stress task timer),$(TESTS))
 SEEDED := $(patsubst tests/%.c,%,$(shell grep -l TEST_SEEDS tests/test_*.c))
 EXAMPLES := $(patsubst examples/%.c,%,$(wildcard examples/*.c))
 SCRIPTS := $(patsubst tests/%.sh,%,$(wildcard tests/test_*.sh))

@@ -37,7 +37,6 @@ static const int epoll_changes = 0;
     static void name##_body(void);                                                                 \
     static orch_result name##_main(void *arg) {                                                    \
         (void)arg;                                                                                 \
-        test_start();                                                                              \
         name##_body();                                                                             \
         return orch_ok_int(1);                                                                     \
     }                                                                                              \
