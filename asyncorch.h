@@ -164,18 +164,22 @@
 //     NULL for the result of orch_settle_with         aborts   false; the promise stays pending
 //     a count above 2^31 - 16                         aborts   ORCH_EINVAL; the list is not read
 //     await, wait, sleep, yield, shield outside task  aborts   ORCH_ENOTASK; await drops its future
-//     no loop on this thread                          aborts   ORCH_ENOLOOP
+//     no loop on this thread, those five as well      aborts   ORCH_ENOLOOP
 //     a loop or orch_run where one is running         aborts   ORCH_ENESTED (orch_loop_new: NULL)
 //     running or freeing a loop from inside it        aborts   ORCH_ENESTED
 //     a poller that the system has not                aborts   ORCH_EINVAL (orch_loop_new: NULL)
 //     a future or promise of another thread's loop    aborts   ORCH_ETHREAD; settle: false
-//     a stack size below 16 KiB or above 1 GiB        aborts   ORCH_EINVAL
+//     a loop stopped or dumped by another thread      aborts   does nothing
+//     a list or share freed by another thread         aborts   it is kept: a leak
+//     a box opened by another thread                  aborts   a dead ticket
+//     a stack size below 16 KiB or above 1 GiB        aborts   ORCH_EINVAL (orch_loop_new: NULL)
 //     an argument copy above half the stack           aborts   ORCH_EINVAL
 //     orch_shield_end without a beginning             aborts   ignored
 //     NULL for a semaphore, channel, limiter, ...     aborts   ORCH_EINVAL (free: nothing)
 //     acquire, send, recv, limit outside task         aborts   ORCH_ENOTASK; the item is freed
 //     more permits released than taken                aborts   ORCH_EINVAL
 //     a desc with a value out of range (not retry's)  aborts   an object that says ORCH_EINVAL
+//     NULL for a scope                                aborts   ORCH_ESCOPE (open: ORCH_EINVAL)
 //     a scope closed twice or by another task         aborts   ORCH_ESCOPE
 //     a scope closed while others are open in it      aborts   those are closed first
 //     a task that ends with a scope open              aborts   reported, cancelled and closed
@@ -204,7 +208,9 @@
 //
 // Not detected: a handle used after its slot was used again (release), a result copied and freed
 // twice, an element of a list kept longer than the list, a ticket, box or future used after its
-// loop was freed, a result of orch_await that is not freed, close() in place of orch_close.
+// loop was freed, a result of orch_await that is not freed, close() in place of orch_close, what
+// orch_promise_pending and orch_promise_wanted are asked by another thread, orch_chain in what is
+// not returned or settled with.
 //
 // 10. Input and output
 //
@@ -340,6 +346,8 @@
 //   is for a child that reads from the terminal. Where there is no pidfd (not Linux, or before
 //   5.3), a SIGCHLD handler installed after ours breaks waiting for children.
 // - On a virtual clock time stands still while a child runs, so no time-out cuts it off.
+// - A backtrace from inside a task ends at the task's function, from inside orch_on_main_stack in
+//   the thread's main. riscv64 compilers leave out what it needs without -funwind-tables.
 // - A process-wide handler for SIGSEGV and SIGBUS names the task on a stack overflow and then hands
 //   on to what was installed before; orch_loop_desc.no_overflow_report leaves them alone.
 // - Built with -fcf-protection for a processor whose shadow stack is on, and on processors without
@@ -577,9 +585,10 @@ ORCH_NODISCARD orch_future *orch_settled(orch_result r);
 
 /* Settles a promise. r may be orch_chain(f), which follows f.
  * Returns whether this call decided it; if not (settled before, locked in, future gone, wrong
- * thread) r is freed.
- * Context: the loop's own thread; never suspends or allocates, and calls nothing of the user's but
- * on_unhandled for a detached future, and the release of what nobody takes.
+ * thread) r is freed, and the future of a chain dropped.
+ * Context: the loop's own thread; suspends only as orch_drop does, with a chain that it drops;
+ * never allocates, and calls nothing of the user's but on_unhandled for a detached future, and the
+ * release of what nobody takes.
  * Owns: consumes *r. */
 bool orch_settle_with(orch_promise promise, orch_result *r);
 
@@ -633,7 +642,7 @@ bool orch_promise_describe(orch_promise promise, const char *label);
 void *orch_promise_box(orch_promise promise);
 
 /* The ticket out of its box.
- * Returns the ticket, dead when the future is gone.
+ * Returns the ticket, dead when the future is gone, or another thread's (debug builds abort).
  * Context: loop thread.
  * Owns: consumes the box. */
 orch_promise orch_promise_unbox(void *box);
@@ -6195,7 +6204,9 @@ static size_t orchi_blocked(orch_loop *loop) {
 
 /* Looks at every slot there is: for a hang, not for a program that works. */
 void orch_loop_dump(orch_loop *loop) {
-    if (loop != NULL) orchi_each_slot(loop, orchi_dump_visit, loop);
+    if (loop == NULL) return;
+    if (loop == orchi_loop) orchi_each_slot(loop, orchi_dump_visit, loop);
+    else orchi_misuse("orch_loop_dump", ORCH_ETHREAD);
 }
 
 /* What it takes to see a failure again. */
@@ -6339,7 +6350,9 @@ int orch_loop_dispatch(orch_loop *loop, const struct pollfd *fds, size_t count) 
 }
 
 void orch_loop_stop(orch_loop *loop) {
-    if (loop != NULL) loop->stopping = true;
+    if (loop == NULL) return;
+    if (loop == orchi_loop) loop->stopping = true;
+    else orchi_misuse("orch_loop_stop", ORCH_ETHREAD);
 }
 
 orch_loop *orch_loop_current(void) { return orchi_loop; }
@@ -6418,8 +6431,19 @@ static orch_loop *orchi_loop_of(const orch_future *f) { return orchi_page_of(f)-
 
 // ---- sharing and freeing results
 
+/* Whether a release may give up a future: on its loop's thread. Elsewhere it is kept, as its slot
+ * may be in use there. */
+static bool orchi_may_release(const orch_future *f) {
+    if ((f->flags & ORCHI_IMMORTAL) || orchi_loop_of(f) == orchi_loop) return true;
+    orchi_misuse("orch_result_free", ORCH_ETHREAD);
+    return false;
+}
+
 /* The release of a share: its owner is the future. */
-static void orchi_share_release(void *future) { orchi_release((orch_future *)future); }
+static void orchi_share_release(void *owner) {
+    orch_future *f = (orch_future *)owner;
+    if (orchi_may_release(f)) orchi_release(f);
+}
 
 /* The release of a lent result: nothing to give back. */
 static void orchi_lent_release(void *future) { (void)future; }
@@ -6971,13 +6995,24 @@ static bool orchi_may_settle(orch_promise p, const char *function) {
     return false;
 }
 
+/* What a settle that decides nothing was given. A chain is dropped, as orch_follow does. */
+static void orchi_settle_refused(orch_result *r) {
+    if (r->release == orchi_chain_release) {
+        orch_future *f = (orch_future *)r->owner;
+        r->release = NULL;
+        orch_drop(f);
+    } else {
+        orch_result_free(r);
+    }
+}
+
 bool orch_settle_with(orch_promise p, orch_result *r) {
     if (ORCHI_UNLIKELY(r == NULL)) {
         orchi_misuse("orch_settle_with", ORCH_EINVAL);
         return false;
     }
     if (ORCHI_UNLIKELY(!orchi_may_settle(p, "orch_settle"))) {
-        orch_result_free(r);
+        orchi_settle_refused(r);
         return false;
     }
     orchi_resolve(orchi_loop, p.future, r);
@@ -7085,6 +7120,10 @@ orch_promise orch_promise_unbox(void *box) {
     if (f == NULL) orchi_misuse("orch_promise_unbox", ORCH_EINVAL);
     if (f == NULL || f == ORCH_END || !(f->generation & 1) || !(f->flags & ORCHI_BOXED))
         return dead;
+    if (orchi_loop_of(f) != orchi_loop) {
+        orchi_misuse("orch_promise_unbox", ORCH_ETHREAD);
+        return dead;
+    }
     f->flags &= (uint16_t)~ORCHI_BOXED;
     if (f->kind != ORCHI_PROMISE) {
         bool last = f->kind == ORCHI_DONE && f->references == 0;
@@ -7539,6 +7578,7 @@ static void orchi_list_free(orch_loop *loop, orchi_list *list) {
 /* The release of a list: gives up every element. A release runs on the loop's thread. */
 static void orchi_list_release(void *owner) {
     orchi_list *list = (orchi_list *)owner;
+    if (list->count > 0 && !orchi_may_release(orchi_items(list)[0])) return;
     for (uint32_t i = 0; i < list->count; i++) orchi_release(orchi_items(list)[i]);
     orchi_list_free(orchi_loop, list);
 }
@@ -7880,9 +7920,11 @@ orch_future *orch_gather_n(size_t count, orch_future *const *futures, uint64_t m
     return orchi_combine("orch_gather", ORCHI_SETTLED, count, 1, count, futures, deadline);
 }
 
-/* A NULL among the futures does not end the list: it is reported as the mistake that it is. */
+/* A NULL among the futures does not end the list: it is reported as the mistake that it is. So is
+ * NULL for the list, by what counts one future in it. */
 static size_t orchi_list_length(orch_future *const *futures) {
     size_t count = 0;
+    if (futures == NULL) return 1;
     while (futures[count] != ORCH_END) count++;
     return count;
 }

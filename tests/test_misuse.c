@@ -887,6 +887,68 @@ IN_TASK(settling_from_a_thread_with_a_loop, "orch_settle" DO_THREAD) {
     check_foreign_settle(settle_there_with_a_loop);
 }
 
+static void *free_result_there(void *result) {
+    orch_result_free(result);
+    return NULL;
+}
+
+static void *unbox_there(void *box) {
+    orch_promise promise = orch_promise_unbox(box);
+    CHECK(!orch_promise_pending(promise));
+    return NULL;
+}
+
+static void *stop_there(void *loop) {
+    orch_loop_stop(loop);
+    return NULL;
+}
+
+static void *dump_there(void *loop) {
+    orch_loop_dump(loop);
+    return NULL;
+}
+
+static void on_a_thread(void *(*fn)(void *), void *arg) {
+    pthread_t thread;
+    if (CHECK_INT(pthread_create(&thread, NULL, fn, arg), 0)) pthread_join(thread, NULL);
+}
+
+IN_TASK(a_box_opened_by_another_thread, "orch_promise_unbox" DO_THREAD) {
+    orch_promise promise;
+    orch_future *f = orch_future_new(&promise);
+    void *box = orch_promise_box(promise);
+    on_a_thread(unbox_there, box);
+    CHECK(orch_settle(orch_promise_unbox(box), orch_ok_int(1)));
+    orch_drop(f);
+}
+
+IN_TASK(a_loop_stopped_by_another_thread, "orch_loop_stop" DO_THREAD) {
+    on_a_thread(stop_there, orch_loop_current());
+    CHECK_INT(orch_sleep(1), 0);
+}
+
+IN_TASK(a_loop_dumped_by_another_thread, "orch_loop_dump" DO_THREAD) {
+    on_a_thread(dump_there, orch_loop_current());
+}
+
+IN_TASK(a_list_freed_by_another_thread, "orch_result_free" DO_THREAD) {
+    orch_result r =
+        orch_await(orch_all(orch_settled(orch_ok_int(1)), orch_settled(orch_ok_int(2))));
+    orch_result kept = r;
+    on_a_thread(free_result_there, &r);
+    orch_result_free(&kept); // in release builds it still holds all
+}
+
+IN_TASK(a_share_freed_by_another_thread, "orch_result_free" DO_THREAD) {
+    orch_future *f = orch_settled(orch_ok(malloc(1), free)), *g = orch_ref(f);
+    orch_result r = orch_await(f), kept = r;
+    on_a_thread(free_result_there, &r);
+    orch_result_free(&kept);
+    orch_drop(g);
+}
+
+IN_TASK(no_list_of_futures, "orch_all: ") { CHECK_INT(error_of(orch_all_list(NULL)), ORCH_EINVAL); }
+
 IN_TASK(settling_with_no_result, "orch_settle_with") {
     orch_promise promise;
     orch_future *f = orch_future_new(&promise);

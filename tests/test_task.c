@@ -1124,6 +1124,25 @@ static void drop_from_a_frame(family *y) {
     if (started) CHECK(buffer[0] == 'c' && buffer[99] == 'c');
 }
 
+static orch_result end_late(void *arg) {
+    orch_sleep(60000);
+    orch_shield_begin();
+    orch_sleep(5);
+    orch_shield_end();
+    *(bool *)arg = true;
+    return orch_ok(NULL, NULL);
+}
+
+TASK_TEST(a_settle_that_decides_nothing_returns_when_its_chain_has_ended) {
+    bool ended = false;
+    orch_promise promise;
+    orch_drop(orch_future_new(&promise));
+    orch_future *f = orch_go(end_late, &ended);
+    if (orch_is_settled(f)) ended = true; // no memory for it
+    CHECK(!orch_settle(promise, orch_chain(f)));
+    CHECK(ended);
+}
+
 TASK_TEST(a_drop_in_a_task_returns_when_the_work_has_ended) {
     family y = {.started = 0};
     drop_from_a_frame(&y);
