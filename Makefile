@@ -62,12 +62,17 @@ help: # this list
 
 # ---- programs, one folder per way to build them: $(B)/<way>/<program>
 
+# Made anew when libcurl has come or gone since: then what can use it is built again.
+client = $(B)/client-$(if $(CURL),libcurl,minimal)
+$(B)/client-libcurl $(B)/client-minimal:
+	@mkdir -p $(@D) && rm -f $(B)/client-* && touch $@
+
 # Not optimised: all they do is wait, and they build twice as fast.
-$(B)/examples/%: examples/%.c asyncorch.h $(wildcard examples/*.h) Makefile
+$(B)/examples/%: examples/%.c asyncorch.h $(wildcard examples/*.h) Makefile $(client)
 	@mkdir -p $(@D)
 	@$(CC) -std=gnu99 -pthread -O0 -g $(WARNINGS) $< -o $@ $(call libraries_for,$<)
 
-$(B)/bench/%: bench/%.c asyncorch.h $(wildcard bench/*.h examples/*.h) Makefile
+$(B)/bench/%: bench/%.c asyncorch.h $(wildcard bench/*.h examples/*.h) Makefile $(client)
 	@mkdir -p $(@D)
 	@$(CC) -std=gnu99 -pthread -O2 -DNDEBUG $(WARNINGS) $< -o $@ $(call libraries_for,$<)
 
@@ -80,7 +85,7 @@ $(B)/$(strip $(1))/asyncorch.o: asyncorch.h Makefile
 	@$(2) $$(TEST_BUILD) $(3) -DASYNCORCH_IMPLEMENTATION -x c -c $$< -o $$@
 
 $(B)/$(strip $(1))/%: tests/%.c $(B)/$(strip $(1))/asyncorch.o asyncorch.h \
-		$(wildcard tests/*.h examples/*.h) Makefile
+		$(wildcard tests/*.h examples/*.h) Makefile $(client)
 	@rm -f $$@ # what does not build any more must not run either
 	@$(2) $$(TEST_BUILD) $(3) $$< $$(call own,$$<,$$(@D)/asyncorch.o) -o $$@ $$(call libraries_for,$$<)
 

@@ -9,7 +9,8 @@ set -eu
 dir=${1:-.build/bench}
 runs=${2:-${BENCH_RUNS:-5}}
 work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT INT TERM
+trap 'rm -rf "$work"' EXIT
+trap 'exit 130' INT TERM
 
 # The lines of one program's runs -> one line, numbers replaced by medians, judged again.
 median_line() {

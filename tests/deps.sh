@@ -9,6 +9,13 @@ for manager in apt-get dnf pacman apk; do
     [ -n "$system" ] || ! command -v $manager >/dev/null 2>&1 || system=$manager
 done
 
+may=yes as= # may install; what goes before the command
+if [ "$system" != brew ] && [ "$(id -u)" != 0 ]; then
+    as=sudo
+    command -v sudo >/dev/null 2>&1 && sudo -n true 2>/dev/null || may=no
+fi
+
+update=
 case $system in
 apt-get) # Debian, Ubuntu
     packages='gcc g++ libc6-dev make clang lld libclang-rt-dev pkg-config libcurl4-openssl-dev
@@ -17,9 +24,13 @@ apt-get) # Debian, Ubuntu
         gcc-aarch64-linux-gnu libc6-dev-arm64-cross gcc-riscv64-linux-gnu libc6-dev-riscv64-cross
         gcc-i686-linux-gnu libc6-dev-i386-cross gcc-s390x-linux-gnu libc6-dev-s390x-cross'
     known=
-    apt-cache show gcc >/dev/null 2>&1 || echo 'no package lists: apt-get update comes first' >&2
+    if ! apt-cache show gcc >/dev/null 2>&1; then # no package lists yet, as in a fresh container
+        update='apt-get update'
+        [ $may = no ] || $as $update
+    fi
     for package in $packages; do # releases differ: leave out what this one does not have
-        if apt-cache show "$package" >/dev/null 2>&1; then
+        if [ "$update/$may" = 'apt-get update/no' ] ||
+            apt-cache show "$package" >/dev/null 2>&1; then
             known="$known $package"
         else
             echo "not in this release: $package" >&2
@@ -45,10 +56,6 @@ esac
 
 # shellcheck disable=SC2086
 install=$(echo $install)
-if [ $system = brew ] || [ "$(id -u)" = 0 ]; then
-    exec $install
-elif command -v sudo >/dev/null 2>&1 && sudo -n true 2>/dev/null; then
-    exec sudo $install
-fi
+[ $may = no ] || exec $as $install
 echo 'not root, and sudo asks for a password; run:'
-echo "    sudo $install"
+echo "    ${update:+sudo $update && }sudo $install"
