@@ -13,7 +13,7 @@ PREFIX ?= /usr/local
 WARNINGS := -Wall -Wextra -Wpedantic -Wconversion -Wshadow
 VERSION := $(shell sed -n 's/^.define ORCH_VERSION "\(.*\)"/\1/p' asyncorch.h)
 
-# What the machine has, found out only when a target needs it.
+# What the machine has, found out only when a target needs it; libcurl always (see client).
 once = $(eval $(1) := $(2))$($(1))
 links = $(shell echo 'int main(void) { return 0; }' | \
 	$(CC) $($(1)) -x c - -o /dev/null >/dev/null 2>&1 && echo '$($(1))')

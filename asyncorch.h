@@ -164,7 +164,7 @@
 //     NULL for the result of orch_settle_with         aborts   false; the promise stays pending
 //     a count above 2^31 - 16                         aborts   ORCH_EINVAL; the list is not read
 //     await, wait, sleep, yield, shield outside task  aborts   ORCH_ENOTASK; await drops its future
-//     no loop on this thread, those five as well      aborts   ORCH_ENOLOOP
+//     no loop on this thread (await to yield, too)    aborts   ORCH_ENOLOOP
 //     a loop or orch_run where one is running         aborts   ORCH_ENESTED (orch_loop_new: NULL)
 //     running or freeing a loop from inside it        aborts   ORCH_ENESTED
 //     a poller that the system has not                aborts   ORCH_EINVAL (orch_loop_new: NULL)
@@ -347,7 +347,7 @@
 //   5.3), a SIGCHLD handler installed after ours breaks waiting for children.
 // - On a virtual clock time stands still while a child runs, so no time-out cuts it off.
 // - A backtrace from inside a task ends at the task's function, from inside orch_on_main_stack in
-//   the thread's main. riscv64 compilers leave out what it needs without -funwind-tables.
+//   the thread's main. riscv64 needs -fasynchronous-unwind-tables for it.
 // - A process-wide handler for SIGSEGV and SIGBUS names the task on a stack overflow and then hands
 //   on to what was installed before; orch_loop_desc.no_overflow_report leaves them alone.
 // - Built with -fcf-protection for a processor whose shadow stack is on, and on processors without
@@ -644,7 +644,7 @@ void *orch_promise_box(orch_promise promise);
 /* The ticket out of its box.
  * Returns the ticket, dead when the future is gone, or another thread's (debug builds abort).
  * Context: loop thread.
- * Owns: consumes the box. */
+ * Owns: consumes the box, not another thread's. */
 orch_promise orch_promise_unbox(void *box);
 
 /* One more reference.

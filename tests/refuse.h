@@ -52,9 +52,9 @@ static inline long test_heap(void) {
 #ifdef __linux__
 #include <link.h>
 
-// A leak check looks for pointers in all static memory, and 10 MB of that are the tables of the
-// sanitizers' own libraries: 2,500 page faults in each child, more than what the case itself takes.
-// So it is given the memory of the program and of every other library instead.
+// A leak check looks for pointers in all static memory, and most of that are the tables of the
+// sanitizers' own libraries: each page of them is a page fault in each child, which together take
+// longer than the case. So it is given the memory of the program and of the other libraries.
 void __lsan_register_root_region(const void *start, size_t size) __attribute__((weak));
 const char *__lsan_default_options(void);
 const char *__lsan_default_options(void) { return "use_globals=0"; }
@@ -79,7 +79,7 @@ __attribute__((constructor)) static void test_roots_at_exit(void) {
 }
 #endif
 
-// The end of a child. The leak check takes 7 ms, as long as the rest of a swept case; so it is
+// The end of a child. The leak check takes as long as the rest of a swept case; so it is
 // left out where the heap is as it was before the case, or as the first run left it, which was
 // checked: nothing can have leaked then.
 static inline int test_end(int code) {

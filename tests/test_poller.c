@@ -75,10 +75,10 @@ static intptr_t join(orch_future *f) {
     return n;
 }
 
-// The same within two seconds.
 // Milliseconds to wait for what is to come; after a refusal it may never do.
 static int patience(void) { return test_shared->refused ? 100 : 2000; }
 
+// As join, but not for ever.
 static intptr_t soon(orch_future *f) { return join(orch_timeout(f, (uint64_t)patience())); }
 
 static bool make_pair(int fd[2]) { return CHECK(socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == 0); }

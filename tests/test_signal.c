@@ -57,8 +57,7 @@ static intptr_t join(orch_future *f) {
     return n;
 }
 
-// The same within two seconds.
-// After a refusal it may never come.
+// The same within two seconds; after a refusal it may never come.
 static intptr_t soon(orch_future *f) {
     return join(orch_timeout(f, test_shared->refused ? 100 : 2000));
 }

@@ -15,7 +15,7 @@ libraries=
 ! pkg-config --exists libuv 2>/dev/null ||
     libraries="$libraries -DHAVE_UV $(pkg-config --cflags libuv)"
 # What is not of the header's own tests needs its declarations only: the implementation is compiled
-# with those tests, and by the matrix, and 40 more times would take three minutes.
+# with those tests, and by the matrix; 40 more times is most of the time of this check.
 source_of() { # compiler, file
     case $1,$2 in
     *,bench/bench_memory.c) cat "$2" ;; # asks how large what it does not declare is
